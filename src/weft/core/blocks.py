@@ -1,0 +1,32 @@
+"""How a tensor is cut into pieces that are read, computed and written one at a time."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from weft.core.specs import Shape
+
+# A block is what one thread works on at a time; its float32 buffers stay near the core.
+BLOCK = {"cpu": 2**18, "cuda": 2**24}  # elements
+# A strip is what one thread takes from the queue; sums are added per strip, in order.
+STRIP = {"cpu": 2**22, "cuda": 2**26}  # elements
+COPY = 2**25  # bytes of unchanged tensors, moved at a time
+# From 16 rows on, a matrix product's bits do not depend on how many rows are taken at once.
+MIN_ROWS = 16
+
+
+def rows_and_columns(shape: Shape) -> tuple[int, int]:
+    """A tensor as a matrix: dimension 0, and all others flattened."""
+    return (shape[0], math.prod(shape[1:])) if shape else (1, 1)
+
+
+def cut(start: int, stop: int, columns: int, elements: int) -> list[tuple[int, int]]:
+    """Rows `start` to `stop` in even pieces of about `elements`, never a thin last one."""
+    rows = stop - start
+    size = max(elements // max(columns, 1), 2 * MIN_ROWS)
+    pieces = max(1, -(-rows // size))
+    edges = [start + rows * n // pieces for n in range(pieces + 1)]
+    return list(itertools.pairwise(edges))

@@ -1,0 +1,81 @@
+"""The errors a user can meet, each with the exit code that the command line ends with.
+
+* WeftError (2)           the user can fix it; `hint` says how
+  x NotFound (2)          a path, a hub id or a file inside it does not exist
+  x FormatError (2)       a file breaks its own format
+  x Unsupported (2)       recognised, and refused by name
+  x PlanError (2)         inputs that do not fit each other; holds every problem found
+  x OutputError (2)       the output cannot be written, or must not be overwritten
+  x NumericsError (2)     NaN or infinity in an input, or an overflow in the output
+
+Anything else that reaches the command line is a defect of Weft and ends with exit code 3.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+
+class WeftError(Exception):
+    """What happened, and what to do next."""
+
+    exit_code = 2
+
+    def __init__(self, message: str, hint: str | None = None) -> None:
+        super().__init__(message)
+        self.hint = hint
+
+
+class NotFound(WeftError):
+    """A path, a hub id or a file inside it does not exist."""
+
+
+class FormatError(WeftError):
+    """A file breaks its own format."""
+
+
+class Unsupported(WeftError):
+    """Recognised, and refused by name."""
+
+
+class OutputError(WeftError):
+    """The output cannot be written, or must not be overwritten."""
+
+
+class NumericsError(WeftError):
+    """NaN or infinity in an input, or an overflow in the output."""
+
+
+@dataclass(frozen=True, slots=True)
+class Problem:
+    """One thing that is wrong with the inputs.
+
+    Attributes:
+        what: The fact, with the tensor, the file and the shapes.
+        hint: The way out, if there is one beyond fixing the fact.
+    """
+
+    what: str
+    hint: str | None = None
+
+
+class PlanError(WeftError):
+    """Inputs that do not fit each other; every problem of the run is listed at once."""
+
+    def __init__(self, subject: str, problems: Sequence[Problem]) -> None:
+        self.problems = tuple(problems)
+        count = f"{len(self.problems)} problem{'s' if len(self.problems) != 1 else ''}"
+        lines = [f"{count} with {subject}"]
+        # A defect of the whole adapter is the same in every layer: one line stands for all.
+        alike: dict[str, list[str]] = {}
+        for problem in self.problems:
+            alike.setdefault(re.sub(r"\.\d+\.", ".*.", problem.what), []).append(problem.what)
+        for first, *others in alike.values():
+            lines.append(f"  - {first}" + (f" (and {len(others)} more like it)" if others else ""))
+        hints = list(dict.fromkeys(problem.hint for problem in self.problems if problem.hint))
+        super().__init__("\n".join(lines), "\n".join(hints[:4]) or None)

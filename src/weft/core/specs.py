@@ -1,0 +1,312 @@
+"""The nouns of Weft as frozen records: plain data, hashable, JSON-able, with no file open inside.
+
+A **checkpoint** maps tensor names to byte ranges; an **adapter** maps module paths to deltas. A
+**plan** says for every output tensor what it is: an **expression** whose leaves are byte ranges.
+An executor evaluates expressions and hands blocks to a sink; each finished tensor leaves a
+**receipt**.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+Shape = tuple[int, ...]
+Param = bool | int | float | str | tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class TensorRef:
+    """Where the bytes of a tensor are: `start` to `stop` in `file`, contiguous, little-endian."""
+
+    file: str
+    name: str
+    dtype: str
+    shape: Shape
+    start: int
+    stop: int
+
+    @property
+    def nbytes(self) -> int:
+        return self.stop - self.start
+
+    @property
+    def numel(self) -> int:
+        return math.prod(self.shape)
+
+
+# ---------------------------------------------------------------------------------------- inputs
+
+
+@dataclass(frozen=True, slots=True)
+class Checkpoint:
+    """A base model as it lies on disk.
+
+    Attributes:
+        given: What the user wrote: a path or `org/name@revision`.
+        folder: The local folder that holds it.
+        tensors: Every tensor, in the order of the shards and of the bytes within them.
+        shards: File names in order.
+        metadata: Of the first shard's header, strings only.
+        config: The parsed `config.json`; empty if there is none.
+        side_files: Relative paths of the files beside the weights that belong to the model.
+        left_out: Relative paths of the files in the folder that do not.
+    """
+
+    given: str
+    folder: str
+    tensors: dict[str, TensorRef]
+    shards: tuple[str, ...]
+    metadata: dict[str, str]
+    config: dict[str, Any]
+    side_files: tuple[str, ...]
+    left_out: tuple[str, ...]
+
+    @property
+    def nbytes(self) -> int:
+        return sum(ref.nbytes for ref in self.tensors.values())
+
+
+@dataclass(frozen=True, slots=True)
+class AdapterEntry:
+    """What an adapter does to one parameter of one module.
+
+    Attributes:
+        module: Dotted path of the module in the model that the adapter was trained on.
+        parameter: `weight`, `bias` or whatever the module calls it.
+        kind: File name in `weft.deltas`.
+        tensors: Role (as the kind names it) and byte range.
+        scaling: Factor of the low-rank product, alpha / r or alpha / √r.
+        params: What else the kind needs.
+        optional: May name a parameter that the base does not have (a new task head).
+    """
+
+    module: str
+    parameter: str
+    kind: str
+    tensors: tuple[tuple[str, TensorRef], ...]
+    scaling: float = 1.0
+    params: tuple[tuple[str, Param], ...] = ()
+    optional: bool = False
+
+    @property
+    def target(self) -> str:
+        return f"{self.module}.{self.parameter}" if self.module else self.parameter
+
+
+@dataclass(frozen=True, slots=True)
+class Adapter:
+    """An adapter as it lies on disk, whatever wrote it.
+
+    Attributes:
+        given: What the user wrote.
+        folder: The local folder that holds it.
+        files: The weight files, by absolute path.
+        kind: The adapter method as its config spells it, such as `LORA`.
+        entries: Every change, one per module parameter.
+        tensors: Every tensor of the file: the ledger that the entries must use up.
+        config: The parsed adapter config.
+        base_model: What the config names as its base, and the revision of it.
+        ties_weights: Trained so that a delta of the input embedding is the head's as well.
+        notes: What a reader of the file should know and no tensor shows.
+        side_files: Relative paths of the tokenizer and chat-template files that it brings.
+    """
+
+    given: str
+    folder: str
+    files: tuple[str, ...]
+    kind: str
+    entries: tuple[AdapterEntry, ...]
+    tensors: dict[str, TensorRef]
+    config: dict[str, Any]
+    base_model: str | None
+    revision: str | None
+    ties_weights: bool
+    notes: tuple[str, ...]
+    side_files: tuple[str, ...]
+
+
+# ------------------------------------------------------------------------------------ expressions
+
+
+@dataclass(frozen=True, slots=True)
+class Load:
+    """A tensor as it is on disk."""
+
+    ref: TensorRef
+
+
+@dataclass(frozen=True, slots=True)
+class Delta:
+    """One adapter's change of one tensor; what the roles mean is said in `weft.deltas.<kind>`."""
+
+    kind: str
+    tensors: tuple[tuple[str, TensorRef], ...]
+    scaling: float = 1.0
+    weight: float = 1.0
+    params: tuple[tuple[str, Param], ...] = ()
+
+    def param(self, name: str, default: Param) -> Param:
+        return dict(self.params).get(name, default)
+
+
+@dataclass(frozen=True, slots=True)
+class AddDeltas:
+    """W + Σ weightᵢ · ΔWᵢ, every ΔWᵢ taken from the same W."""
+
+    base: Expression
+    deltas: tuple[Delta, ...]
+
+
+Expression = Load | AddDeltas
+
+
+def leaves(expression: Expression) -> list[TensorRef]:
+    """Every byte range that `expression` reads."""
+    if isinstance(expression, Load):
+        return [expression.ref]
+    refs = leaves(expression.base)
+    return refs + [ref for delta in expression.deltas for _, ref in delta.tensors]
+
+
+# ------------------------------------------------------------------------------------------ plans
+
+
+@dataclass(frozen=True, slots=True)
+class TensorJob:
+    """One output tensor: its name, dtype and shape, the shard it goes to, and what it is."""
+
+    name: str
+    dtype: str
+    shape: Shape
+    shard: str
+    expression: Expression
+
+    @property
+    def is_copy(self) -> bool:
+        """The bytes are those of the input."""
+        return isinstance(self.expression, Load) and self.expression.ref.dtype == self.dtype
+
+    @property
+    def operation(self) -> str:
+        """`copy`, `cast`, or the kinds of delta, as in `lora + lora`."""
+        if isinstance(self.expression, Load):
+            return "copy" if self.is_copy else "cast"
+        return " + ".join(delta.kind for delta in self.expression.deltas)
+
+
+@dataclass(frozen=True, slots=True)
+class SideFile:
+    """A file beside the weights: copied from `source`, or written from `text`."""
+
+    name: str
+    source: str | None = None
+    text: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Input:
+    """A file that is read: what the manifest says of it, and what tells that it has changed.
+
+    Attributes:
+        role: `base`, or `adapter 1` and so on.
+        header: SHA-256 of the part that says where the tensors are (and of the whole of a config).
+        identity: Device, inode, size, and modification and change times; these do not go into the
+            plan's hash, which must be the same on another machine.
+    """
+
+    role: str
+    path: str
+    size: int
+    header: str
+    identity: tuple[int, ...] = field(compare=False)
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """Everything that a run will do; made from headers and configs alone."""
+
+    jobs: tuple[TensorJob, ...]
+    metadata: tuple[tuple[str, str], ...]
+    side_files: tuple[SideFile, ...]
+    inputs: tuple[Input, ...]
+    notes: tuple[str, ...]
+    warnings: tuple[str, ...]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the output's tensors."""
+        return sum(job_bytes(job) for job in self.jobs)
+
+    @property
+    def hash(self) -> str:
+        """SHA-256 of what is computed from what, independent of where the files lie."""
+        place = {
+            entry.path: f"{entry.role}:{entry.path.rpartition('/')[2]}" for entry in self.inputs
+        }
+
+        def relocate(value: Any) -> Any:
+            if isinstance(value, dict):
+                return {
+                    key: place.get(item, item) if key in ("file", "source") else relocate(item)
+                    for key, item in value.items()
+                }
+            if isinstance(value, list | tuple):
+                return [relocate(item) for item in value]
+            return value
+
+        content = {
+            "jobs": [relocate(asdict(job)) for job in self.jobs],
+            "metadata": self.metadata,
+            "inputs": [(entry.role, entry.size, entry.header) for entry in self.inputs],
+        }
+        text = json.dumps(content, sort_keys=True, separators=(",", ":"))
+        return hashlib.sha256(text.encode()).hexdigest()
+
+
+def job_bytes(job: TensorJob) -> int:
+    """Size of the output tensor."""
+    from weft.core.dtypes import itemsize
+
+    return math.prod(job.shape) * itemsize(job.dtype)
+
+
+# --------------------------------------------------------------------------------------- receipts
+
+
+@dataclass(frozen=True, slots=True)
+class Receipt:
+    """What came of one job; sums of squares over all elements, in float64.
+
+    Attributes:
+        base: ‖W‖².
+        delta: ‖ΔW‖².
+        error: ‖(W′ − W) − ΔW‖², W′ being what was written.
+    """
+
+    name: str
+    base: float | None = None
+    delta: float | None = None
+    error: float | None = None
+
+    @property
+    def relative(self) -> float | None:
+        """‖ΔW‖ / ‖W‖, or None if W is zero or nothing was added."""
+        if self.delta is None or not self.base:
+            return None
+        return math.sqrt(self.delta / self.base)
+
+    @property
+    def survival(self) -> float | None:
+        """1 − ‖(W′ − W) − ΔW‖ / ‖ΔW‖, or None if there was no update."""
+        if not self.delta or self.error is None:
+            return None
+        return 1 - math.sqrt(self.error / self.delta)
+
+    @property
+    def changed(self) -> bool:
+        """Some element is not the base's: if W′ = W everywhere, the error is ΔW itself."""
+        return self.delta is not None and self.error != self.delta

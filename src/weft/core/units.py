@@ -1,0 +1,67 @@
+"""Sizes and times as people write them."""
+
+from __future__ import annotations
+
+import math
+import re
+
+from weft.core.errors import WeftError
+
+_FACTORS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12}
+_BINARY = {"ki": 2**10, "mi": 2**20, "gi": 2**30, "ti": 2**40}
+
+
+def parse_size(text: str) -> int:
+    """Bytes meant by `text`: `5GB` is 5·10⁹ (as in transformers), `5GiB` is 5·2³⁰."""
+    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([kmgt]?i?)b?\s*", text.lower())
+    factor = (_FACTORS | _BINARY).get(match[2]) if match else None
+    if not match or factor is None:
+        raise WeftError(f"cannot read {text!r} as a size", "write it like 5GB, 500MB or 2GiB")
+    size = int(float(match[1]) * factor)
+    if size <= 0:
+        raise WeftError(f"a size of {text!r} is zero bytes", "write it like 5GB or 500MB")
+    return size
+
+
+def show_size(size: float) -> str:
+    """`2.47 GB`, with three digits."""
+    for unit in ("B", "kB", "MB", "GB"):
+        if abs(size) < 999.5:
+            return f"{size:.0f} B" if unit == "B" else f"{three(size)} {unit}"
+        size /= 1000
+    return f"{three(size)} TB"
+
+
+def show_count(count: float) -> str:
+    """`1.24 B`, with three digits, for parameters."""
+    for unit in ("", " k", " M", " B"):
+        if count < 999.5:
+            return f"{count:.0f}" if not unit else f"{three(count)}{unit}"
+        count /= 1000
+    return f"{three(count)} T"
+
+
+def show_time(seconds: float) -> str:
+    """`0.82 s`, `3 min 20 s`."""
+    if seconds < 99.95:
+        return f"{three(seconds)} s"
+    minutes, rest = divmod(round(seconds), 60)
+    return f"{minutes} min {rest} s"
+
+
+def show_share(share: float | None) -> str:
+    """A share in percent; never rounds 99.96 up to a hundred, nor 0.04 down to none."""
+    if share is None:
+        return "—"
+    percent = share * 100
+    if 99.9 < percent < 100:
+        return f"{math.floor(percent * 1000) / 1000:.3f} %"
+    return f"{percent:.1f} %" if percent >= 0.1 or percent <= 0 else f"{percent:.1e} %"
+
+
+def three(value: float) -> str:
+    """`value` to three significant digits, without an exponent."""
+    magnitude = abs(value)
+    if magnitude >= 99.95:
+        return f"{value:.0f}"
+    return f"{value:.1f}" if magnitude >= 9.995 else f"{value:.2f}"

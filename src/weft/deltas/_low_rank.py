@@ -1,0 +1,57 @@
+"""scaling · B @ A, in W's layout: what LoRA and DoRA share."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from torch import Tensor
+
+    from weft.core.specs import Delta, Param, Shape
+    from weft.deltas import Source
+
+
+@dataclass(frozen=True, slots=True)
+class Factors:
+    """ΔW = scaling · left @ right, `left` (rows, r) and `right` (r, columns)."""
+
+    left: Tensor
+    right: Tensor
+    scaling: float
+
+    def product(self, start: int, out: Tensor) -> None:
+        """Rows of ΔW into `out`.
+
+        The product is rounded before it is scaled, as PEFT does it: then both are bit-equal. (The
+        sum over the rank runs in the same order for any number of rows from 16 on.)
+        """
+        torch.mm(self.left[start : start + out.shape[0]], self.right, out=out)
+        if self.scaling != 1:
+            out.mul_(self.scaling)
+
+
+def orientations(
+    shapes: Mapping[str, Shape], params: Mapping[str, Param], weight: Shape
+) -> tuple[bool, ...]:
+    """A (r, in) and B (out, r) fit W (out, in), or W (in, out) transposed; square W fits both."""
+    fitting = []
+    rows_and_columns = (shapes["B"][0], shapes["A"][1])
+    if weight == rows_and_columns:
+        fitting.append(False)
+    if weight == rows_and_columns[::-1]:
+        fitting.append(True)
+    if "transposed" in params:
+        return tuple(f for f in fitting if f is params["transposed"])
+    return tuple(fitting)
+
+
+def load(delta: Delta, source: Source) -> Factors:
+    A, B = source.whole("A"), source.whole("B")
+    if delta.param("transposed", False):
+        return Factors(A.T, B.T, delta.scaling)
+    return Factors(B, A, delta.scaling)

@@ -1,0 +1,1 @@
+"""Plan -> blocks: evaluates expressions and hands the result to a sink."""

@@ -1,0 +1,122 @@
+"""Bytes of a file -> blocks of a tensor: file handles and reused buffers."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import threading
+from typing import TYPE_CHECKING
+
+import torch
+
+from weft.core.blocks import rows_and_columns
+from weft.core.errors import FormatError
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from weft.core.specs import TensorRef
+
+
+class Files:
+    """Open input files, shared by all threads; `pread` needs no position and no lock."""
+
+    def __init__(self) -> None:
+        self._handles: dict[str, int] = {}
+        self._lock = threading.Lock()
+
+    def read(self, file: str, offset: int, into: memoryview) -> None:
+        """Fill `into` with the bytes from `offset` on.
+
+        Raises:
+            FormatError: The file ends before that: it was cut after its header was read.
+        """
+        done = 0
+        while done < len(into):
+            try:
+                count = os.preadv(self._handle(file), [into[done:]], offset + done)
+            except OSError as error:
+                raise FormatError(f"cannot read {file}: {error.strerror}") from None
+            if count == 0:
+                raise FormatError(f"{file} ended at byte {offset + done:,} while it was being read")
+            done += count
+
+    def close(self) -> None:
+        for handle in self._handles.values():
+            os.close(handle)
+        self._handles.clear()
+
+    def _handle(self, file: str) -> int:
+        with self._lock:
+            if file not in self._handles:
+                self._handles[file] = os.open(file, os.O_RDONLY | os.O_CLOEXEC)
+            return self._handles[file]
+
+
+def _new_stream(device: torch.device) -> torch.cuda.Stream:
+    return torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+
+
+class Workspace(threading.local):
+    """Each thread's own buffers, made once and reused: memory does not grow with the tensors.
+
+    Arithmetic is float32, or float64 where a tensor is. On a GPU the host buffers are pinned, and
+    each thread has a stream of its own, so that one thread's copies overlap another's arithmetic.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self.stream = _new_stream(device) if device.type == "cuda" else None
+        self._host: dict[str, tuple[Tensor, memoryview]] = {}
+        self._compute: dict[tuple[str, torch.dtype], Tensor] = {}
+
+    def host(self, slot: str, nbytes: int) -> tuple[Tensor, memoryview]:
+        """`nbytes` of host memory, as a tensor and as a buffer of the same bytes."""
+        if slot not in self._host or self._host[slot][0].numel() < nbytes:
+            tensor = torch.empty(nbytes, dtype=torch.uint8, pin_memory=self.stream is not None)
+            raw = (ctypes.c_char * nbytes).from_address(tensor.data_ptr())
+            self._host[slot] = (tensor, memoryview(raw).cast("B"))
+        tensor, view = self._host[slot]
+        return tensor[:nbytes], view[:nbytes]
+
+    def compute(self, slot: str, rows: int, columns: int, dtype: torch.dtype) -> Tensor:
+        """An uninitialised (rows, columns) matrix on the device."""
+        key, count = (slot, dtype), rows * columns
+        if key not in self._compute or self._compute[key].numel() < count:
+            self._compute[key] = torch.empty(count, dtype=dtype, device=self.device)
+        return self._compute[key][:count].view(rows, columns)
+
+    def load(self, files: Files, ref: TensorRef, start: int, stop: int, out: Tensor) -> None:
+        """Rows `start` to `stop` of `ref`, widened into `out` (rows, columns)."""
+        rows, columns = rows_and_columns(ref.shape)
+        if not rows * columns:
+            return
+        dtype = getattr(torch, ref.dtype)
+        row = columns * dtype.itemsize
+        tensor, view = self.host("in", (stop - start) * row)
+        files.read(ref.file, ref.start + start * row, view)
+        self.widen(tensor.view(dtype).view(stop - start, columns), out)
+
+    def widen(self, host: Tensor, out: Tensor) -> None:
+        """Host values of a narrow dtype -> `out` on the device."""
+        if self.stream is not None:
+            narrow = self.compute("narrow", out.shape[0], out.shape[1], host.dtype)
+            narrow.copy_(host, non_blocking=True)
+            out.copy_(narrow)
+            # The host buffer may be filled again as soon as this returns.
+            self.stream.synchronize()
+        else:
+            out.copy_(host)
+
+    def narrow(self, values: Tensor, dtype: torch.dtype) -> tuple[Tensor, memoryview]:
+        """Round `values` once, to `dtype`: on the device, and as bytes on the host."""
+        tensor, view = self.host("out", values.numel() * dtype.itemsize)
+        host = tensor.view(dtype).view(values.shape)
+        if self.stream is None:
+            host.copy_(values)
+            return host, view
+        rounded = self.compute("rounded", values.shape[0], values.shape[1], dtype)
+        rounded.copy_(values)
+        host.copy_(rounded, non_blocking=True)
+        self.stream.synchronize()
+        return rounded, view

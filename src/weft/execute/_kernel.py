@@ -1,0 +1,195 @@
+"""One job, block by block: the only place where byte ranges, deltas and (later) methods meet."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from weft import deltas
+from weft.core.blocks import BLOCK, cut, rows_and_columns
+from weft.core.errors import NumericsError
+from weft.core.specs import AddDeltas, Delta, Expression, Load, TensorJob, leaves
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from torch import Tensor
+
+    from weft.deltas import DeltaKind
+    from weft.execute._blocks import Files, Workspace
+
+
+@dataclass(frozen=True, slots=True)
+class Sums:
+    """Sums of squares over some rows: ‖W‖², ‖ΔW‖², ‖(W′ − W) − ΔW‖²."""
+
+    base: float = 0.0
+    delta: float = 0.0
+    error: float = 0.0
+
+    def __add__(self, other: Sums) -> Sums:
+        return Sums(self.base + other.base, self.delta + other.delta, self.error + other.error)
+
+
+class _Source:
+    """The tensors of one delta, read and widened on demand (see `weft.deltas.Source`)."""
+
+    def __init__(self, kernel: Kernel, delta: Delta) -> None:
+        self._kernel = kernel
+        self._refs = dict(delta.tensors)
+
+    def whole(self, role: str) -> Tensor:
+        ref = self._refs[role]
+        rows, columns = rows_and_columns(ref.shape)
+        workspace = self._kernel.workspace
+        out = torch.empty(rows, columns, dtype=self._kernel.dtype, device=workspace.device)
+        step = max(1, BLOCK[workspace.device.type] // max(columns, 1))
+        for start in range(0, rows, step):
+            stop = min(rows, start + step)
+            workspace.load(self._kernel.files, ref, start, stop, out[start:stop])
+        return out.view(ref.shape)
+
+    def rows(self, role: str, start: int, stop: int, out: Tensor) -> None:
+        self._kernel.workspace.load(self._kernel.files, self._refs[role], start, stop, out)
+
+
+class Kernel:
+    """A job made ready: small factors in memory, statistics taken.
+
+    Blocks may then run in any order and in any thread; each uses its own buffers of `workspace`.
+    """
+
+    def __init__(self, job: TensorJob, files: Files, workspace: Workspace) -> None:
+        self.job = job
+        self.files = files
+        self.workspace = workspace
+        wide = {ref.dtype for ref in leaves(job.expression)} | {job.dtype}
+        self.dtype = torch.float64 if "float64" in wide else torch.float32
+        self.rows, self.columns = rows_and_columns(job.shape)
+        self._states: dict[int, tuple[DeltaKind, Any]] = {}
+        self._prepare(job.expression)
+        if workspace.stream is not None:
+            workspace.stream.synchronize()  # the factors are read on other threads' streams
+
+    def run(self, start: int, stop: int) -> Iterator[tuple[int, memoryview, Sums | None]]:
+        """Rows `start` to `stop`: for each block its first row, its bytes, and its sums.
+
+        The bytes stay valid until the next block is asked for.
+
+        Raises:
+            NumericsError: NaN or infinity, or an overflow of the output dtype.
+        """
+        out_dtype = getattr(torch, self.job.dtype)
+        for first, last in self._cut(start, stop):
+            shape = (last - first, self.columns)
+            weight = self.workspace.compute("weight", *shape, self.dtype)
+            if isinstance(self.job.expression, Load):
+                self._evaluate(self.job.expression, first, last, weight)
+                rounded, raw = self.workspace.narrow(weight, out_dtype)
+                self._check_cast(weight, rounded)
+                yield first, raw, None
+                continue
+            delta = self.workspace.compute("delta", *shape, self.dtype)
+            value = self.workspace.compute("value", *shape, self.dtype)
+            self._evaluate(self.job.expression.base, first, last, weight)
+            self._add_deltas(self.job.expression, first, weight, delta, value)
+            rounded, raw = self.workspace.narrow(value, out_dtype)
+            yield first, raw, self._sums(weight, delta, value, rounded)
+
+    def bytes_read(self, rows: int) -> int:
+        """What `rows` rows of the output cost to read, the small factors aside."""
+        large = [r for r in leaves(self.job.expression) if r.shape == self.job.shape]
+        return sum(rows * r.nbytes // max(self.rows, 1) for r in large)
+
+    def _cut(self, start: int, stop: int) -> list[tuple[int, int]]:
+        return cut(start, stop, self.columns, BLOCK[self.workspace.device.type])
+
+    # ------------------------------------------------------------------------------- expressions
+
+    def _prepare(self, expression: Expression) -> None:
+        if isinstance(expression, Load):
+            return
+        self._prepare(expression.base)
+
+        def blocks() -> Iterator[tuple[int, Tensor]]:
+            for first, last in self._cut(0, self.rows):
+                out = self.workspace.compute("weight", last - first, self.columns, self.dtype)
+                self._evaluate(expression.base, first, last, out)
+                yield first, out
+
+        for delta in expression.deltas:
+            kind = deltas.kind(delta.kind)
+            self._states[id(delta)] = (kind, kind.prepare(delta, _Source(self, delta), blocks))
+
+    def _evaluate(self, expression: Expression, start: int, stop: int, out: Tensor) -> None:
+        """Rows of any expression into `out`."""
+        if isinstance(expression, Load):
+            self.workspace.load(self.files, expression.ref, start, stop, out)
+            return
+        weight = torch.empty_like(out)
+        self._evaluate(expression.base, start, stop, weight)
+        self._add_deltas(expression, start, weight, torch.empty_like(out), out)
+
+    def _add_deltas(
+        self, expression: AddDeltas, start: int, weight: Tensor, delta: Tensor, value: Tensor
+    ) -> None:
+        """`value` = W + ΣwᵢΔWᵢ and `delta` = ΣwᵢΔWᵢ for the block `weight`."""
+        first, *rest = expression.deltas
+        kind, state = self._states[id(first)]
+        if not rest and first.weight == 1 and not kind.ADDITIVE:
+            kind.block(state, weight, start, value)
+            torch.sub(value, weight, out=delta)
+            return
+        self._add_one(first, start, weight, delta)
+        if first.weight != 1:
+            delta.mul_(first.weight)
+        for other in rest:
+            self._add_one(other, start, weight, value)
+            delta.add_(value, alpha=other.weight)
+        torch.add(weight, delta, out=value)
+
+    def _add_one(self, delta: Delta, start: int, weight: Tensor, out: Tensor) -> None:
+        kind, state = self._states[id(delta)]
+        kind.block(state, weight, start, out)
+        if not kind.ADDITIVE:
+            out.sub_(weight)
+
+    # ---------------------------------------------------------------------------------- the proof
+
+    def _sums(self, weight: Tensor, delta: Tensor, value: Tensor, rounded: Tensor) -> Sums:
+        """Take the sums of squares, and look closer if one of them is not finite."""
+        base, update = _square(weight), _square(delta)
+        value.copy_(rounded).sub_(weight).sub_(delta)
+        sums = Sums(base, update, _square(value))
+        if math.isfinite(sums.base + sums.delta + sums.error):
+            return sums
+        if not weight.isfinite().all():
+            raise NumericsError(
+                f"the base's {self.job.name} holds NaN or infinity", "check the base model's files"
+            )
+        if not delta.isfinite().all():
+            raise NumericsError(
+                f"the update of {self.job.name} is NaN or infinite", "check the adapter's factors"
+            )
+        self._check_cast(weight + delta, rounded)
+        # Finite, but too large for the squares of this dtype: rare enough to do again in float64.
+        wide = weight.double(), delta.double(), rounded.double()
+        error = _square(wide[2] - wide[0] - wide[1])
+        return Sums(_square(wide[0]), _square(wide[1]), error)
+
+    def _check_cast(self, exact: Tensor, rounded: Tensor) -> None:
+        new = rounded.isinf() & ~exact.isinf()
+        if new.any():
+            largest = exact[new].abs().max().item()
+            raise NumericsError(
+                f"{self.job.name} overflows {self.job.dtype}: it reaches {largest:.4g}",
+                "write --dtype bfloat16 or --dtype float32",
+            )
+
+
+def _square(values: Tensor) -> float:
+    flat = values.reshape(-1)
+    return float(torch.dot(flat, flat))

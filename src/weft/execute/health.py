@@ -1,0 +1,118 @@
+"""A look at the adapter's own numbers before anything is written: its factors are small."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+
+from weft.core.errors import Problem
+from weft.execute._blocks import Files, Workspace
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from torch import Tensor
+
+    from weft.core.specs import Adapter, AdapterEntry, TensorRef
+
+# Large tensors are replacements of whole weights; those are checked as they are written.
+_FACTORS = ("A", "B", "magnitude", "bias", "rows")
+
+
+def examine(adapter: Adapter) -> tuple[list[Problem], list[str]]:
+    """What the values of the adapter's factors say: problems that forbid a merge, and warnings."""
+    problems: list[Problem] = []
+    low_rank = [entry for entry in adapter.entries if entry.kind in ("lora", "dora")]
+    silent = 0
+    shares: list[tuple[int, int]] = []
+    files = Files()
+    workspace = Workspace(torch.device("cpu"))
+    try:
+        for entry in adapter.entries:
+            zero = False
+            for role, ref in entry.tensors:
+                if role not in _FACTORS:
+                    continue
+                values = _values(ref, files, workspace)
+                problems += _not_finite(ref, values, entry, adapter)
+                zero = zero or not bool(values.count_nonzero())
+                if entry in low_rank and role == "B" and not dict(entry.params).get("transposed"):
+                    shares.append((int(values.any(dim=1).count_nonzero()), values.shape[0]))
+            silent += zero and entry.kind == "lora"
+        if adapter.ties_weights:
+            problems += _twins(low_rank, files, workspace, adapter)
+    finally:
+        files.close()
+    if ranks := _sharded(shares):
+        problems.append(
+            Problem(
+                f"{adapter.given} is damaged: every lora_B is zero but for 1/{ranks} of its rows",
+                f"one of {ranks} processes saved it without gathering the others' shards: "
+                "save it again (full state dict), or gather the shards",
+            )
+        )
+    if silent and silent == len(adapter.entries):
+        warning = (
+            f"{adapter.given} changes nothing: lora_A or lora_B of all its {silent} modules is zero "
+            "(an adapter that was never trained, or a save that lost its weights)"
+        )
+        return problems, [warning]
+    return problems, []
+
+
+def _values(ref: TensorRef, files: Files, workspace: Workspace) -> Tensor:
+    raw, view = workspace.host("in", ref.nbytes)
+    files.read(ref.file, ref.start, view)
+    return raw.view(getattr(torch, ref.dtype)).view(ref.shape).clone()
+
+
+def _not_finite(
+    ref: TensorRef, values: Tensor, entry: AdapterEntry, adapter: Adapter
+) -> list[Problem]:
+    if not values.is_floating_point():
+        return [Problem(f"{ref.name} in {ref.file} is {ref.dtype}, not a floating type")]
+    bad = int((~values.float().isfinite()).count_nonzero())
+    if not bad:
+        return []
+    return [
+        Problem(
+            f"{ref.name} in {ref.file} has {bad} of {ref.numel} values NaN or infinite",
+            "the training diverged, or the file is damaged: use an earlier checkpoint",
+        )
+    ]
+
+
+def _sharded(shares: Sequence[tuple[int, int]]) -> int | None:
+    """k, if every lora_B has exactly 1/k of its rows non-zero (those without any aside)."""
+    counted = [(used, rows) for used, rows in shares if used]
+    for ranks in (2, 4, 8, 16, 32, 64):
+        if counted and all(rows >= ranks and used == -(-rows // ranks) for used, rows in counted):
+            return ranks
+    return None
+
+
+def _twins(
+    entries: Sequence[AdapterEntry], files: Files, workspace: Workspace, adapter: Adapter
+) -> list[Problem]:
+    """With `ensure_weight_tying`, the head's factors must be the embedding's, transposed."""
+    embeddings = [e for e in entries if dict(e.params).get("transposed")]
+    if len(embeddings) != 1:
+        return []
+    A, B = (_values(ref, files, workspace) for _, ref in embeddings[0].tensors[:2])
+    for entry in entries:
+        refs = dict(entry.tensors)
+        if entry is embeddings[0] or (refs["A"].shape, refs["B"].shape) != (B.T.shape, A.T.shape):
+            continue
+        if entry.module.rpartition(".")[2] not in ("lm_head", "embed_out"):
+            continue
+        head_A, head_B = (_values(refs[role], files, workspace) for role in ("A", "B"))
+        if not (torch.equal(head_A, B.T) and torch.equal(head_B, A.T)):
+            return [
+                Problem(
+                    f"{adapter.given} has ensure_weight_tying, and {entry.module} has not "
+                    f"the factors of {embeddings[0].module}",
+                    "which of the two was meant cannot be told: save the adapter again",
+                )
+            ]
+    return []

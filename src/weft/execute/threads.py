@@ -1,0 +1,250 @@
+"""The executor on one machine: threads that share a queue of pieces.
+
+Torch and the kernel's I/O release the interpreter's lock, so reading, arithmetic and writing
+overlap. A piece is a strip of rows of one tensor, or a range of bytes that is only copied. Strips
+do not depend on the number of threads, and their sums are added in their order: the output and the
+receipts are the same for any number.
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, field
+from itertools import pairwise
+from pathlib import Path
+from typing import TYPE_CHECKING, Protocol
+
+import torch
+
+from weft.core.blocks import COPY, STRIP, cut, rows_and_columns
+from weft.core.errors import WeftError
+from weft.core.events import Moved, OnEvent
+from weft.core.specs import Load, Receipt, TensorJob
+from weft.execute._blocks import Files, Workspace
+from weft.execute._kernel import Kernel, Sums
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Sequence
+
+
+class Sink(Protocol):
+    """Where blocks go; it knows every tensor's final place before anything is computed."""
+
+    def offset(self, name: str) -> int:
+        """Where the bytes of the tensor begin in its shard."""
+
+    def write(self, job: TensorJob, offset: int, data: memoryview) -> None:
+        """Put bytes at `offset` of the job's shard."""
+
+    def copy(self, job: TensorJob, offset: int, file: str, start: int, count: int) -> None:
+        """Put `count` bytes of `file`, from `start` on, at `offset` of the job's shard."""
+
+    def finish(self, receipts: Sequence[Receipt]) -> None:
+        """These tensors are complete."""
+
+
+def available_threads() -> int:
+    """What affinity and cgroup allow, never the host's core count."""
+    count = (
+        len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    )
+    return max(1, min(count, int(_cgroup_cores() or count)))
+
+
+def _cgroup_cores() -> float | None:
+    """The CPU quota of this process's cgroup, version 2 or 1, in cores."""
+    try:
+        lines = Path("/proc/self/cgroup").read_text().splitlines()
+    except OSError:
+        return None
+    quotas = []
+    for line in lines:
+        _, controllers, group = line.split(":", 2)
+        root = "/sys/fs/cgroup" + ("/cpu" if "cpu" in controllers.split(",") else "")
+        for folder in {Path(root + group), Path(root)}:
+            try:
+                if controllers == "":
+                    quota, period = (folder / "cpu.max").read_text().split()
+                else:
+                    quota = (folder / "cpu.cfs_quota_us").read_text().strip()
+                    period = (folder / "cpu.cfs_period_us").read_text().strip()
+            except (OSError, ValueError):
+                continue
+            if quota not in ("max", "-1"):
+                quotas.append(max(1.0, int(quota) / int(period)))
+    return min(quotas, default=None)
+
+
+def pick_device(name: str) -> torch.device:
+    """`cpu`, `cuda` or `cuda:n` -> the device.
+
+    Raises:
+        WeftError: There is no such device here.
+    """
+    kind, _, number = name.partition(":")
+    if (
+        kind not in ("cpu", "cuda")
+        or (number and not number.isdigit())
+        or (kind, number > "")
+        == (
+            "cpu",
+            True,
+        )
+    ):
+        raise WeftError(f"unknown device {name!r}", "one of cpu, cuda, cuda:0, cuda:1 …")
+    if kind == "cuda":
+        count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+        if int(number or 0) >= count:
+            raise WeftError(
+                f"no device {name!r}: torch {torch.__version__} sees {count} CUDA devices",
+                "write --device cpu",
+            )
+    return torch.device(name)
+
+
+@dataclass(slots=True)
+class _Group:
+    """Jobs that become complete together: one that is computed, or a run of adjacent copies."""
+
+    jobs: list[TensorJob]
+    pieces: list[tuple[int, int]]
+    kernel: Kernel | None = None
+    sums: dict[int, Sums] = field(default_factory=dict)
+    left: int = 0
+    lock: threading.Lock = field(default_factory=threading.Lock)
+
+
+def run(
+    jobs: Sequence[TensorJob],
+    sink: Sink,
+    *,
+    threads: int,
+    device: torch.device,
+    on_event: OnEvent,
+) -> None:
+    """Evaluate every job, write its blocks to `sink`, and leave a receipt for each.
+
+    Raises:
+        WeftError: What went wrong first; the threads have stopped.
+    """
+    groups = list(_group(jobs, sink, STRIP[device.type]))
+    queue = iter([(group, n) for group in groups for n in range(len(group.pieces))])
+    lock = threading.Lock()
+    stop = threading.Event()
+    files = Files()
+    workspace = Workspace(device)
+
+    def work() -> None:
+        with _one_torch_thread(), _stream(workspace):
+            while not stop.is_set():
+                with lock:
+                    item = next(queue, None)
+                if item is None:
+                    return
+                _run_piece(*item, sink, files, workspace, on_event)
+
+    pool = ThreadPoolExecutor(threads, thread_name_prefix="weft")
+    try:
+        with _one_torch_thread():
+            futures = [pool.submit(work) for _ in range(threads)]
+            done, _ = wait(futures, return_when=FIRST_EXCEPTION)
+            stop.set()
+            for future in done:
+                future.result()
+    finally:
+        stop.set()
+        pool.shutdown(wait=True)
+        files.close()
+
+
+@contextmanager
+def _one_torch_thread() -> Iterator[None]:
+    """The threads are ours: torch starting its own in each would make them fight for the cores."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+def _stream(workspace: Workspace) -> torch.cuda.StreamContext | nullcontext[None]:
+    return nullcontext() if workspace.stream is None else torch.cuda.stream(workspace.stream)
+
+
+def _group(jobs: Sequence[TensorJob], sink: Sink, strip: int) -> Iterator[_Group]:
+    run_of_copies: list[TensorJob] = []
+    for job in jobs:
+        if job.is_copy and run_of_copies and _adjacent(run_of_copies[-1], job, sink):
+            run_of_copies.append(job)
+            continue
+        if run_of_copies:
+            yield _copies(run_of_copies)
+        run_of_copies = [job] if job.is_copy else []
+        if not job.is_copy:
+            rows, columns = rows_and_columns(job.shape)
+            pieces = cut(0, rows, columns, strip)
+            yield _Group([job], pieces, left=len(pieces))
+    if run_of_copies:
+        yield _copies(run_of_copies)
+
+
+def _adjacent(one: TensorJob, other: TensorJob, sink: Sink) -> bool:
+    """Whether `other` follows `one` without a gap, both where it is read and where it goes."""
+    assert isinstance(one.expression, Load)
+    assert isinstance(other.expression, Load)
+    here, there = one.expression.ref, other.expression.ref
+    return (
+        one.shard == other.shard
+        and here.file == there.file
+        and here.stop == there.start
+        and sink.offset(one.name) + here.nbytes == sink.offset(other.name)
+    )
+
+
+def _copies(jobs: list[TensorJob]) -> _Group:
+    first, last = jobs[0].expression, jobs[-1].expression
+    assert isinstance(first, Load)
+    assert isinstance(last, Load)
+    edges = [*range(first.ref.start, last.ref.stop, COPY), last.ref.stop]
+    pieces = list(pairwise(edges)) or [(last.ref.stop, last.ref.stop)]
+    return _Group(jobs, pieces, left=len(pieces))
+
+
+def _run_piece(
+    group: _Group, number: int, sink: Sink, files: Files, workspace: Workspace, on_event: OnEvent
+) -> None:
+    start, stop = group.pieces[number]
+    job = group.jobs[0]
+    if job.is_copy:
+        assert isinstance(job.expression, Load)
+        ref = job.expression.ref
+        sink.copy(job, sink.offset(job.name) + start - ref.start, ref.file, start, stop - start)
+        on_event(Moved(stop - start, stop - start))
+    else:
+        with group.lock:
+            kernel = group.kernel = group.kernel or Kernel(job, files, workspace)
+        sums: Sums | None = None
+        row = kernel.columns * getattr(torch, job.dtype).itemsize
+        for first, data, part in kernel.run(start, stop):
+            sink.write(job, sink.offset(job.name) + first * row, data)
+            on_event(Moved(kernel.bytes_read(len(data) // max(row, 1)), len(data)))
+            sums = sums + part if sums and part else part
+        if sums:
+            group.sums[number] = sums
+    with group.lock:
+        group.left -= 1
+        if group.left:
+            return
+    group.kernel = None  # the factors go as soon as nobody needs them
+    sink.finish(_receipts(group))
+
+
+def _receipts(group: _Group) -> list[Receipt]:
+    if not group.sums:
+        return [Receipt(job.name) for job in group.jobs]
+    total = sum((group.sums[n] for n in sorted(group.sums)), Sums())
+    return [Receipt(group.jobs[0].name, total.base, total.delta, total.error)]

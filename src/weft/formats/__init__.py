@@ -1,0 +1,1 @@
+"""Bytes on disk -> specs; nothing here reads a weight."""

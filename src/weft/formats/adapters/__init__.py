@@ -1,0 +1,59 @@
+"""Adapter formats: one file each, with `detect(path)` and `read(path, given)`.
+
+`open_adapter` asks every format; two that both claim a path is an error, not "first match wins".
+"""
+
+from __future__ import annotations
+
+import importlib
+import pkgutil
+from typing import TYPE_CHECKING, Protocol, cast
+
+from weft.core.errors import FormatError, NotFound
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from weft.core.specs import Adapter
+
+
+class AdapterFormat(Protocol):
+    """What a file in this folder defines."""
+
+    __name__: str
+
+    def detect(self, path: Path) -> bool:
+        """Whether `path` is an adapter in this format, by names and content; reads no weight."""
+
+    def read(self, path: Path, given: str) -> Adapter:
+        """Read headers and config; every tensor of the file is in one entry, or the call raises."""
+
+
+def formats() -> list[AdapterFormat]:
+    """Every format in this folder."""
+    names = sorted(module.name for module in pkgutil.iter_modules(__path__))
+    return [cast("AdapterFormat", importlib.import_module(f"{__name__}.{name}")) for name in names]
+
+
+def open_adapter(path: Path, given: str) -> Adapter:
+    """Read the adapter at `path`.
+
+    Raises:
+        NotFound: No format knows it.
+        FormatError: Several formats claim it, or the one that does finds it malformed.
+    """
+    claims = [form for form in formats() if form.detect(path)]
+    if len(claims) > 1:
+        names = " and ".join(form.__name__.rpartition(".")[2] for form in claims)
+        raise FormatError(f"{path} could be an adapter in the formats {names}")
+    if not claims:
+        raise NotFound(
+            f"no adapter in {path}: it has no adapter_config.json",
+            "give the folder that PEFT's save_pretrained wrote",
+        )
+    return claims[0].read(path, given)
+
+
+def is_adapter(path: Path) -> bool:
+    """Whether some format knows `path`."""
+    return any(form.detect(path) for form in formats())

@@ -1,0 +1,397 @@
+"""PEFT's adapter folder: `adapter_config.json` and `adapter_model.safetensors` (or `.bin`).
+
+Keys are `base_model.model.` + module path + suffix. What each suffix means, and which config
+fields change the merged weight, was read off files that PEFT 0.21.2 wrote.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections import defaultdict
+from typing import TYPE_CHECKING, Any
+
+from weft.core.errors import FormatError, NotFound, PlanError, Problem, Unsupported
+from weft.core.specs import Adapter, AdapterEntry, Param, TensorRef
+from weft.formats.checkpoint import read_header, read_json
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+CONFIG = "adapter_config.json"
+_FILES = ("adapter_model.safetensors", "adapter_model.bin")
+_PREFIX = "base_model.model."
+
+# suffix of a key -> role of the tensor
+_SUFFIXES = {
+    ".lora_A.weight": "A",
+    ".lora_B.weight": "B",
+    ".lora_B.bias": "B_bias",
+    ".lora_embedding_A": "embedding_A",
+    ".lora_embedding_B": "embedding_B",
+    ".lora_magnitude_vector": "magnitude",
+    ".lora_magnitude_vector.weight": "magnitude",
+    ".token_adapter.trainable_tokens_delta": "rows",
+}
+
+# Config fields that make the merged weight something other than W + s·BA, and what they are.
+_VARIANTS = {
+    "use_qalora": "QA-LoRA (its lora_A sees pooled inputs)",
+    "use_bdlora": "BD-LoRA (block-diagonal factors)",
+    "kasa_config": "KaSA (it truncates the base weight)",
+    "monteclora_config": "MonteCLoRA",
+    "velora_config": "VeLoRA",
+    "layer_replication": "layer_replication (a deeper model that shares weights)",
+    "target_parameters": "target_parameters (fused experts)",
+    "megatron_config": "Megatron parallel layers",
+    "alora_invocation_tokens": "aLoRA, which is active after some tokens only: no merged weight",
+    "arrow_config": "Arrow, which routes each token to another adapter: no merged weight",
+}
+_PLAIN_INIT = {"gaussian", "eva", "orthogonal"}
+_MOVED_INIT = {
+    "pissa": "PiSSA",
+    "olora": "OLoRA",
+    "loftq": "LoftQ",
+    "corda": "CorDA",
+    "lora_ga": "LoRA-GA",
+}
+_KNOWN = {
+    *("task_type", "peft_type", "auto_mapping", "peft_version", "base_model_name_or_path"),
+    *("revision", "inference_mode", "r", "target_modules", "exclude_modules", "lora_alpha"),
+    *("lora_dropout", "fan_in_fan_out", "bias", "use_rslora", "modules_to_save"),
+    *("init_lora_weights", "layers_to_transform", "layers_pattern", "rank_pattern"),
+    *("alpha_pattern", "megatron_core", "trainable_token_indices", "loftq_config", "eva_config"),
+    *("corda_config", "lora_ga_config", "use_dora", "qalora_group_size", "runtime_config"),
+    *("lora_bias", "ensure_weight_tying", *_VARIANTS),
+}
+# The files that make a tokenizer; a vocabulary among them makes it complete.
+TOKENIZER_VOCABULARIES = {
+    *("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model"),
+    *("sentencepiece.bpe.model", "tekken.json"),
+}
+TOKENIZER_FILES = TOKENIZER_VOCABULARIES | {
+    *("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "merges.txt"),
+    *("chat_template.jinja", "chat_template.json"),
+}
+
+
+def detect(path: Path) -> bool:
+    return path.is_dir() and (path / CONFIG).is_file()
+
+
+def read(path: Path, given: str) -> Adapter:
+    """Read the headers and the config of the PEFT adapter in `path`.
+
+    Raises:
+        NotFound: The config is there and the weights are not.
+        FormatError: A file is malformed.
+        Unsupported: A kind of adapter that weft does not merge, by name.
+        PlanError: Keys or shapes that contradict each other or the config; all of them.
+    """
+    path = path.absolute()
+    config = read_json(path / CONFIG)
+    _refuse_other_kinds(config, given)
+    files = [path / name for name in _FILES if (path / name).is_file()]
+    if not files:
+        raise NotFound(
+            f"{path} has {CONFIG} and no adapter_model.safetensors or .bin",
+            "finish the download, or the save that was cut short",
+        )
+    header = read_header(files[0])  # PEFT, too, prefers safetensors where both are there
+    tensors = {ref.name: ref for ref in header.tensors}
+    if not tensors:
+        raise FormatError(f"{files[0]} holds no tensors")
+    entries, problems = _entries(tensors, config)
+    if problems:
+        raise PlanError(f"the adapter {given}", problems)
+    unknown = sorted(key for key in set(config) - _KNOWN if config[key])
+    notes = []
+    if unknown:
+        notes.append(f"{CONFIG} has keys that weft does not know and ignores: {', '.join(unknown)}")
+    base = config.get("base_model_name_or_path")
+    revision = config.get("revision")
+    return Adapter(
+        given=given,
+        folder=str(path),
+        files=(str(files[0]), str(path / CONFIG)),
+        kind=str(config["peft_type"]),
+        entries=tuple(entries),
+        tensors=tensors,
+        config=config,
+        base_model=base if isinstance(base, str) and base else None,
+        revision=revision if isinstance(revision, str) else None,
+        ties_weights=bool(config.get("ensure_weight_tying")),
+        notes=tuple(notes),
+        side_files=tuple(sorted(f for f in TOKENIZER_FILES if (path / f).is_file())),
+    )
+
+
+def _refuse_other_kinds(config: dict[str, Any], given: str) -> None:
+    kind = config.get("peft_type")
+    if not isinstance(kind, str):
+        raise FormatError(f"{given}/{CONFIG} names no peft_type")
+    if kind != "LORA":
+        raise Unsupported(
+            f"{given} is a {kind} adapter; this release of weft merges LORA (with DoRA and rsLoRA)",
+            "merge it with PEFT's merge_and_unload",
+        )
+    for field, what in _VARIANTS.items():
+        if config.get(field):
+            raise Unsupported(
+                f"{given} uses {what}, which this release of weft does not merge",
+                None if "no merged weight" in what else "merge it with PEFT's merge_and_unload",
+            )
+    init = config.get("init_lora_weights", True)
+    if isinstance(init, str) and init not in _PLAIN_INIT:
+        name = next((n for key, n in _MOVED_INIT.items() if init.startswith(key)), None)
+        raise Unsupported(
+            f"{given} was initialised with {name}, which moved the base weights: its ΔW does not "
+            "belong to the base that it names"
+            if name
+            else f"{given} has init_lora_weights={init!r}, which weft does not know",
+            "convert it with PEFT (save_pretrained with path_initial_model_for_weight_conversion)"
+            if name
+            else None,
+        )
+    for field in sorted(set(config) - _KNOWN):
+        value = config[field]
+        if (field.startswith("use_") and value is True) or (field.endswith("_config") and value):
+            raise Unsupported(
+                f"{given} sets {field}, a LoRA variant that this release of weft does not know"
+            )
+
+
+# ------------------------------------------------------------------------------------ key grammar
+
+
+def _entries(
+    tensors: dict[str, TensorRef], config: dict[str, Any]
+) -> tuple[list[AdapterEntry], list[Problem]]:
+    problems: list[Problem] = []
+    modules: dict[str, dict[str, TensorRef]] = defaultdict(dict)
+    replaced: list[tuple[str, TensorRef]] = []
+    for key, ref in tensors.items():
+        if not key.startswith(_PREFIX):
+            problems.append(
+                Problem(
+                    f"tensor {key!r} in {ref.file} does not begin with {_PREFIX!r}",
+                    "every key that PEFT writes begins so: save it with PEFT, or rename the keys",
+                )
+            )
+            continue
+        if ref.numel == 0:
+            problems.append(
+                Problem(
+                    f"tensor {key!r} in {ref.file} is empty, shape {list(ref.shape)}",
+                    "a ZeRO-3 or FSDP run saved without gathering its shards: save it again",
+                )
+            )
+            continue
+        path = key.removeprefix(_PREFIX)
+        suffix = next((s for s in _SUFFIXES if path.endswith(s)), None)
+        if suffix:
+            module = path.removesuffix(suffix)
+            if ".base_layer" in f".{module}.":
+                problems.append(_nested(key, ref))
+            elif _SUFFIXES[suffix] in modules[module]:
+                problems.append(
+                    Problem(f"tensor {key!r} in {ref.file} stands for one seen already")
+                )
+            else:
+                modules[module][_SUFFIXES[suffix]] = ref
+        elif re.search(
+            r"\.lora_|\.trainable_tokens_|\.modules_to_save\.|\.original_module\.", path
+        ):
+            problems.append(
+                Problem(
+                    f"tensor {key!r} in {ref.file} has no ending that weft knows",
+                    f"known endings: {', '.join(_SUFFIXES)}",
+                )
+            )
+        else:
+            replaced.append((path, ref))
+    entries: list[AdapterEntry] = []
+    for module, roles in modules.items():
+        found, wrong = _module_entries(module, roles, config)
+        entries += found
+        problems += wrong
+    entries += [_replacement(path, ref, config) for path, ref in replaced]
+    return entries, problems
+
+
+def _nested(key: str, ref: TensorRef) -> Problem:
+    return Problem(
+        f"tensor {key!r} in {ref.file} wraps a layer twice (fused experts or attention)",
+        "this release of weft does not merge nested layers: use PEFT's merge_and_unload",
+    )
+
+
+def _replacement(path: str, ref: TensorRef, config: dict[str, Any]) -> AdapterEntry:
+    """A full tensor: `modules_to_save`, `bias=`, an embedding saved along."""
+    module, _, parameter = path.rpartition(".")
+    # PEFT captures by plain endswith, without a dot boundary ("norm" takes input_layernorm, too).
+    named = config.get("modules_to_save") or []
+    saved = any(part for name in named for part in _parents(module) if part.endswith(name))
+    own_base = module == "base_layer" or module.endswith(".base_layer")
+    module = module.removesuffix("base_layer").removesuffix(".")
+    params: tuple[tuple[str, Param], ...] = ()
+    if own_base and parameter == "weight":
+        params = (("own_base", True),)
+    return AdapterEntry(
+        module, parameter, "replace", (("value", ref),), params=params, optional=saved
+    )
+
+
+def _parents(module: str) -> list[str]:
+    parts = module.split(".")
+    return [".".join(parts[: n + 1]) for n in range(len(parts))]
+
+
+def _module_entries(
+    module: str, roles: dict[str, TensorRef], config: dict[str, Any]
+) -> tuple[list[AdapterEntry], list[Problem]]:
+    entries: list[AdapterEntry] = []
+    problems: list[Problem] = []
+    if rows := roles.pop("rows", None):
+        entry = _trainable_tokens(module, rows, config)
+        (problems if isinstance(entry, Problem) else entries).append(entry)  # type: ignore[arg-type]
+    if not roles:
+        return entries, problems
+    file = next(iter(roles.values())).file
+    embedding = "embedding_A" in roles or "embedding_B" in roles
+    a, b = ("embedding_A", "embedding_B") if embedding else ("A", "B")
+    missing = [role for role in (a, b) if role not in roles]
+    if missing:
+        names = " and ".join(f"lora_{role}" for role in missing)
+        there = ", ".join(ref.name for ref in roles.values())
+        problems.append(
+            Problem(
+                f"module {module!r} in {file} has {there} and lacks {names}",
+                "the file lost tensors: save or download the adapter again",
+            )
+        )
+        return entries, problems
+    if embedding and {"A", "B", "B_bias"} & set(roles):
+        problems.append(Problem(f"module {module!r} in {file} has both kinds of factors"))
+        return entries, problems
+    A, B = roles[a], roles[b]
+    wrong = _factor_shapes(module, A, B) or _rank_against_config(module, A, config)
+    scaling = _scaling(module, A.shape[0], config) if not wrong else Problem("")
+    if wrong or isinstance(scaling, Problem):
+        problems.append(wrong or scaling)  # type: ignore[arg-type]
+        return entries, problems
+    tensors = [("A", A), ("B", B)]
+    params: tuple[tuple[str, Param], ...] = (("transposed", True),) if embedding else ()
+    kind = "lora"
+    magnitude = roles.get("magnitude")
+    if bool(config.get("use_dora")) != (magnitude is not None):
+        problems.append(
+            Problem(
+                f"module {module!r} in {file} has {'a' if magnitude else 'no'} "
+                f"lora_magnitude_vector, and use_dora is {bool(config.get('use_dora'))}",
+                "the config and the weights are not of one save",
+            )
+        )
+    elif magnitude:
+        kind = "dora"
+        tensors.append(("magnitude", magnitude))
+    entries.append(AdapterEntry(module, "weight", kind, tuple(tensors), scaling, params))
+    if bias := roles.get("B_bias"):
+        entries.append(AdapterEntry(module, "bias", "lora_bias", (("bias", bias),), scaling))
+    return entries, problems
+
+
+def _factor_shapes(module: str, A: TensorRef, B: TensorRef) -> Problem | None:
+    shapes = f"lora_A {list(A.shape)}, lora_B {list(B.shape)}"
+    if len(A.shape) > 2 and len(A.shape) == len(B.shape):
+        return Problem(
+            f"module {module!r} in {A.file} is LoRA on a convolution ({shapes})",
+            "this release of weft does not merge convolutions: use PEFT's merge_and_unload",
+        )
+    if len(A.shape) != 2 or len(B.shape) != 2:
+        return Problem(
+            f"module {module!r} in {A.file}: {shapes} are not two matrices",
+            "flat factors are what FSDP leaves when it saves without gathering: save it again",
+        )
+    if A.shape[0] != B.shape[1]:
+        return Problem(
+            f"module {module!r} in {A.file}: {shapes} do not share a rank "
+            f"({A.shape[0]} rows of A, {B.shape[1]} columns of B)"
+        )
+    return None
+
+
+# ------------------------------------------------------------------------------- rank and scaling
+
+
+def _matching(patterns: Any, module: str) -> list[Any]:
+    """Values of the patterns that PEFT would find to match `module`, in the file's order."""
+    if not isinstance(patterns, dict):
+        return []
+    values = []
+    for pattern, value in patterns.items():
+        try:
+            if re.match(rf"(.*\.)?({pattern})$", module):
+                values.append(value)
+        except re.error:
+            if module == pattern or module.endswith("." + pattern):
+                values.append(value)
+    return values
+
+
+def _rank_against_config(module: str, A: TensorRef, config: dict[str, Any]) -> Problem | None:
+    rank = A.shape[0]
+    allowed = _matching(config.get("rank_pattern"), module) or [config.get("r")]
+    if rank in allowed:
+        return None
+    says = " or ".join(str(value) for value in allowed)
+    return Problem(
+        f"module {module!r} in {A.file} has rank {rank}, and {CONFIG} says r = {says}",
+        f"the config and the weights are not of one save: correct r or rank_pattern in {CONFIG}",
+    )
+
+
+def _scaling(module: str, rank: int, config: dict[str, Any]) -> float | Problem:
+    """Alpha / r, or alpha / √r for rsLoRA (arXiv:2312.03732); r is that of the tensors."""
+    alphas = _matching(config.get("alpha_pattern"), module) or [config.get("lora_alpha")]
+    alpha = alphas[0]
+    if not isinstance(alpha, int | float) or isinstance(alpha, bool) or not math.isfinite(alpha):
+        return Problem(
+            f"module {module!r}: {CONFIG} gives lora_alpha = {alpha!r}, and a number is needed",
+            "without alpha the scaling is unknown; set it to what the adapter was trained with",
+        )
+    if any(other != alpha for other in alphas[1:]):
+        says = " and ".join(str(value) for value in dict.fromkeys(alphas))
+        return Problem(
+            f"module {module!r} is matched by patterns of alpha_pattern that say {says}",
+            "PEFT saves the patterns sorted, so the order that counted in training is lost: "
+            f"leave the right one in {CONFIG}",
+        )
+    return float(alpha) / (math.sqrt(rank) if config.get("use_rslora") else rank)
+
+
+def _trainable_tokens(
+    module: str, rows: TensorRef, config: dict[str, Any]
+) -> AdapterEntry | Problem:
+    indices = config.get("trainable_token_indices")
+    if isinstance(indices, dict):
+        found = [v for k, v in indices.items() if module == k or module.endswith("." + k)]
+        indices = found[0] if len(found) == 1 else None
+    if not isinstance(indices, list) or not all(type(i) is int and i >= 0 for i in indices):
+        return Problem(
+            f"module {module!r} in {rows.file} has trained token rows, and trainable_token_indices "
+            f"in {CONFIG} does not say which"
+        )
+    # PEFT keeps the rows in the order of the list, and drops repeated indices when it wraps.
+    if len(set(indices)) != len(indices) or len(rows.shape) != 2 or rows.shape[0] != len(indices):
+        return Problem(
+            f"module {module!r} in {rows.file} has token rows of shape {list(rows.shape)}, and "
+            f"trainable_token_indices in {CONFIG} names {len(set(indices))} tokens"
+        )
+    return AdapterEntry(
+        module,
+        "weight",
+        "trainable_tokens",
+        (("rows", rows),),
+        params=(("indices", tuple(indices)),),
+    )

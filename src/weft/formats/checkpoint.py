@@ -1,0 +1,215 @@
+"""A folder or file with a base model -> `Checkpoint`: tensors, config, files beside them."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib
+import json
+from pathlib import Path
+from typing import Any
+
+from weft.core.errors import FormatError, NotFound, Unsupported
+from weft.core.names import nearest
+from weft.core.specs import Checkpoint, Input, TensorRef
+from weft.formats.safetensors import Header
+from weft.formats.safetensors import read_header as read_safetensors_header
+
+_KEPT_SUFFIXES = {
+    ".json",
+    ".txt",
+    ".model",
+    ".jinja",
+    ".py",
+    ".tiktoken",
+    ".bpe",
+    ".spm",
+    ".vocab",
+    ".md",
+}
+_KEPT_NAMES = {"LICENSE", "NOTICE"}
+# Written anew, or about the training and not about the model.
+_NOT_KEPT = {
+    "README.md",
+    "weft.json",
+    "adapter_config.json",
+    "trainer_state.json",
+    "all_results.json",
+}
+_KEPT_FOLDERS = {"additional_chat_templates", "chat_templates"}
+_WEIGHT_SUFFIXES = {".safetensors", ".bin", ".pt", ".pth"}
+
+
+def open_checkpoint(path: Path, given: str) -> Checkpoint:
+    """Read every header of the checkpoint at `path`, a folder or a single file.
+
+    Raises:
+        NotFound: There is no checkpoint here, or a shard is missing.
+        FormatError: A header, the index or the config is malformed, or they contradict each other.
+        Unsupported: A format that is known and not read.
+    """
+    path = path.absolute()
+    if path.is_file():
+        folder, files, weight_map = path.parent, [path.name], None
+        alone = [f for f in folder.iterdir() if f.suffix in _WEIGHT_SUFFIXES] == [path]
+    else:
+        folder, alone = path, True
+        files, weight_map = _find_weights(folder)
+    tensors, metadata = _read_shards(folder, files, weight_map)
+    kept, left = _side_files(folder, files) if alone else ([], [])
+    config = read_json(folder / "config.json") if "config.json" in kept else {}
+    return Checkpoint(
+        given, str(folder), tensors, tuple(files), metadata, config, tuple(kept), tuple(left)
+    )
+
+
+def has_weights(folder: Path) -> bool:
+    """Whether `folder` holds a checkpoint (an adapter's folder does not)."""
+    return any((folder / name).is_file() for name in _INDEXES + _SINGLES)
+
+
+_INDEXES = ("model.safetensors.index.json", "pytorch_model.bin.index.json")
+_SINGLES = ("model.safetensors", "pytorch_model.bin")
+
+
+def _find_weights(folder: Path) -> tuple[list[str], dict[str, str] | None]:
+    """The shards of `folder` in order, and what its index says is in which."""
+    for index, single in zip(_INDEXES, _SINGLES, strict=True):
+        if (folder / index).is_file():
+            weight_map = _read_index(folder / index)
+            return sorted(set(weight_map.values())), weight_map
+        if (folder / single).is_file():
+            return [single], None
+    if (folder / "adapter_config.json").is_file():
+        raise NotFound(f"{folder} is an adapter, not a base model", "give its base model first")
+    others = sorted(f.name for f in folder.glob("*.safetensors"))
+    if len(others) == 1:
+        return others, None
+    if others:
+        raise NotFound(
+            f"{folder} has {len(others)} .safetensors files and no model.safetensors.index.json",
+            "shards need their index; or name the one file that is meant",
+        )
+    for pattern, what in (("*.gguf", "a GGUF file"), ("lit_model.pth", "a LitGPT checkpoint")):
+        if any(folder.glob(pattern)):
+            raise Unsupported(
+                f"{folder} holds {what}, which weft does not read yet",
+                "give the Hugging Face checkpoint that it was made from",
+            )
+    raise NotFound(f"no model in {folder}: no .safetensors and no pytorch_model.bin")
+
+
+def _read_index(path: Path) -> dict[str, str]:
+    weight_map = read_json(path).get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise FormatError(f"{path} has no weight_map")
+    for name, shard in weight_map.items():
+        # A shard is a file beside the index; anything else could reach out of the folder.
+        if (
+            not isinstance(shard, str)
+            or Path(shard).name != shard
+            or "\\" in shard
+            or "\0" in shard
+        ):
+            raise FormatError(f"{path}: weight_map[{name!r}] is {shard!r}, not a file name")
+        if not (path.parent / shard).is_file():
+            raise NotFound(
+                f"{path.parent} lacks {shard}, which holds {name!r}", "finish the download"
+            )
+    return weight_map
+
+
+def read_header(path: Path) -> Header:
+    """The header of a weight file, by its content's format."""
+    if path.suffix == ".safetensors":
+        return read_safetensors_header(path)
+    # torch is imported here and nowhere else on the way to `weft inspect` of safetensors.
+    reader = importlib.import_module("weft.formats.torch_pickle")
+    header = reader.read_header(path)
+    assert isinstance(header, Header)
+    return header
+
+
+def _read_shards(
+    folder: Path, files: list[str], weight_map: dict[str, str] | None
+) -> tuple[dict[str, TensorRef], dict[str, str]]:
+    tensors: dict[str, TensorRef] = {}
+    metadata: dict[str, str] = {}
+    for number, file in enumerate(files):
+        header = read_header(folder / file)
+        metadata = metadata if number else header.metadata
+        for ref in header.tensors:
+            home = weight_map.get(ref.name, file) if weight_map else file
+            if home != file:
+                continue  # the index says that another shard's copy is the one that counts
+            if ref.name in tensors:
+                other = Path(tensors[ref.name].file).name
+                raise FormatError(f"{folder}: tensor {ref.name!r} is in {other} and in {file}")
+            tensors[ref.name] = ref
+    for name, file in (weight_map or {}).items():
+        if name not in tensors:
+            near = nearest(name, tensors)
+            raise FormatError(
+                f"{folder}: the index says that {name!r} is in {file}, and it is not",
+                f"the nearest name there is {near[0]!r}" if near else None,
+            )
+    if not tensors:
+        raise FormatError(f"{folder}: {', '.join(files)} hold no tensors")
+    return tensors, metadata
+
+
+def _side_files(folder: Path, weights: list[str]) -> tuple[list[str], list[str]]:
+    """What belongs to the model beside its weights, and what else lies in the folder."""
+    kept: list[str] = []
+    left: list[str] = []
+    folders = set(_KEPT_FOLDERS)
+    if (folder / "modules.json").is_file():  # sentence-transformers: one folder per module
+        modules = json.loads((folder / "modules.json").read_text())
+        folders |= {str(m["path"]) for m in modules if isinstance(m, dict) and m.get("path")}
+    for path in sorted(folder.iterdir()):
+        if path.name.startswith(".") or path.name in weights or path.name.endswith(".index.json"):
+            continue
+        if path.is_dir():
+            if path.name in folders:
+                kept += [str(f.relative_to(folder)) for f in sorted(path.rglob("*")) if f.is_file()]
+            else:
+                left.append(path.name + "/")
+        elif path.name in _NOT_KEPT:
+            continue
+        elif path.suffix in _KEPT_SUFFIXES or path.name in _KEPT_NAMES:
+            kept.append(path.name)
+        else:
+            left.append(path.name)
+    return kept, left
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON object from `path`.
+
+    Raises:
+        FormatError: Not JSON, or not an object.
+    """
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise FormatError(f"{path} is not JSON: {str(error)[:100]}") from None
+    except OSError as error:
+        raise FormatError(f"cannot read {path}: {error.strerror}") from None
+    if not isinstance(content, dict):
+        raise FormatError(f"{path} is a JSON {type(content).__name__}, not an object")
+    return content
+
+
+def describe_input(role: str, path: Path) -> Input:
+    """What the manifest says of an input file, and what tells later that it has changed."""
+    stat = path.stat()
+    if path.suffix in _WEIGHT_SUFFIXES:
+        sha256 = read_header(path).sha256
+    else:
+        sha256 = hashlib.sha256(path.read_bytes()).hexdigest()
+    return Input(role, str(path.absolute()), stat.st_size, sha256, identify(path))
+
+
+def identify(path: Path) -> tuple[int, ...]:
+    """Numbers that change when the file does."""
+    stat = path.stat()
+    return (stat.st_dev, stat.st_ino, stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns)

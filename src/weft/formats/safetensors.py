@@ -1,0 +1,158 @@
+"""The safetensors header, read and written in pure Python (format: huggingface/safetensors README).
+
+A file is 8 bytes of header length N (little-endian), N bytes of JSON, then the tensors' bytes
+without a hole. The reader believes nothing: lengths, offsets, shapes and names are checked against
+each other and against the file before a single byte range leaves this module.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from weft.core.dtypes import CODES, NAMES, itemsize
+from weft.core.errors import FormatError, NotFound
+from weft.core.specs import Shape, TensorRef
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+
+MAX_HEADER = 100_000_000  # bytes, the limit of the reference implementation
+
+
+@dataclass(frozen=True, slots=True)
+class Header:
+    """What one file holds: its tensors in the order of their bytes, its metadata, its hash."""
+
+    tensors: tuple[TensorRef, ...]
+    metadata: dict[str, str]
+    sha256: str
+
+
+def read_header(path: str | Path) -> Header:
+    """Read the header of `path` and check it against the file.
+
+    Raises:
+        NotFound: There is no such file.
+        FormatError: The file is not what the format demands; the message says where.
+    """
+    path = Path(path)
+    try:
+        with path.open("rb") as file:
+            size = os.fstat(file.fileno()).st_size
+            first = file.read(8)
+            if len(first) < 8:
+                raise _broken(path, f"it has {size} bytes, and a header length alone takes 8")
+            length = int.from_bytes(first, "little")
+            if length > MAX_HEADER:
+                raise _broken(path, f"its header claims {length:,} bytes (at most {MAX_HEADER:,})")
+            if length > size - 8:
+                raise _broken(path, f"its header claims {length:,} bytes and the file has {size:,}")
+            raw = file.read(length)
+    except FileNotFoundError:
+        raise NotFound(f"no such file: {path}") from None
+    except OSError as error:
+        raise FormatError(f"cannot read {path}: {error.strerror}") from None
+    content = _parse(path, raw)
+    metadata = content.pop("__metadata__", None) or {}
+    if not isinstance(metadata, dict) or not all(isinstance(v, str) for v in metadata.values()):
+        raise _broken(path, "its __metadata__ is not a mapping of strings")
+    data = 8 + length
+    refs = [_entry(path, name, entry, data, size) for name, entry in content.items()]
+    refs.sort(key=lambda ref: (ref.start, ref.stop))
+    _check_cover(path, refs, data, size)
+    return Header(tuple(refs), metadata, hashlib.sha256(first + raw).hexdigest())
+
+
+def build_header(
+    tensors: Iterable[tuple[str, str, Shape]], metadata: dict[str, str]
+) -> tuple[bytes, dict[str, int]]:
+    """The head of a file with `tensors` (name, dtype, shape), laid out in the order given.
+
+    Returns:
+        The bytes before the data, and each tensor's offset in the file. The data begins at a
+        multiple of 8, as readers that map the file need it.
+    """
+    content: dict[str, Any] = {"__metadata__": metadata}
+    offsets: dict[str, int] = {}
+    offset = 0
+    for name, dtype, shape in tensors:
+        offsets[name] = offset
+        end = offset + math.prod(shape) * itemsize(dtype)
+        content[name] = {"dtype": CODES[dtype], "shape": shape, "data_offsets": (offset, end)}
+        offset = end
+    raw = json.dumps(content, separators=(",", ":"), ensure_ascii=False).encode()
+    raw += b" " * (-len(raw) % 8)
+    head = len(raw).to_bytes(8, "little") + raw
+    return head, {name: len(head) + start for name, start in offsets.items()}
+
+
+def _parse(path: Path, raw: bytes) -> dict[str, Any]:
+    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        keys = dict(pairs)
+        if len(keys) < len(pairs):
+            names = [key for key, _ in pairs]
+            twice = next(name for name in names if names.count(name) > 1)
+            raise _broken(path, f"its header has the key {twice!r} twice")
+        return keys
+
+    try:
+        content = json.loads(raw.decode("utf-8"), object_pairs_hook=unique)
+    except (ValueError, RecursionError) as error:  # ValueError: not UTF-8, not JSON, absurd numbers
+        raise _broken(path, f"its header is not JSON: {str(error)[:80]}") from None
+    if not isinstance(content, dict):
+        raise _broken(path, f"its header is a JSON {type(content).__name__}, not an object")
+    return content
+
+
+def _entry(path: Path, name: str, entry: Any, data: int, size: int) -> TensorRef:
+    def wrong(fact: str) -> FormatError:
+        return _broken(path, f"tensor {name!r}: {fact}")
+
+    if not isinstance(entry, dict) or set(entry) != {"dtype", "shape", "data_offsets"}:
+        raise wrong("its entry is not {dtype, shape, data_offsets}")
+    code, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
+    if not isinstance(code, str) or code not in NAMES:
+        raise wrong(f"unknown dtype {str(code)[:40]!r}")
+    if not isinstance(shape, list) or not all(type(n) is int and n >= 0 for n in shape):
+        raise wrong(f"shape {str(shape)[:60]} is not a list of non-negative integers")
+    if not (
+        isinstance(offsets, list) and len(offsets) == 2 and all(type(n) is int for n in offsets)
+    ):
+        raise wrong(f"data_offsets {str(offsets)[:60]} are not two integers")
+    start, stop = offsets
+    if not 0 <= start <= stop:
+        raise wrong(f"data_offsets {start}…{stop} run backwards")
+    if data + stop > size:
+        raise wrong(f"its bytes end at {data + stop:,} and the file at {size:,}: it is cut short")
+    dtype = NAMES[code]
+    need = math.prod(shape) * itemsize(dtype)
+    if stop - start != need:
+        raise wrong(f"{dtype} {shape} takes {need:,} bytes and the offsets give {stop - start:,}")
+    return TensorRef(str(path), name, dtype, tuple(shape), data + start, data + stop)
+
+
+def _check_cover(path: Path, refs: list[TensorRef], data: int, size: int) -> None:
+    """The format allows neither overlaps nor holes: both are ways to smuggle or lose bytes."""
+    end = data
+    for ref in refs:
+        if ref.start < end:
+            raise _broken(path, f"tensor {ref.name!r} overlaps the one before it")
+        if ref.start > end:
+            raise _broken(
+                path, f"{ref.start - end:,} bytes before {ref.name!r} belong to no tensor"
+            )
+        end = ref.stop
+    if end != size:
+        raise _broken(path, f"{size - end:,} bytes at the end belong to no tensor")
+
+
+def _broken(path: Path, fact: str) -> FormatError:
+    return FormatError(
+        f"{path} is not a sound safetensors file: {fact}", "get the file again, or save it again"
+    )

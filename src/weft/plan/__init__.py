@@ -1,0 +1,1 @@
+"""Specs -> Plan; from headers and configs alone, no weight is read and no file is open."""

@@ -1,0 +1,258 @@
+"""Which tensor of the base each entry of an adapter changes, and whether its shapes fit there."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+from weft import deltas
+from weft.core.dtypes import WEIGHTS
+from weft.core.errors import Problem
+from weft.core.names import Match, match, nearest
+from weft.core.specs import Adapter, AdapterEntry, Checkpoint, Delta, Shape, TensorRef
+from weft.plan.preflight import config_value
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+
+# The architectures whose blocks are made of transformers' Conv1D, which stores (in, out).
+_CONV1D_MODELS = {"gpt2", "openai-gpt", "imagegpt", "decision_transformer"}
+_CONV1D_MODULES = {"c_attn", "c_proj", "c_fc", "q_attn"}
+
+
+@dataclass(slots=True)
+class Change:
+    """Everything that happens to one tensor.
+
+    Attributes:
+        base: A tensor of an adapter that takes the place of the base's (a resized embedding).
+        deltas: What is added, with the number of the adapter that adds it.
+    """
+
+    base: TensorRef | None = None
+    deltas: list[tuple[int, Delta]] = field(default_factory=list)
+
+
+@dataclass(slots=True)
+class Targets:
+    """What the adapters do to the base, tensor by tensor, and what is wrong with it."""
+
+    changes: dict[str, Change] = field(default_factory=dict)
+    added: dict[str, TensorRef] = field(default_factory=dict)
+    notes: list[str] = field(default_factory=list)
+    problems: list[Problem] = field(default_factory=list)
+
+    def change(self, name: str) -> Change:
+        return self.changes.setdefault(name, Change())
+
+
+def collect(
+    base: Checkpoint,
+    adapters: Sequence[tuple[Adapter, float]],
+    head: str | None,
+    embedding: str | None,
+) -> Targets:
+    """Place every entry of every adapter.
+
+    Args:
+        base: The base model.
+        adapters: Each with its weight.
+        head: Name of the output embedding of a tied model, which may be absent from the files.
+        embedding: Name of the tensor that a tied model has in its place.
+    """
+    targets = Targets()
+    for number, (adapter, weight) in enumerate(adapters):
+        names = _match(base, adapter, head, targets)
+        # What the adapter brings as the base of a layer comes first: the deltas must fit that one.
+        ordered = sorted(adapter.entries, key=lambda e: not dict(e.params).get("own_base"))
+        for entry in ordered:
+            name = names.get(entry.target)
+            if name is None:
+                continue
+            present = base.tensors.get(name) or base.tensors.get(embedding or "")
+            if present is None:
+                _add_new(name, entry, weight, adapter, targets)
+            else:
+                _place(number, entry, name, present, weight, base, adapter, targets)
+    return targets
+
+
+def _match(
+    base: Checkpoint, adapter: Adapter, head: str | None, targets: Targets
+) -> dict[str, str]:
+    """Adapter target -> tensor name of the output; what does not land is a problem."""
+    present = set(base.tensors) | ({head} if head else set())
+    wanted = list(dict.fromkeys(entry.target for entry in adapter.entries))
+    found = match(wanted, present)
+    if len(found.edits) > 1:
+        edits = "; ".join(f"{_edit(edit)} ({count})" for edit, count in found.edits.items())
+        targets.problems.append(
+            Problem(
+                f"{adapter.given} fits {base.given} only with several renamings at once: {edits}",
+                "the adapter belongs to another model, or its keys were edited by hand",
+            )
+        )
+    for edit, count in found.edits.items():
+        targets.notes.append(f"{adapter.given}: {_edit(edit)} to match the base ({count} tensors)")
+    for want, several in found.ambiguous.items():
+        targets.problems.append(
+            Problem(
+                f"{want} of {adapter.given} could be {' or '.join(several[:4])} in {base.given}"
+            )
+        )
+    optional = {entry.target: entry for entry in adapter.entries}
+    names = dict(found.names)
+    for want in found.unmatched:
+        entry = optional[want]
+        if entry.optional and _is_new_module(entry.module, base):
+            names[want] = _renamed(want, found)
+        else:
+            targets.problems.append(_unmatched(want, entry, base, adapter))
+    return names
+
+
+def _edit(edit: tuple[str, str]) -> str:
+    off, on = edit
+    return f"{off!r} taken off the adapter's names" if off else f"{on!r} put before its names"
+
+
+def _renamed(name: str, found: Match) -> str:
+    for off, on in found.edits:
+        name = name.removeprefix(off) if off else on + name
+    return name
+
+
+def _is_new_module(module: str, base: Checkpoint) -> bool:
+    """No tensor of the base belongs to a module of that name, under any prefix."""
+    last = f".{module}.".rsplit(".", 2)[1]
+    return not any(f".{last}." in f".{name}" for name in base.tensors)
+
+
+def _unmatched(want: str, entry: AdapterEntry, base: Checkpoint, adapter: Adapter) -> Problem:
+    ref = entry.tensors[0][1]
+    where = f"{ref.name} of {adapter.given} ({ref.file})"
+    siblings = [name for name in base.tensors if name.startswith(entry.module + ".")]
+    if entry.kind == "lora_bias" and f"{entry.module}.weight" in siblings:
+        return Problem(f"{where} is a bias for {entry.module}, which has none in {base.given}")
+    if any(name.endswith(".in_proj_weight") for name in siblings):
+        return Problem(
+            f"{where} is LoRA on nn.MultiheadAttention",
+            "this release of weft does not merge it: use PEFT's merge_and_unload",
+        )
+    near = nearest(want, base.tensors)
+    close = f"; nearest: {', '.join(near)}" if near else ""
+    return Problem(
+        f"{where} changes {want}, which {base.given} does not have{close}",
+        f"is {base.given} the model that the adapter was trained on? It names "
+        f"{adapter.base_model or 'none'} (weft inspect shows both)",
+    )
+
+
+def _add_new(
+    name: str, entry: AdapterEntry, weight: float, adapter: Adapter, targets: Targets
+) -> None:
+    (_, ref), *_ = entry.tensors
+    if weight == 0:
+        return
+    if weight != 1 or name in targets.added:
+        targets.problems.append(
+            Problem(f"{ref.name} of {adapter.given} is new to the base: it can only have weight 1")
+        )
+        return
+    targets.added[name] = ref
+    targets.notes.append(f"{name} is new: {adapter.given} saves it and the base has none")
+
+
+def _place(
+    number: int,
+    entry: AdapterEntry,
+    name: str,
+    present: TensorRef,
+    weight: float,
+    base: Checkpoint,
+    adapter: Adapter,
+    targets: Targets,
+) -> None:
+    """Check one entry against the tensor that it changes, and add it to the changes."""
+    change = targets.change(name)
+    shapes = {role: ref.shape for role, ref in entry.tensors}
+    params = dict(entry.params)
+    value = dict(entry.tensors).get("value")
+    if present.dtype not in WEIGHTS:
+        targets.problems.append(
+            Problem(
+                f"{name} of {base.given} is {present.dtype}, and ΔW cannot be added to that",
+                "merge into the 16-bit model that it was quantised from",
+            )
+        )
+        return
+    if value and (params.get("own_base") or _grows(value.shape, present, base)):
+        if value.shape != present.shape and not _grows(value.shape, present, base):
+            targets.problems.append(_misfit(entry, name, present.shape, adapter))
+        elif weight not in (0, 1) or (weight and change.base is not None):
+            what = "resizes" if value.shape != present.shape else "has its own base for"
+            fact = f"{adapter.given} {what} {name}: only one adapter may, and with weight 1"
+            targets.problems.append(Problem(fact))
+        elif weight:
+            change.base = value
+            if value.shape != present.shape:
+                sizes = f"{list(present.shape)} to {list(value.shape)}"
+                targets.notes.append(f"{name} goes from {sizes}, as {adapter.given} saved it")
+        return
+    shape = change.base.shape if change.base else present.shape
+    fits = deltas.kind(entry.kind).orientations(shapes, params, shape)
+    if not fits:
+        targets.problems.append(_misfit(entry, name, shape, adapter))
+        return
+    if len(fits) > 1:
+        fits = (_square_is_transposed(entry.module, base, adapter),)
+    if fits[0]:
+        params["transposed"] = True
+    if any(owner == number and other.kind == entry.kind for owner, other in change.deltas):
+        targets.problems.append(
+            Problem(
+                f"two tensors of {adapter.given} change {name}: {entry.tensors[0][1].name} is one"
+            )
+        )
+    elif weight:
+        delta = Delta(
+            entry.kind, entry.tensors, entry.scaling, weight, tuple(sorted(params.items()))
+        )
+        change.deltas.append((number, delta))
+
+
+def _grows(value: Shape, present: TensorRef, base: Checkpoint) -> bool:
+    """A tensor with one row per token, saved after the vocabulary was resized."""
+    rows = config_value(base.config, "vocab_size")
+    same = value[1:] == present.shape[1:] and value != present.shape
+    return same and len(value) > 0 and rows in (None, present.shape[0])
+
+
+def _misfit(entry: AdapterEntry, name: str, shape: Shape, adapter: Adapter) -> Problem:
+    parts = ", ".join(f"{ref.name} {list(ref.shape)}" for _, ref in entry.tensors)
+    file = entry.tensors[0][1].file
+    return Problem(
+        f"{name} is {list(shape)} in the base, and {parts} in {file} do not fit it",
+        f"the adapter names {adapter.base_model or 'no model'} as its base: is this that one, "
+        "in the same size?",
+    )
+
+
+def _square_is_transposed(module: str, base: Checkpoint, adapter: Adapter) -> bool:
+    """A square matrix fits both ways: the architecture decides, since PEFT's flag does not.
+
+    (`fan_in_fan_out` in the config is that of the module which happened to be adapted last.)
+    """
+    model_type = config_value(base.config, "model_type")
+    if model_type is not None:
+        return model_type in _CONV1D_MODELS and module.rpartition(".")[2] in _CONV1D_MODULES
+    return bool(adapter.config.get("fan_in_fan_out"))
+
+
+def transposed_modules(changes: Mapping[str, Change]) -> int:
+    """How many low-rank deltas lie transposed to their weight, embeddings aside."""
+    return sum(
+        delta.kind in ("lora", "dora") and bool(delta.param("transposed", False))
+        for change in changes.values()
+        for _, delta in change.deltas
+    )

@@ -1,0 +1,203 @@
+"""Base + adapters -> Plan: W + Σ weightᵢ · ΔWᵢ for every tensor that some adapter changes."""
+
+from __future__ import annotations
+
+import math
+import re
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from weft.core.dtypes import WEIGHTS
+from weft.core.errors import PlanError, Problem
+from weft.core.specs import (
+    Adapter,
+    AddDeltas,
+    Checkpoint,
+    Expression,
+    Load,
+    Plan,
+    TensorJob,
+    TensorRef,
+    job_bytes,
+)
+from weft.formats.checkpoint import describe_input
+from weft.plan._side_files import side_files
+from weft.plan._targets import Change, Targets, collect
+from weft.plan._tied import find_tie, resolve
+from weft.plan.preflight import config_value, dominant_dtype, quantised
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+
+def plan_merge(
+    base: Checkpoint,
+    adapters: Sequence[tuple[Adapter, float]],
+    *,
+    dtype: str | None = None,
+    max_shard_size: int | None = None,
+) -> Plan:
+    """Say what every output tensor is.
+
+    Args:
+        base: The base model.
+        adapters: Each with the weight that multiplies its whole update.
+        dtype: Of every floating tensor of the output; None keeps each tensor's own.
+        max_shard_size: Bytes per shard; None keeps the base's shards.
+
+    Raises:
+        PlanError: The adapters do not fit the base; every reason found.
+    """
+    subject = " + ".join([base.given, *(adapter.given for adapter, _ in adapters)])
+    if problems := quantised(base):
+        raise PlanError(subject, problems)
+    tie = find_tie(base, adapters)
+    targets = collect(base, adapters, tie.head if tie else None, tie.embedding if tie else None)
+    untied = tie is not None and resolve(tie, targets, base, adapters)
+    rows = _new_rows(base, targets)
+    if targets.problems:
+        raise PlanError(subject, targets.problems)
+    # What was not tied before must not become so by a default of the model's class.
+    untied = untied or (tie is None and _changes_an_end(base, targets))
+    jobs = _jobs(base, targets, dtype, tie.embedding if tie else None)
+    jobs = _reshard(jobs, max_shard_size) if max_shard_size else jobs
+    written = dominant_dtype((job.dtype, job_bytes(job)) for job in jobs)
+    files, notes = side_files(base, adapters, dtype=written, rows=rows, untied=untied)
+    notes += [
+        f"{a.given} has weight 0: nothing of it is used" for a, weight in adapters if not weight
+    ]
+    return Plan(
+        jobs=tuple(jobs),
+        metadata=tuple(sorted({**base.metadata, "format": "pt"}.items())),
+        side_files=tuple(files),
+        inputs=(
+            *(describe_input("base", Path(base.folder, name)) for name in _base_files(base)),
+            *(
+                describe_input(f"adapter {number}", Path(file))
+                for number, (adapter, _) in enumerate(adapters, 1)
+                for file in adapter.files
+            ),
+        ),
+        notes=tuple(
+            [note for adapter, _ in adapters for note in adapter.notes] + targets.notes + notes
+        ),
+        warnings=tuple(_replaced_twice(targets)),
+    )
+
+
+def _base_files(base: Checkpoint) -> list[str]:
+    return [*base.shards, *(["config.json"] if base.config else [])]
+
+
+def _changes_an_end(base: Checkpoint, targets: Targets) -> bool:
+    """One of two vocabulary tables changes, and the config leaves open if they are tied."""
+    if config_value(base.config, "tie_word_embeddings") is not None:
+        return False
+    vocabulary = config_value(base.config, "vocab_size")
+    shapes = {name: ref.shape for name, ref in base.tensors.items()}
+    tables = [n for n, shape in shapes.items() if len(shape) == 2 and shape[0] == vocabulary]
+    return len(tables) == 2 and any(name in targets.changes for name in tables)
+
+
+def _new_rows(base: Checkpoint, targets: Targets) -> int | None:
+    """The new size of the vocabulary, which all tensors with a row per token must share."""
+    sizes: dict[str, int] = {}
+    vocabulary = config_value(base.config, "vocab_size")
+    for name, ref in base.tensors.items():
+        change = targets.changes.get(name)
+        shape = change.base.shape if change and change.base else ref.shape
+        if ref.shape and (
+            shape != ref.shape or (ref.shape[0] == vocabulary and len(ref.shape) == 2)
+        ):
+            sizes[name] = shape[0]
+    grown = {n: rows for n, rows in sizes.items() if rows != base.tensors[n].shape[0]}
+    if grown and len(set(sizes.values())) > 1:
+        found = ", ".join(f"{name} {rows}" for name, rows in sizes.items())
+        targets.problems.append(
+            Problem(
+                f"the adapter resizes the vocabulary of some tensors and not of all: {found}",
+                "save it with save_embedding_layers=True, so that both embeddings are in the file",
+            )
+        )
+    return next(iter(grown.values()), None)
+
+
+def _replaced_twice(targets: Targets) -> list[str]:
+    return [
+        f"{name} is replaced by more than one adapter; written is W + Σ weight · (value − W)"
+        for name, change in targets.changes.items()
+        if sum(delta.kind in ("replace", "trainable_tokens") for _, delta in change.deltas) > 1
+    ]
+
+
+# ------------------------------------------------------------------------------------------- jobs
+
+
+def _jobs(
+    base: Checkpoint, targets: Targets, dtype: str | None, embedding: str | None
+) -> list[TensorJob]:
+    """One job per output tensor, in the base's order; new ones follow in the last shard."""
+    common = dominant_dtype((ref.dtype, ref.nbytes) for ref in base.tensors.values())
+    jobs = []
+    for name, ref in base.tensors.items():
+        change = targets.changes.pop(name, Change())
+        shard = _output_name(Path(ref.file).name)
+        jobs.append(_job(name, ref, ref.dtype, shard, change, dtype))
+    last = jobs[-1].shard
+    for name, change in targets.changes.items():
+        # Only the head of a tied model can be changed without being there.
+        ref = base.tensors[embedding or ""]
+        jobs.append(_job(name, ref, ref.dtype, last, change, dtype))
+    for name, ref in targets.added.items():
+        own = common if ref.dtype in WEIGHTS and common else ref.dtype
+        jobs.append(_job(name, ref, own, last, Change(), dtype))
+    return jobs
+
+
+def _job(
+    name: str, ref: TensorRef, own_dtype: str, shard: str, change: Change, dtype: str | None
+) -> TensorJob:
+    first = change.base or ref
+    deltas = [delta for _, delta in change.deltas]
+    # A replacement with more on top of it: what is on top belongs to the value, not to W.
+    full = [d for d in deltas if d.kind == "replace"]
+    if len(full) == 1 and len(deltas) > 1 and full[0].weight == 1 and _one_owner(change):
+        deltas.remove(full[0])
+        first = full[0].tensors[0][1]
+    expression: Expression = Load(first)
+    if deltas:
+        expression = AddDeltas(expression, tuple(deltas))
+    out = dtype if dtype and own_dtype in WEIGHTS else own_dtype
+    return TensorJob(name, out, first.shape, shard, expression)
+
+
+def _one_owner(change: Change) -> bool:
+    return len({owner for owner, _ in change.deltas}) == 1
+
+
+def _output_name(name: str) -> str:
+    """A shard's name in the output: the base's, in the safetensors spelling."""
+    stem, _, suffix = name.rpartition(".")
+    if suffix == "safetensors":
+        return name
+    return re.sub(r"^pytorch_model", "model", stem) + ".safetensors"
+
+
+def _reshard(jobs: Sequence[TensorJob], limit: int) -> list[TensorJob]:
+    """Fill shards of at most `limit` bytes in order; a larger tensor gets one of its own."""
+    shards: list[list[TensorJob]] = [[]]
+    size = 0
+    for job in jobs:
+        if shards[-1] and size + job_bytes(job) > limit:
+            shards.append([])
+            size = 0
+        shards[-1].append(job)
+        size += job_bytes(job)
+    count = len(shards)
+    width = max(5, math.floor(math.log10(count)) + 1)
+    names = [f"model-{n:0{width}}-of-{count:0{width}}.safetensors" for n in range(1, count + 1)]
+    names = ["model.safetensors"] if count == 1 else names
+    return [
+        replace(job, shard=name) for name, shard in zip(names, shards, strict=True) for job in shard
+    ]

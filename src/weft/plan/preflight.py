@@ -1,0 +1,100 @@
+"""What can be said before a weight is read: quantised bases, memory, the size of the work."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from weft.core.blocks import BLOCK, rows_and_columns
+from weft.core.dtypes import WEIGHTS, itemsize
+from weft.core.errors import Problem
+from weft.core.specs import AddDeltas, Checkpoint, Plan, job_bytes, leaves
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+
+# A Python process with torch imported, measured with torch 2.13 (CPU build) on Linux.
+_RUNTIME = 260_000_000
+# Names that quantised weights leave beside (or in place of) `weight`, and who writes them.
+_QUANTISED_NAMES = {
+    "qweight": "GPTQ or AWQ",
+    "weight_scale_inv": "FP8 with block scales",
+    "weight_scale": "FP8 or compressed-tensors",
+    "weight_packed": "compressed-tensors",
+    "weight_blocks": "MXFP4",
+    "SCB": "bitsandbytes 8-bit",
+    "weight.absmax": "bitsandbytes 4-bit",
+    "weight.quant_map": "bitsandbytes 4-bit",
+}
+
+
+def quantised(base: Checkpoint) -> list[Problem]:
+    """Why ΔW cannot be added to this base, if its weights are quantised."""
+    hint = "merge into the 16-bit model that it was quantised from, and quantise the result"
+    method = config_value(base.config, "quantization_config")
+    if isinstance(method, dict):
+        name = method.get("quant_method") or ("bitsandbytes" if "load_in_4bit" in method else "?")
+        return [Problem(f"the base {base.given} is quantised ({name}, says its config.json)", hint)]
+    for name, ref in base.tensors.items():
+        last = next((end for end in _QUANTISED_NAMES if name.endswith("." + end)), None)
+        if last:
+            kind = _QUANTISED_NAMES[last]
+            return [
+                Problem(f"the base {base.given} is quantised ({kind}: {name} in {ref.file})", hint)
+            ]
+    return []
+
+
+def config_value(config: dict[str, Any], key: str) -> Any:
+    """`key` of a config, or of the text model inside a multimodal one."""
+    if config.get(key) is not None:
+        return config[key]
+    for part in ("text_config", "llm_config", "language_config"):
+        inner = config.get(part)
+        if isinstance(inner, dict) and inner.get(key) is not None:
+            return inner[key]
+    return None
+
+
+def dominant_dtype(sizes: Iterable[tuple[str, int]]) -> str | None:
+    """The floating dtype that holds most of the (dtype, bytes)."""
+    totals: dict[str, int] = {}
+    for dtype, size in sizes:
+        if dtype in WEIGHTS:
+            totals[dtype] = totals.get(dtype, 0) + size
+    return max(totals, key=lambda dtype: totals[dtype]) if totals else None
+
+
+@dataclass(frozen=True, slots=True)
+class Work:
+    """The size of a plan: bytes, tensors, and an estimate of peak resident memory in bytes."""
+
+    read: int
+    written: int
+    tensors: int
+    changed: int
+    memory: int
+
+
+def measure(plan: Plan, threads: int) -> Work:
+    """What `plan` reads and writes, and about how much memory `threads` threads take for it."""
+    refs = {(r.file, r.start): r for job in plan.jobs for r in leaves(job.expression)}
+    blocks, factors = 0, 0
+    for job in plan.jobs:
+        if job.is_copy:
+            continue
+        rows, columns = rows_and_columns(job.shape)
+        elements = min(rows * columns, max(BLOCK["cpu"], 32 * columns))
+        # Three float32 matrices, the narrow input and the narrow output.
+        blocks = max(blocks, elements * (3 * 4 + 4 + itemsize(job.dtype)))
+        if isinstance(job.expression, AddDeltas):
+            small = [r for r in leaves(job.expression) if r.shape != job.shape]
+            factors = max(factors, sum(4 * math.prod(ref.shape) for ref in small))
+    return Work(
+        read=sum(ref.nbytes for ref in refs.values()),
+        written=sum(job_bytes(job) for job in plan.jobs),
+        tensors=len(plan.jobs),
+        changed=sum(isinstance(job.expression, AddDeltas) for job in plan.jobs),
+        memory=_RUNTIME + threads * (blocks + factors),
+    )

@@ -1,0 +1,1 @@
+"""Blocks -> disk: shards, the files beside them, and the proof of what was done."""

@@ -1,0 +1,313 @@
+"""The sink for a checkpoint: every byte at its final offset, and the folder appears last of all.
+
+Until then all is in `OUT.partial/`, where the shards bear names that no tool takes for a model.
+Interrupted at any moment, a run leaves that folder and a journal, and `resume` goes on from there.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import json
+import os
+import shutil
+import threading
+from collections import defaultdict
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from weft.core.dtypes import itemsize
+from weft.core.errors import OutputError
+from weft.core.specs import Plan, Receipt, TensorJob, job_bytes
+from weft.core.units import show_size
+from weft.formats.safetensors import build_header
+from weft.write._journal import NAME as JOURNAL
+from weft.write._journal import Journal
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+
+MANIFEST = "weft.json"
+INDEX = "model.safetensors.index.json"
+_CHUNK = 2**24  # bytes, where the kernel cannot copy between the two file systems by itself
+
+
+class CheckpointSink:
+    """Writes the tensors of `plan` to `out`, in any order and from any thread."""
+
+    def __init__(self, plan: Plan, out: Path, *, force: bool = False, resume: bool = False) -> None:
+        """Claim the output and lay out its shards; nothing is computed yet.
+
+        Raises:
+            OutputError: The output is there already, belongs to another run, or cannot be written.
+        """
+        self.plan = plan
+        self.out = Path(os.path.realpath(out))
+        self.partial = self.out.with_name(self.out.name + ".partial")
+        self._sources: dict[str, int] = {}
+        self._shards: dict[str, int] = {}
+        self._lock = threading.Lock()
+        self._copy = _copy_in_kernel if hasattr(os, "copy_file_range") else _copy_by_hand
+        self._headers: dict[str, bytes] = {}
+        self._offsets: dict[str, int] = {}
+        by_shard: dict[str, list[TensorJob]] = defaultdict(list)
+        for job in plan.jobs:
+            by_shard[job.shard].append(job)
+        self._jobs = dict(by_shard)
+        for shard, jobs in self._jobs.items():
+            specs = [(job.name, job.dtype, job.shape) for job in aligned(jobs)]
+            self._headers[shard], offsets = build_header(specs, dict(plan.metadata))
+            self._offsets |= offsets
+        check_output(self.out, plan, force=force, resume=resume)
+        try:
+            self._claim(resume)
+        except OSError as error:
+            raise _output_error(error, self.partial, begun=False) from None
+
+    @property
+    def receipts(self) -> dict[str, Receipt]:
+        """Of every finished tensor, by name; those of a resumed run included."""
+        return self._journal.receipts
+
+    # ------------------------------------------------------------------- the executor's side
+
+    def offset(self, name: str) -> int:
+        return self._offsets[name]
+
+    def write(self, job: TensorJob, offset: int, data: memoryview) -> None:
+        handle, done = self._shards[job.shard], 0
+        try:
+            while done < len(data):
+                done += os.pwrite(handle, data[done:], offset + done)
+        except OSError as error:
+            raise _output_error(error, self.partial) from None
+
+    def copy(self, job: TensorJob, offset: int, file: str, start: int, count: int) -> None:
+        with self._lock:
+            if file not in self._sources:
+                self._sources[file] = os.open(file, os.O_RDONLY | os.O_CLOEXEC)
+        try:
+            self._copy(self._sources[file], self._shards[job.shard], start, offset, count)
+        except OSError as error:
+            if self._copy is _copy_by_hand or error.errno not in _NO_KERNEL_COPY:
+                raise _output_error(error, self.partial) from None
+            self._copy = _copy_by_hand  # other file systems, an old kernel
+            self.copy(job, offset, file, start, count)
+
+    def finish(self, receipts: Sequence[Receipt]) -> None:
+        try:
+            with self._lock:
+                self._journal.add(receipts)
+        except OSError as error:
+            raise _output_error(error, self.partial) from None
+
+    # -------------------------------------------------------------------- begin and end
+
+    def pending(self) -> list[TensorJob]:
+        """The jobs without a receipt, in the order of the plan."""
+        return [job for job in self.plan.jobs if job.name not in self.receipts]
+
+    def commit(self, texts: dict[str, str], before_rename: Callable[[], None]) -> None:
+        """Write the files beside the shards, make all of it durable, and give it its name.
+
+        Args:
+            texts: File name -> content, for what is known only now: the card and the manifest.
+            before_rename: Called when everything is written; raises if the inputs have changed.
+
+        Raises:
+            OutputError: Something could not be written; a resumed run does it again.
+        """
+        try:
+            for shard, handle in self._shards.items():
+                os.fsync(handle)
+                (self.partial / (shard + ".partial")).rename(self.partial / shard)
+            for side in self.plan.side_files:
+                target = self.partial / side.name
+                target.parent.mkdir(parents=True, exist_ok=True)
+                if side.source is not None:
+                    shutil.copyfile(side.source, target)
+                else:
+                    target.write_text(side.text or "", encoding="utf-8")
+            if list(self._jobs) != ["model.safetensors"]:
+                texts = {**texts, INDEX: self._index()}
+            for name, text in texts.items():
+                (self.partial / name).write_text(text, encoding="utf-8")
+            _sync_folder(self.partial)
+            before_rename()
+            (self.partial / JOURNAL).unlink()
+            self._rename()
+        except OSError as error:
+            raise _output_error(error, self.partial) from None
+        self.close()
+
+    def close(self) -> None:
+        """Let go of every file; without `commit`, the partial folder stays for a resumed run."""
+        for handle in (*self._shards.values(), *self._sources.values()):
+            os.close(handle)
+        self._shards, self._sources = {}, {}
+        with contextlib.suppress(OSError):
+            self._journal.close()
+
+    def _claim(self, resume: bool) -> None:
+        if not resume and self.partial.exists():
+            shutil.rmtree(self.partial)
+        self.partial.mkdir(parents=True, exist_ok=True)
+        self._journal = Journal(self.partial, self.plan, resume=resume)
+        try:
+            if not self.receipts:
+                _clear(self.partial)
+            for shard, header in self._headers.items():
+                jobs = self._jobs[shard]
+                path = self.partial / (shard + ".partial")
+                if (self.partial / shard).exists():  # killed while committing
+                    (self.partial / shard).rename(path)
+                size = len(header) + sum(job_bytes(job) for job in jobs)
+                if not path.exists() or path.stat().st_size != size:
+                    self._journal.forget([job.name for job in jobs])
+                handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+                self._shards[shard] = handle
+                os.ftruncate(handle, size)
+                os.pwrite(handle, header, 0)
+        except BaseException:
+            self.close()
+            raise
+
+    def _index(self) -> str:
+        weight_map = {job.name: job.shard for job in self.plan.jobs}
+        content = {
+            "metadata": {"total_size": self.plan.nbytes},
+            "weight_map": dict(sorted(weight_map.items())),
+        }
+        return json.dumps(content, indent=2) + "\n"
+
+    def _rename(self) -> None:
+        old = self.out.with_name(f"{self.out.name}.replaced-{os.getpid()}")
+        if self.out.exists():
+            self.out.rename(old)
+        self.partial.rename(self.out)
+        if old.exists():
+            shutil.rmtree(old)
+        _sync_folder(self.out.parent)
+
+
+def aligned(jobs: Sequence[TensorJob]) -> list[TensorJob]:
+    """The base's order, unless a tensor would then begin where its dtype cannot be read from."""
+    offset = 0
+    for job in jobs:
+        if offset % itemsize(job.dtype):
+            return sorted(jobs, key=lambda job: -itemsize(job.dtype))
+        offset += job_bytes(job)
+    return list(jobs)
+
+
+def check_output(out: Path, plan: Plan, *, force: bool, resume: bool) -> None:
+    """Whether a run of `plan` may write to `out`; looks, and touches nothing.
+
+    Raises:
+        OutputError: It may not, and why.
+    """
+    out = Path(os.path.realpath(out))
+    partial = out.with_name(out.name + ".partial")
+    if out.exists() and not out.is_dir():
+        raise OutputError(f"{out} is a file", "give a folder that does not exist yet")
+    for entry in plan.inputs:
+        if Path(os.path.realpath(entry.path)).is_relative_to(out):
+            raise OutputError(f"{out} holds the input {entry.path}", "write to another folder")
+    if out.is_dir() and any(out.iterdir()):
+        if not force:
+            raise OutputError(
+                f"{out} exists and is not empty", "--force replaces it, or give another -o"
+            )
+        if not any(
+            (out / name).exists() for name in ("config.json", MANIFEST, "model.safetensors")
+        ):
+            raise OutputError(
+                f"{out} does not look like a model, so --force does not delete it",
+                "remove it yourself, or give another -o",
+            )
+    if partial.exists() and not (force or resume):
+        raise OutputError(
+            f"{partial} is what an interrupted run left",
+            "--resume goes on from there, --force starts over",
+        )
+    free = shutil.disk_usage(_existing(out.parent)).free
+    # A resumed run has claimed part of it already.
+    held = sum(f.stat().st_blocks * 512 for f in partial.glob("*")) if partial.is_dir() else 0
+    if plan.nbytes > free + held:
+        raise OutputError(
+            f"{out.parent} has {show_size(free)} free, the output takes {show_size(plan.nbytes)}",
+            "free some space, or give another -o",
+        )
+
+
+def _clear(partial: Path) -> None:
+    """Nothing in the folder counts: what another plan left there must not end up in the output."""
+    for path in partial.iterdir():
+        if path.is_dir():
+            shutil.rmtree(path)
+        elif path.name != JOURNAL:
+            path.unlink()
+
+
+def _existing(folder: Path) -> Path:
+    return folder if folder.exists() else _existing(folder.parent)
+
+
+_NO_KERNEL_COPY = {
+    errno.EXDEV,
+    errno.ENOSYS,
+    errno.EINVAL,
+    errno.EOPNOTSUPP,
+    errno.EPERM,
+    errno.EIO,
+}
+
+
+def _copy_in_kernel(source: int, target: int, start: int, offset: int, count: int) -> None:
+    """Bytes between two files without passing through this process; a reflink where there are."""
+    while count:
+        moved = os.copy_file_range(source, target, count, start, offset)
+        if not moved:
+            raise OSError(errno.EIO, "the input ended while it was being copied")
+        start, offset, count = start + moved, offset + moved, count - moved
+
+
+def _copy_by_hand(source: int, target: int, start: int, offset: int, count: int) -> None:
+    while count:
+        data = os.pread(source, min(count, _CHUNK), start)
+        if not data:
+            raise OSError(errno.ENODATA, "the input ended while it was being copied")
+        view = memoryview(data)
+        while view:
+            moved = os.pwrite(target, view, offset)
+            view, start, offset, count = view[moved:], start + moved, offset + moved, count - moved
+
+
+def _sync_folder(folder: Path) -> None:
+    """Make names durable: the files of `folder`, and the folder itself."""
+    for path in [
+        *(p for p in folder.iterdir() if p.is_file() and p.suffix != ".safetensors"),
+        folder,
+    ]:
+        handle = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)
+
+
+def _output_error(error: OSError, partial: Path, *, begun: bool = True) -> OutputError:
+    """An operating system's error as an answer: what, where, and what next."""
+    then = "then run the same command with --resume" if begun else "then run the command again"
+    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return OutputError(f"the disk is full: cannot write {partial}", f"free some space, {then}")
+    if error.errno == errno.EFBIG:
+        return OutputError(
+            f"{partial}: a file would pass the file-size limit",
+            f"raise it (ulimit -f) or write smaller shards (--max-shard-size); {then}",
+        )
+    if error.errno in (errno.EROFS, errno.EACCES, errno.EPERM):
+        return OutputError(
+            f"cannot write {partial}: {error.strerror}", "give an -o that you may write to"
+        )
+    return OutputError(f"cannot write {partial}: {error.strerror or error}", then)

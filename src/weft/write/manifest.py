@@ -1,0 +1,138 @@
+"""What was done, and how much of it arrived: `weft.json`, and the totals that a user reads."""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from weft.core.specs import AddDeltas, Input, Plan, Receipt, TensorJob
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+SCHEMA = 1
+
+
+@dataclass(frozen=True, slots=True)
+class Totals:
+    """Of a whole run.
+
+    Attributes:
+        tensors: In the output.
+        changed: Of which have at least one element that is not the base's.
+        targeted: Of which a delta was added to.
+        survival: 1 − ‖(W′ − W) − ΔW‖ / ‖ΔW‖ over all tensors together; None without an update.
+        worst: The tensor with the least survival, and that survival.
+        relative: ‖ΔW‖ / ‖W‖ over all changed tensors together.
+        nbytes: Of the output's tensors.
+    """
+
+    tensors: int
+    changed: int
+    targeted: int
+    survival: float | None
+    worst: tuple[str, float] | None
+    relative: float | None
+    nbytes: int
+
+
+def totals(plan: Plan, receipts: Mapping[str, Receipt]) -> Totals:
+    """Sum up the receipts of a finished run."""
+    found = [receipts[job.name] for job in plan.jobs]
+    whole = Receipt(
+        "",
+        math.fsum(r.base or 0.0 for r in found),
+        math.fsum(r.delta or 0.0 for r in found),
+        math.fsum(r.error or 0.0 for r in found),
+    )
+    survivals = [(r.survival, r.name) for r in found if r.survival is not None]
+    worst = min(survivals, default=None)
+    added = sum(
+        not isinstance(job.expression, AddDeltas) and "adapter" in _roles(job, plan)
+        for job in plan.jobs
+    )
+    return Totals(
+        tensors=len(found),
+        changed=sum(receipt.changed for receipt in found) + added,
+        targeted=sum(isinstance(job.expression, AddDeltas) for job in plan.jobs) + added,
+        survival=whole.survival,
+        worst=(worst[1], worst[0]) if worst else None,
+        relative=whole.relative,
+        nbytes=plan.nbytes,
+    )
+
+
+def manifest(
+    plan: Plan, receipts: Mapping[str, Receipt], *, version: str, command: str, seconds: float
+) -> dict[str, Any]:
+    """The content of `weft.json`; every field is described in docs/reference/files.md."""
+    sums = totals(plan, receipts)
+    return {
+        "schema": SCHEMA,
+        "weft": version,
+        "operation": "merge",
+        "command": command,
+        "plan": plan.hash,
+        "seconds": round(seconds, 3),
+        "inputs": [_input(entry) for entry in plan.inputs],
+        "notes": list(plan.notes),
+        "warnings": list(plan.warnings),
+        "totals": {
+            "tensors": sums.tensors,
+            "changed": sums.changed,
+            "bytes": sums.nbytes,
+            "relative": sums.relative,
+            "survival": sums.survival,
+            "worst": dict(zip(("tensor", "survival"), sums.worst, strict=True))
+            if sums.worst
+            else None,
+        },
+        "side_files": {side.name: side.source or "written" for side in plan.side_files},
+        "tensors": {job.name: _tensor(job, plan, receipts[job.name]) for job in plan.jobs},
+    }
+
+
+def to_text(content: dict[str, Any]) -> str:
+    """The manifest as JSON with one tensor a line, so that it can be read and searched."""
+    tensors = content["tensors"]
+    head = json.dumps({**content, "tensors": {}}, indent=2, ensure_ascii=False)
+    lines = [f"    {json.dumps(name)}: {json.dumps(entry)}" for name, entry in tensors.items()]
+    return (
+        head.replace('"tensors": {}\n}', '"tensors": {\n' + ",\n".join(lines) + "\n  }\n}") + "\n"
+    )
+
+
+def _input(entry: Input) -> dict[str, Any]:
+    return {
+        "role": entry.role,
+        "file": entry.path,
+        "bytes": entry.size,
+        "header_sha256": entry.header,
+    }
+
+
+def _tensor(job: TensorJob, plan: Plan, receipt: Receipt) -> dict[str, Any]:
+    entry: dict[str, Any] = {"operation": job.operation, "dtype": job.dtype, "shape": job.shape}
+    roles = _roles(job, plan)
+    if isinstance(job.expression, AddDeltas):
+        entry["deltas"] = [
+            {"kind": d.kind, "scaling": d.scaling, "weight": d.weight}
+            for d in job.expression.deltas
+        ]
+        entry["relative"] = receipt.relative
+        entry["survival"] = receipt.survival
+        entry["changed"] = receipt.changed
+    if "adapter" in roles or isinstance(job.expression, AddDeltas):
+        entry["base"] = "adapter" if "adapter" in roles else "base"
+    return entry
+
+
+def _roles(job: TensorJob, plan: Plan) -> str:
+    """`base` or `adapter`: where the tensor that the deltas are added to comes from."""
+    expression = job.expression
+    while isinstance(expression, AddDeltas):
+        expression = expression.base
+    role = next((e.role for e in plan.inputs if e.path == expression.ref.file), "base")
+    return role.partition(" ")[0]
