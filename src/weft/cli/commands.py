@@ -151,7 +151,9 @@ def demo(
     """
     from weft.demo import run
 
-    run(output)
+    with console.progress(quiet=False) as on_event:
+        found = run(output, on_event)
+    _print(show.demo_as_text(found))
 
 
 def _split(paths: tuple[str, ...], cache_dir: str | None) -> tuple[str | None, list[str]]:

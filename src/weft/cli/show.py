@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
 
     from weft.api import MergePlan, MergeReport
+    from weft.demo import Demo
 
 SCHEMA = 1
 
@@ -34,6 +35,33 @@ def report_as_text(report: MergeReport) -> str:
             f"worst {show_share(sums.worst[1])} in {sums.worst[0]}"
         )
     return "\n".join(lines)
+
+
+def demo_as_text(found: Demo) -> str:
+    """What `weft demo` prints."""
+    lines = [f"base     {found.base}", f"adapter  {found.adapter}"]
+    for said in found.answers:
+        rows = [
+            ("  base", _one_line(said.base)),
+            ("  base + adapter, unmerged (PEFT)", _one_line(said.unmerged)),
+            ("  merged by weft", _one_line(said.merged)),
+        ]
+        lines += ["", said.question, *_columns(rows)]
+    same = sum(said.unmerged == said.merged for said in found.answers)
+    agreement = f"same first token at {show_share(found.agreement)} of the positions"
+    lines += [
+        "",
+        f"unmerged against merged: {same} of {len(found.answers)} answers equal, {agreement}",
+        f"largest difference of a logit {found.logits:.3f}, with a spread of {found.spread:.2f}",
+        "",
+        report_as_text(found.report),
+    ]
+    return "\n".join(lines)
+
+
+def _one_line(text: str, width: int = 110) -> str:
+    text = " ".join(text.split())
+    return text if len(text) <= width else text[: width - 1] + "…"
 
 
 # ------------------------------------------------------------------------------------------ plans

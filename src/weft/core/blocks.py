@@ -10,7 +10,7 @@ if TYPE_CHECKING:
     from weft.core.specs import Shape
 
 # A block is what one thread works on at a time; its float32 buffers stay near the core.
-BLOCK = {"cpu": 2**18, "cuda": 2**24}  # elements
+BLOCK = {"cpu": 2**19, "cuda": 2**24}  # elements
 # A strip is what one thread takes from the queue; sums are added per strip, in order.
 STRIP = {"cpu": 2**22, "cuda": 2**26}  # elements
 COPY = 2**25  # bytes of unchanged tensors, moved at a time

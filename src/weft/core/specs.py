@@ -285,12 +285,14 @@ class Receipt:
         base: ‖W‖².
         delta: ‖ΔW‖².
         error: ‖(W′ − W) − ΔW‖², W′ being what was written.
+        changed: Some element is not the base's.
     """
 
     name: str
     base: float | None = None
     delta: float | None = None
     error: float | None = None
+    changed: bool = False
 
     @property
     def relative(self) -> float | None:
@@ -305,8 +307,3 @@ class Receipt:
         if not self.delta or self.error is None:
             return None
         return 1 - math.sqrt(self.error / self.delta)
-
-    @property
-    def changed(self) -> bool:
-        """Some element is not the base's: if W′ = W everywhere, the error is ΔW itself."""
-        return self.delta is not None and self.error != self.delta

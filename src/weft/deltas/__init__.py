@@ -36,6 +36,9 @@ class DeltaKind(Protocol):
     # True: `block` gives ΔW. False: it gives the new weight, of which ΔW is the distance to W.
     ADDITIVE: bool
 
+    # A kind may also define `square(state) -> float`: ‖ΔW‖² of the whole tensor in closed form,
+    # which saves the executor a pass over it.
+
     def orientations(
         self, shapes: Mapping[str, Shape], params: Mapping[str, Param], weight: Shape
     ) -> tuple[bool, ...]:

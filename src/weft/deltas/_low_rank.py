@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -34,6 +35,11 @@ class Factors:
         if self.scaling != 1:
             out.mul_(self.scaling)
 
+    def square(self) -> float:
+        """‖ΔW‖² = scaling² · tr(LᵀL · RRᵀ), in float64."""
+        left, right = self.left.double(), self.right.double()
+        return self.scaling**2 * float(((left.T @ left) * (right @ right.T)).sum())
+
 
 def orientations(
     shapes: Mapping[str, Shape], params: Mapping[str, Param], weight: Shape
@@ -52,6 +58,10 @@ def orientations(
 
 def load(delta: Delta, source: Source) -> Factors:
     A, B = source.whole("A"), source.whole("B")
+    scaling = delta.scaling
+    if scaling and abs(math.frexp(scaling)[0]) == 0.5:
+        # A power of two scales exactly, wherever it is applied: here it costs a pass less.
+        B, scaling = B * scaling, 1.0
     if delta.param("transposed", False):
-        return Factors(A.T, B.T, delta.scaling)
-    return Factors(B, A, delta.scaling)
+        return Factors(A.T, B.T, scaling)
+    return Factors(B, A, scaling)

@@ -16,13 +16,17 @@ if TYPE_CHECKING:
     from weft.core.specs import Delta
     from weft.deltas import Blocks, Source
 
-__all__ = ["ADDITIVE", "block", "orientations", "prepare"]
+__all__ = ["ADDITIVE", "block", "orientations", "prepare", "square"]
 
 ADDITIVE = True
 
 
 def prepare(delta: Delta, source: Source, blocks: Blocks) -> Factors:
     return load(delta, source)
+
+
+def square(state: Factors) -> float:
+    return state.square()
 
 
 def block(state: Factors, weight: Tensor, start: int, out: Tensor) -> None:

@@ -24,14 +24,20 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class Sums:
-    """Sums of squares over some rows: ‖W‖², ‖ΔW‖², ‖(W′ − W) − ΔW‖²."""
+    """Over some rows: ‖W‖², ‖ΔW‖², ‖(W′ − W) − ΔW‖², and whether any element is not the base's."""
 
     base: float = 0.0
     delta: float = 0.0
     error: float = 0.0
+    changed: bool = False
 
     def __add__(self, other: Sums) -> Sums:
-        return Sums(self.base + other.base, self.delta + other.delta, self.error + other.error)
+        return Sums(
+            self.base + other.base,
+            self.delta + other.delta,
+            self.error + other.error,
+            self.changed or other.changed,
+        )
 
 
 class _Source:
@@ -71,8 +77,14 @@ class Kernel:
         self.rows, self.columns = rows_and_columns(job.shape)
         self._states: dict[int, tuple[DeltaKind, Any]] = {}
         self._prepare(job.expression)
+        self._square = self._square_of(job.expression)
         if workspace.stream is not None:
             workspace.stream.synchronize()  # the factors are read on other threads' streams
+
+    @property
+    def closed_form(self) -> Sums:
+        """What is known of the whole tensor without its blocks, and missing from their sums."""
+        return Sums(delta=self._square or 0.0)
 
     def run(self, start: int, stop: int) -> Iterator[tuple[int, memoryview, Sums | None]]:
         """Rows `start` to `stop`: for each block its first row, its bytes, and its sums.
@@ -124,6 +136,16 @@ class Kernel:
             kind = deltas.kind(delta.kind)
             self._states[id(delta)] = (kind, kind.prepare(delta, _Source(self, delta), blocks))
 
+    def _square_of(self, expression: Expression) -> float | None:
+        """‖ΔW‖² in closed form, where there is one."""
+        if isinstance(expression, Load) or len(expression.deltas) != 1:
+            return None
+        kind, state = self._states[id(expression.deltas[0])]
+        if not hasattr(kind, "square"):
+            return None
+        square = float(kind.square(state)) * expression.deltas[0].weight ** 2
+        return square if math.isfinite(square) else None
+
     def _evaluate(self, expression: Expression, start: int, stop: int, out: Tensor) -> None:
         """Rows of any expression into `out`."""
         if isinstance(expression, Load):
@@ -161,9 +183,16 @@ class Kernel:
 
     def _sums(self, weight: Tensor, delta: Tensor, value: Tensor, rounded: Tensor) -> Sums:
         """Take the sums of squares, and look closer if one of them is not finite."""
-        base, update = _square(weight), _square(delta)
-        value.copy_(rounded).sub_(weight).sub_(delta)
-        sums = Sums(base, update, _square(value))
+        written = self.workspace.compute("written", value.shape[0], value.shape[1], value.dtype)
+        written.copy_(rounded)
+        changed = not torch.equal(written, weight)
+        if rounded.dtype == value.dtype:
+            # The only rounding is that of the sum itself, which W + ΔW as computed does not show.
+            error = written.sub_(weight).sub_(delta)
+        else:
+            error = written.sub_(value)
+        update = 0.0 if self._square is not None else _square(delta)
+        sums = Sums(_square(weight), update, _square(error), changed)
         if math.isfinite(sums.base + sums.delta + sums.error):
             return sums
         if not weight.isfinite().all():
@@ -174,11 +203,12 @@ class Kernel:
             raise NumericsError(
                 f"the update of {self.job.name} is NaN or infinite", "check the adapter's factors"
             )
-        self._check_cast(weight + delta, rounded)
+        self._check_cast(value, rounded)
         # Finite, but too large for the squares of this dtype: rare enough to do again in float64.
         wide = weight.double(), delta.double(), rounded.double()
-        error = _square(wide[2] - wide[0] - wide[1])
-        return Sums(_square(wide[0]), _square(wide[1]), error)
+        error = wide[2] - wide[0] - wide[1]
+        update = 0.0 if self._square is not None else _square(wide[1])
+        return Sums(_square(wide[0]), update, _square(error), changed)
 
     def _check_cast(self, exact: Tensor, rounded: Tensor) -> None:
         new = rounded.isinf() & ~exact.isinf()

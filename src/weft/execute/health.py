@@ -37,7 +37,7 @@ def examine(adapter: Adapter) -> tuple[list[Problem], list[str]]:
                 values = _values(ref, files, workspace)
                 problems += _not_finite(ref, values, entry, adapter)
                 zero = zero or not bool(values.count_nonzero())
-                if entry in low_rank and role == "B" and not dict(entry.params).get("transposed"):
+                if role == "B" and not dict(entry.params).get("transposed"):
                     shares.append((int(values.any(dim=1).count_nonzero()), values.shape[0]))
             silent += zero and entry.kind == "lora"
         if adapter.ties_weights:
@@ -47,14 +47,14 @@ def examine(adapter: Adapter) -> tuple[list[Problem], list[str]]:
     if ranks := _sharded(shares):
         problems.append(
             Problem(
-                f"{adapter.given} is damaged: every lora_B is zero but for 1/{ranks} of its rows",
-                f"one of {ranks} processes saved it without gathering the others' shards: "
-                "save it again (full state dict), or gather the shards",
+                f"{adapter.given} is damaged: each lora_B is zero but for 1/{ranks} of its rows",
+                f"one of {ranks} processes saved it without the others' shards: save it again, "
+                "gathered (full state dict)",
             )
         )
     if silent and silent == len(adapter.entries):
         warning = (
-            f"{adapter.given} changes nothing: lora_A or lora_B of all its {silent} modules is zero "
+            f"{adapter.given} changes nothing: lora_A or lora_B is zero in all {silent} modules "
             "(an adapter that was never trained, or a save that lost its weights)"
         )
         return problems, [warning]

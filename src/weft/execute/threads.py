@@ -113,6 +113,7 @@ class _Group:
     pieces: list[tuple[int, int]]
     kernel: Kernel | None = None
     sums: dict[int, Sums] = field(default_factory=dict)
+    closed_form: Sums = field(default_factory=Sums)
     left: int = 0
     lock: threading.Lock = field(default_factory=threading.Lock)
 
@@ -235,6 +236,7 @@ def _run_piece(
             sums = sums + part if sums and part else part
         if sums:
             group.sums[number] = sums
+            group.closed_form = kernel.closed_form
     with group.lock:
         group.left -= 1
         if group.left:
@@ -246,5 +248,5 @@ def _run_piece(
 def _receipts(group: _Group) -> list[Receipt]:
     if not group.sums:
         return [Receipt(job.name) for job in group.jobs]
-    total = sum((group.sums[n] for n in sorted(group.sums)), Sums())
-    return [Receipt(group.jobs[0].name, total.base, total.delta, total.error)]
+    total = sum((group.sums[n] for n in sorted(group.sums)), group.closed_form)
+    return [Receipt(group.jobs[0].name, total.base, total.delta, total.error, total.changed)]

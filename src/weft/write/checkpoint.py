@@ -47,6 +47,7 @@ class CheckpointSink:
         self._sources: dict[str, int] = {}
         self._shards: dict[str, int] = {}
         self._lock = threading.Lock()
+        self._flusher = _Flusher()
         self._copy = _copy_in_kernel if hasattr(os, "copy_file_range") else _copy_by_hand
         self._headers: dict[str, bytes] = {}
         self._offsets: dict[str, int] = {}
@@ -79,6 +80,7 @@ class CheckpointSink:
         try:
             while done < len(data):
                 done += os.pwrite(handle, data[done:], offset + done)
+            self._flusher.wrote(handle, len(data))
         except OSError as error:
             raise _output_error(error, self.partial) from None
 
@@ -88,6 +90,7 @@ class CheckpointSink:
                 self._sources[file] = os.open(file, os.O_RDONLY | os.O_CLOEXEC)
         try:
             self._copy(self._sources[file], self._shards[job.shard], start, offset, count)
+            self._flusher.wrote(self._shards[job.shard], count)
         except OSError as error:
             if self._copy is _copy_by_hand or error.errno not in _NO_KERNEL_COPY:
                 raise _output_error(error, self.partial) from None
@@ -117,6 +120,7 @@ class CheckpointSink:
         Raises:
             OutputError: Something could not be written; a resumed run does it again.
         """
+        self._flusher.stop()
         try:
             for shard, handle in self._shards.items():
                 os.fsync(handle)
@@ -142,6 +146,7 @@ class CheckpointSink:
 
     def close(self) -> None:
         """Let go of every file; without `commit`, the partial folder stays for a resumed run."""
+        self._flusher.stop()
         for handle in (*self._shards.values(), *self._sources.values()):
             os.close(handle)
         self._shards, self._sources = {}, {}
@@ -188,6 +193,52 @@ class CheckpointSink:
         if old.exists():
             shutil.rmtree(old)
         _sync_folder(self.out.parent)
+
+
+class _Flusher:
+    """Sends what is written on to the disk while the rest is computed.
+
+    Durability needs an fsync before the rename; this leaves it little to do.
+    """
+
+    _STEP = 2**28  # bytes
+
+    def __init__(self) -> None:
+        self._dirty: dict[int, int] = {}
+        self._wake = threading.Condition()
+        self._stopped = False
+        self._thread: threading.Thread | None = None
+
+    def wrote(self, handle: int, count: int) -> None:
+        """`count` more bytes wait to be flushed; every `_STEP` of them the thread is woken."""
+        with self._wake:
+            if self._thread is None and not self._stopped:
+                self._thread = threading.Thread(target=self._run, name="weft-flush", daemon=True)
+                self._thread.start()
+            self._dirty[handle] = self._dirty.get(handle, 0) + count
+            if self._dirty[handle] >= self._STEP:
+                self._wake.notify()
+
+    def stop(self) -> None:
+        """Leave the rest to fsync."""
+        with self._wake:
+            self._stopped = True
+            self._wake.notify()
+        if self._thread is not None:
+            self._thread.join()
+
+    def _run(self) -> None:
+        while True:
+            with self._wake:
+                self._wake.wait_for(
+                    lambda: self._stopped or max(self._dirty.values(), default=0) >= self._STEP
+                )
+                if self._stopped:
+                    return
+                handle = max(self._dirty, key=lambda h: self._dirty[h])
+                self._dirty[handle] = 0
+            with contextlib.suppress(OSError):  # fsync will meet the error again, and report it
+                os.fdatasync(handle) if hasattr(os, "fdatasync") else os.fsync(handle)
 
 
 def aligned(jobs: Sequence[TensorJob]) -> list[TensorJob]:
