@@ -127,7 +127,7 @@ def merge(
     plan = made.plan
     if resume and (done := _finished(Path(output), plan)):
         return done
-    for note in (*plan.notes, *made.warnings):
+    for note in plan.notes:
         on_event(events.Noted(note))
     sink = CheckpointSink(plan, Path(output), force=force, resume=resume)
     try:
@@ -137,9 +137,12 @@ def merge(
         executor.run(pending, sink, threads=count, device=place, on_event=on_event)
         command = command or _call(made.inputs, output, dtype)
         sums = totals(plan, sink.receipts)
+        warnings = (*made.warnings, *_weak(sums, plan))
         content = manifest(
             plan,
             sink.receipts,
+            sums,
+            warnings=warnings,
             version=version("weft"),
             command=command,
             seconds=time.perf_counter() - begin,
@@ -149,7 +152,6 @@ def merge(
         sink.commit({"README.md": readme, MANIFEST: to_text(content)}, lambda: _unchanged(plan))
     finally:
         sink.close()
-    warnings = (*made.warnings, *_weak(sums, plan))
     return MergeReport(Path(output), sums, time.perf_counter() - begin, resumed, content, warnings)
 
 
@@ -242,9 +244,11 @@ def parse_weighted(text: str) -> tuple[str, float]:
     return given, weight
 
 
-def names_adapter(text: str | Path, *, cache_dir: str | None = None) -> bool:
+def names_adapter(
+    text: str | Path, *, revision: str | None = None, cache_dir: str | None = None
+) -> bool:
     """Whether `text` is an adapter and not a base model: for a command that leaves the base out."""
-    path = resolve(parse_weighted(str(text))[0], cache_dir=cache_dir)
+    path = resolve(parse_weighted(str(text))[0], revision=revision, cache_dir=cache_dir)
     return is_adapter(path) and not checkpoints.has_weights(path)
 
 

@@ -73,7 +73,7 @@ def merge(
     quiet
         No notes and no progress; errors and warnings remain.
     """
-    base, adapters = _split(paths, cache_dir)
+    base, adapters = _split(paths, revision, cache_dir)
     if dry_run:
         made = api.plan_merge(
             base,
@@ -156,11 +156,15 @@ def demo(
     _print(show.demo_as_text(found))
 
 
-def _split(paths: tuple[str, ...], cache_dir: str | None) -> tuple[str | None, list[str]]:
+def _split(
+    paths: tuple[str, ...], revision: str | None, cache_dir: str | None
+) -> tuple[str | None, list[str]]:
     """BASE and adapters; the base is left out if the first path is an adapter itself."""
     if not paths:
         raise WeftError("no base and no adapter given", "weft merge BASE ADAPTER -o OUT")
-    if api.names_adapter(paths[0], cache_dir=cache_dir):
+    # With one path, --revision is that of the base which the adapter will name.
+    own = revision if len(paths) > 1 else None
+    if api.names_adapter(paths[0], revision=own, cache_dir=cache_dir):
         return None, list(paths)
     if len(paths) == 1:
         raise WeftError(

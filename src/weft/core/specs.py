@@ -81,7 +81,8 @@ class AdapterEntry:
         tensors: Role (as the kind names it) and byte range.
         scaling: Factor of the low-rank product, alpha / r or alpha / √r.
         params: What else the kind needs.
-        optional: May name a parameter that the base does not have (a new task head).
+        saved_as: The module of `modules_to_save` that it belongs to; one that the base does not
+            have (a new task head) is added to it.
     """
 
     module: str
@@ -90,7 +91,7 @@ class AdapterEntry:
     tensors: tuple[tuple[str, TensorRef], ...]
     scaling: float = 1.0
     params: tuple[tuple[str, Param], ...] = ()
-    optional: bool = False
+    saved_as: str | None = None
 
     @property
     def target(self) -> str:

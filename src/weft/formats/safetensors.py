@@ -22,6 +22,7 @@ from weft.core.specs import Shape, TensorRef
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
+_LARGEST = 2**63
 MAX_HEADER = 100_000_000  # bytes, the limit of the reference implementation
 
 
@@ -133,8 +134,14 @@ def _entry(path: Path, name: str, entry: Any, data: int, size: int) -> TensorRef
     dtype = NAMES[code]
     need = math.prod(shape) * itemsize(dtype)
     if stop - start != need:
-        raise wrong(f"{dtype} {shape} takes {need:,} bytes and the offsets give {stop - start:,}")
+        many = f"{need:,}" if need < _LARGEST else "too many"
+        raise wrong(f"{dtype} {shape} takes {many} bytes and the offsets give {stop - start:,}")
     return TensorRef(str(path), name, dtype, tuple(shape), data + start, data + stop)
+
+
+def _integers(value: Any) -> bool:
+    """A list of integers that fit 64 bits (a bool is none)."""
+    return isinstance(value, list) and all(type(n) is int and abs(n) < _LARGEST for n in value)
 
 
 def _check_cover(path: Path, refs: list[TensorRef], data: int, size: int) -> None:

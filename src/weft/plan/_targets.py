@@ -100,11 +100,11 @@ def _match(
                 f"{want} of {adapter.given} could be {' or '.join(several[:4])} in {base.given}"
             )
         )
-    optional = {entry.target: entry for entry in adapter.entries}
+    entries = {entry.target: entry for entry in adapter.entries}
     names = dict(found.names)
     for want in found.unmatched:
-        entry = optional[want]
-        if entry.optional and _is_new_module(entry.module, base):
+        entry = entries[want]
+        if entry.saved_as and _is_new_module(entry.saved_as, base):
             names[want] = _renamed(want, found)
         else:
             targets.problems.append(_unmatched(want, entry, base, adapter))
@@ -124,7 +124,7 @@ def _renamed(name: str, found: Match) -> str:
 
 def _is_new_module(module: str, base: Checkpoint) -> bool:
     """No tensor of the base belongs to a module of that name, under any prefix."""
-    last = f".{module}.".rsplit(".", 2)[1]
+    last = module.rpartition(".")[2]
     return not any(f".{last}." in f".{name}" for name in base.tensors)
 
 

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from weft.core.specs import AddDeltas, Input, Plan, Receipt, TensorJob
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Mapping, Sequence
 
 SCHEMA = 1
 
@@ -65,10 +65,16 @@ def totals(plan: Plan, receipts: Mapping[str, Receipt]) -> Totals:
 
 
 def manifest(
-    plan: Plan, receipts: Mapping[str, Receipt], *, version: str, command: str, seconds: float
+    plan: Plan,
+    receipts: Mapping[str, Receipt],
+    sums: Totals,
+    *,
+    warnings: Sequence[str],
+    version: str,
+    command: str,
+    seconds: float,
 ) -> dict[str, Any]:
     """The content of `weft.json`; every field is described in docs/reference/files.md."""
-    sums = totals(plan, receipts)
     return {
         "schema": SCHEMA,
         "weft": version,
@@ -78,7 +84,7 @@ def manifest(
         "seconds": round(seconds, 3),
         "inputs": [_input(entry) for entry in plan.inputs],
         "notes": list(plan.notes),
-        "warnings": list(plan.warnings),
+        "warnings": list(warnings),
         "totals": {
             "tensors": sums.tensors,
             "changed": sums.changed,

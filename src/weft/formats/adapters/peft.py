@@ -231,14 +231,14 @@ def _replacement(path: str, ref: TensorRef, config: dict[str, Any]) -> AdapterEn
     module, _, parameter = path.rpartition(".")
     # PEFT captures by plain endswith, without a dot boundary ("norm" takes input_layernorm, too).
     named = config.get("modules_to_save") or []
-    saved = any(part for name in named for part in _parents(module) if part.endswith(name))
+    saved = next((p for p in _parents(module) if any(p.endswith(name) for name in named)), None)
     own_base = module == "base_layer" or module.endswith(".base_layer")
     module = module.removesuffix("base_layer").removesuffix(".")
     params: tuple[tuple[str, Param], ...] = ()
     if own_base and parameter == "weight":
         params = (("own_base", True),)
     return AdapterEntry(
-        module, parameter, "replace", (("value", ref),), params=params, optional=saved
+        module, parameter, "replace", (("value", ref),), params=params, saved_as=saved
     )
 
 
