@@ -14,6 +14,7 @@ from importlib.metadata import version
 from cyclopts import App, CycloptsError
 
 from weft.core.errors import WeftError
+from weft.core.units import clean
 
 # name -> (function, the line in `weft --help`)
 _COMMANDS = {
@@ -65,5 +66,5 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 def _say(kind: str, text: str) -> None:
-    first, *rest = text.splitlines() or [""]
-    print(f"{kind}: {first}", *rest, sep="\n" + " " * (len(kind) + 2) * bool(rest), file=sys.stderr)
+    first, *rest = [clean(line) for line in text.split("\n")]
+    print(f"{kind}: {first}", *rest, sep="\n" + " " * (len(kind) + 2), file=sys.stderr)

@@ -106,7 +106,7 @@ def merge(
             command=shlex.join(["weft", *sys.argv[1:]]),
             on_event=on_event,
         )
-    _print(report.manifest if json else show.report_as_text(report))
+    _print(show.report_as_dict(report) if json else show.report_as_text(report))
     _warn(report.warnings)
 
 

@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 from weft.core.events import Event, Moved, Noted, OnEvent, Started, ignore
+from weft.core.units import clean
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -16,7 +17,7 @@ if TYPE_CHECKING:
 
 def say(kind: str, text: str) -> None:
     """`warning: …` or `note: …` on stderr."""
-    print(f"{kind}: {text}", file=sys.stderr)
+    print(f"{kind}: {clean(text)}", file=sys.stderr)
 
 
 @contextmanager
@@ -71,7 +72,7 @@ class _Drawing:
 
     def on_event(self, event: Event) -> None:
         if isinstance(event, Noted):
-            self._bar.console.print(f"note: {event.text}", markup=False, highlight=False)
+            self._bar.console.print(f"note: {clean(event.text)}", markup=False, highlight=False)
         elif isinstance(event, Started):
             self._bar.update(self._task, total=event.total, completed=event.done)
         elif isinstance(event, Moved):

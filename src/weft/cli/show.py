@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from weft.core.specs import Adapter, AddDeltas, Checkpoint, TensorJob, job_bytes
-from weft.core.units import show_count, show_share, show_size, show_time
+from weft.core.units import clean, show_count, show_share, show_size, show_time
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
@@ -35,6 +35,16 @@ def report_as_text(report: MergeReport) -> str:
             f"worst {show_share(sums.worst[1])} in {sums.worst[0]}"
         )
     return "\n".join(lines)
+
+
+def report_as_dict(report: MergeReport) -> dict[str, Any]:
+    """`weft merge --json`: `weft.json`, with the seconds of the whole work and the folder."""
+    return report.manifest | {
+        "seconds": round(report.seconds, 3),
+        "output": str(report.output),
+        "resumed": report.resumed,
+        "warnings": list(report.warnings),
+    }
 
 
 def demo_as_text(found: Demo) -> str:
@@ -271,6 +281,7 @@ def _count(number: int, noun: str) -> str:
 
 
 def _columns(rows: Sequence[tuple[str, ...]]) -> list[str]:
+    rows = [tuple(map(clean, row)) for row in rows]
     widths = [max(len(row[n]) for row in rows) for n in range(len(rows[0]))]
     return [
         "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()

@@ -1,4 +1,4 @@
-"""Sizes and times as people write them."""
+"""Sizes, times and names as people read them."""
 
 from __future__ import annotations
 
@@ -57,6 +57,11 @@ def show_share(share: float | None) -> str:
     if 99.9 < percent < 100:
         return f"{math.floor(percent * 1000) / 1000:.3f} %"
     return f"{percent:.1f} %" if percent >= 0.1 or percent <= 0 else f"{percent:.1e} %"
+
+
+def clean(text: str) -> str:
+    """`text` on one line, without what a terminal would obey: for names that come out of files."""
+    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
 
 
 def three(value: float) -> str:

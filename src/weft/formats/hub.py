@@ -11,6 +11,7 @@ import re
 from pathlib import Path
 
 from weft.core.errors import NotFound, WeftError
+from weft.core.units import clean
 
 _ID = re.compile(
     r"(?P<repo>[\w.-]+/[\w.-]+)(?:/(?P<subfolder>[\w./-]+?))?(?:@(?P<revision>[\w./-]+))?"
@@ -25,12 +26,18 @@ def resolve(given: str, *, revision: str | None = None, cache_dir: str | None = 
     Raises:
         NotFound: Neither a path nor, as far as can be reached, a repository on the hub.
     """
-    path = Path(given).expanduser()
-    if path.exists():
+    try:
+        path = Path(given).expanduser()
+        there = bool(given) and path.exists()
+    except (OSError, RuntimeError, ValueError):  # too long, no such user, a NUL
+        there = False
+    if there:
         return _snapshot_of(path, revision) if path.name.startswith("models--") else path
     match = _ID.fullmatch(given)
     if match is None or given.startswith((".", "/", "~")):
-        raise NotFound(f"no such file or folder: {given}", "give a path, or org/name on the hub")
+        raise NotFound(
+            f"no such file or folder: {clean(given)[:200]}", "give a path, or org/name on the hub"
+        )
     revision = match["revision"] or revision
     folder = _download(match["repo"], match["subfolder"], revision, cache_dir)
     return folder / match["subfolder"] if match["subfolder"] else folder
@@ -83,6 +90,8 @@ def _download(
             ignore_patterns=ignore or None,
             local_files_only=offline,
         )
+    except errors.HFValidationError:
+        raise NotFound(f"no such file or folder, and no id on the hub: {name}") from None
     except errors.LocalEntryNotFoundError:
         raise NotFound(
             f"no such file or folder: {name}; the hub cannot be reached and its cache has no copy",

@@ -11,6 +11,7 @@ import hashlib
 import json
 import math
 import os
+from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -22,7 +23,7 @@ from weft.core.specs import Shape, TensorRef
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
-_LARGEST = 2**63
+_LARGEST = 2**64  # bytes
 MAX_HEADER = 100_000_000  # bytes, the limit of the reference implementation
 
 
@@ -60,7 +61,7 @@ def read_header(path: str | Path) -> Header:
     except OSError as error:
         raise FormatError(f"cannot read {path}: {error.strerror}") from None
     content = _parse(path, raw)
-    metadata = content.pop("__metadata__", None) or {}
+    metadata = content.pop("__metadata__", {})
     if not isinstance(metadata, dict) or not all(isinstance(v, str) for v in metadata.values()):
         raise _broken(path, "its __metadata__ is not a mapping of strings")
     data = 8 + length
@@ -97,13 +98,13 @@ def _parse(path: Path, raw: bytes) -> dict[str, Any]:
     def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         keys = dict(pairs)
         if len(keys) < len(pairs):
-            names = [key for key, _ in pairs]
-            twice = next(name for name in names if names.count(name) > 1)
+            twice, _ = Counter(key for key, _ in pairs).most_common(1)[0]
             raise _broken(path, f"its header has the key {twice!r} twice")
         return keys
 
     try:
         content = json.loads(raw.decode("utf-8"), object_pairs_hook=unique)
+        json.dumps(content, ensure_ascii=False).encode()  # half a surrogate pair is no name
     except (ValueError, RecursionError) as error:  # ValueError: not UTF-8, not JSON, absurd numbers
         raise _broken(path, f"its header is not JSON: {str(error)[:80]}") from None
     if not isinstance(content, dict):
@@ -120,28 +121,30 @@ def _entry(path: Path, name: str, entry: Any, data: int, size: int) -> TensorRef
     code, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
     if not isinstance(code, str) or code not in NAMES:
         raise wrong(f"unknown dtype {str(code)[:40]!r}")
-    if not isinstance(shape, list) or not all(type(n) is int and n >= 0 for n in shape):
-        raise wrong(f"shape {str(shape)[:60]} is not a list of non-negative integers")
-    if not (
-        isinstance(offsets, list) and len(offsets) == 2 and all(type(n) is int for n in offsets)
-    ):
-        raise wrong(f"data_offsets {str(offsets)[:60]} are not two integers")
+    if not _integers(shape) or min(shape, default=0) < 0:
+        raise wrong("its shape is not a list of non-negative integers")
+    if not _integers(offsets) or len(offsets) != 2:
+        raise wrong("its data_offsets are not two integers")
     start, stop = offsets
     if not 0 <= start <= stop:
         raise wrong(f"data_offsets {start}…{stop} run backwards")
     if data + stop > size:
         raise wrong(f"its bytes end at {data + stop:,} and the file at {size:,}: it is cut short")
     dtype = NAMES[code]
-    need = math.prod(shape) * itemsize(dtype)
+    need = itemsize(dtype)
+    for n in shape:
+        need *= n
+        if need > _LARGEST:  # the reference implementation refuses it as well, zero or not behind
+            raise wrong("its shape has more elements than any file can hold")
     if stop - start != need:
-        many = f"{need:,}" if need < _LARGEST else "too many"
-        raise wrong(f"{dtype} {shape} takes {many} bytes and the offsets give {stop - start:,}")
+        fact = f"{dtype} {shape} takes {need:,} bytes and the offsets give {stop - start:,}"
+        raise wrong(fact)
     return TensorRef(str(path), name, dtype, tuple(shape), data + start, data + stop)
 
 
 def _integers(value: Any) -> bool:
-    """A list of integers that fit 64 bits (a bool is none)."""
-    return isinstance(value, list) and all(type(n) is int and abs(n) < _LARGEST for n in value)
+    """A list of integers (a bool is none) that can be printed."""
+    return isinstance(value, list) and all(type(n) is int and abs(n) < 10**30 for n in value)
 
 
 def _check_cover(path: Path, refs: list[TensorRef], data: int, size: int) -> None:

@@ -22,7 +22,6 @@ _QUANTISED_NAMES = {
     "weight_scale_inv": "FP8 with block scales",
     "weight_scale": "FP8 or compressed-tensors",
     "weight_packed": "compressed-tensors",
-    "weight_blocks": "MXFP4",
     "SCB": "bitsandbytes 8-bit",
     "weight.absmax": "bitsandbytes 4-bit",
     "weight.quant_map": "bitsandbytes 4-bit",
@@ -38,8 +37,9 @@ def quantised(base: Checkpoint) -> list[Problem]:
         return [Problem(f"the base {base.given} is quantised ({name}, says its config.json)", hint)]
     for name, ref in base.tensors.items():
         last = next((end for end in _QUANTISED_NAMES if name.endswith("." + end)), None)
-        if last:
-            kind = _QUANTISED_NAMES[last]
+        fused = name.endswith("_blocks") and name.removesuffix("blocks") + "scales" in base.tensors
+        if last or fused:
+            kind = _QUANTISED_NAMES[last] if last else "MXFP4"
             return [
                 Problem(f"the base {base.given} is quantised ({kind}: {name} in {ref.file})", hint)
             ]

@@ -262,7 +262,9 @@ def check_output(out: Path, plan: Plan, *, force: bool, resume: bool) -> None:
     if out.exists() and not out.is_dir():
         raise OutputError(f"{out} is a file", "give a folder that does not exist yet")
     for entry in plan.inputs:
-        if Path(os.path.realpath(entry.path)).is_relative_to(out):
+        # Both where the input lies and where its link leads: the hub's cache is made of links.
+        folder = Path(os.path.realpath(Path(entry.path).parent))
+        if folder.is_relative_to(out) or Path(os.path.realpath(entry.path)).is_relative_to(out):
             raise OutputError(f"{out} holds the input {entry.path}", "write to another folder")
     if out.is_dir() and any(out.iterdir()):
         if not force:

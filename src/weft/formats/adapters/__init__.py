@@ -31,7 +31,7 @@ class AdapterFormat(Protocol):
 
 def formats() -> list[AdapterFormat]:
     """Every format in this folder."""
-    names = sorted(module.name for module in pkgutil.iter_modules(__path__))
+    names = sorted(m.name for m in pkgutil.iter_modules(__path__) if not m.name.startswith("_"))
     return [cast("AdapterFormat", importlib.import_module(f"{__name__}.{name}")) for name in names]
 
 

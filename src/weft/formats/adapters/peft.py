@@ -6,19 +6,20 @@ fields change the merged weight, was read off files that PEFT 0.21.2 wrote.
 
 from __future__ import annotations
 
-import math
+import os
 import re
 from collections import defaultdict
 from typing import TYPE_CHECKING, Any
 
-from weft.core.errors import FormatError, NotFound, PlanError, Problem, Unsupported
+from weft.core.errors import FormatError, NotFound, PlanError, Problem
 from weft.core.specs import Adapter, AdapterEntry, Param, TensorRef
+from weft.core.units import clean
+from weft.formats.adapters._peft_config import CONFIG, KNOWN, check, rank_problem, scaling_of
 from weft.formats.checkpoint import read_header, read_json
 
 if TYPE_CHECKING:
     from pathlib import Path
 
-CONFIG = "adapter_config.json"
 _FILES = ("adapter_model.safetensors", "adapter_model.bin")
 _PREFIX = "base_model.model."
 
@@ -34,36 +35,6 @@ _SUFFIXES = {
     ".token_adapter.trainable_tokens_delta": "rows",
 }
 
-# Config fields that make the merged weight something other than W + s·BA, and what they are.
-_VARIANTS = {
-    "use_qalora": "QA-LoRA (its lora_A sees pooled inputs)",
-    "use_bdlora": "BD-LoRA (block-diagonal factors)",
-    "kasa_config": "KaSA (it truncates the base weight)",
-    "monteclora_config": "MonteCLoRA",
-    "velora_config": "VeLoRA",
-    "layer_replication": "layer_replication (a deeper model that shares weights)",
-    "target_parameters": "target_parameters (fused experts)",
-    "megatron_config": "Megatron parallel layers",
-    "alora_invocation_tokens": "aLoRA, which is active after some tokens only: no merged weight",
-    "arrow_config": "Arrow, which routes each token to another adapter: no merged weight",
-}
-_PLAIN_INIT = {"gaussian", "eva", "orthogonal"}
-_MOVED_INIT = {
-    "pissa": "PiSSA",
-    "olora": "OLoRA",
-    "loftq": "LoftQ",
-    "corda": "CorDA",
-    "lora_ga": "LoRA-GA",
-}
-_KNOWN = {
-    *("task_type", "peft_type", "auto_mapping", "peft_version", "base_model_name_or_path"),
-    *("revision", "inference_mode", "r", "target_modules", "exclude_modules", "lora_alpha"),
-    *("lora_dropout", "fan_in_fan_out", "bias", "use_rslora", "modules_to_save"),
-    *("init_lora_weights", "layers_to_transform", "layers_pattern", "rank_pattern"),
-    *("alpha_pattern", "megatron_core", "trainable_token_indices", "loftq_config", "eva_config"),
-    *("corda_config", "lora_ga_config", "use_dora", "qalora_group_size", "runtime_config"),
-    *("lora_bias", "ensure_weight_tying", *_VARIANTS),
-}
 # The files that make a tokenizer; a vocabulary among them makes it complete.
 TOKENIZER_VOCABULARIES = {
     *("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model"),
@@ -76,7 +47,7 @@ TOKENIZER_FILES = TOKENIZER_VOCABULARIES | {
 
 
 def detect(path: Path) -> bool:
-    return path.is_dir() and (path / CONFIG).is_file()
+    return path.is_dir() and os.path.lexists(path / CONFIG)
 
 
 def read(path: Path, given: str) -> Adapter:
@@ -90,7 +61,7 @@ def read(path: Path, given: str) -> Adapter:
     """
     path = path.absolute()
     config = read_json(path / CONFIG)
-    _refuse_other_kinds(config, given)
+    check(config, given, path / CONFIG)
     files = [path / name for name in _FILES if (path / name).is_file()]
     if not files:
         raise NotFound(
@@ -104,10 +75,11 @@ def read(path: Path, given: str) -> Adapter:
     entries, problems = _entries(tensors, config)
     if problems:
         raise PlanError(f"the adapter {given}", problems)
-    unknown = sorted(key for key in set(config) - _KNOWN if config[key])
+    unknown = sorted(key for key in set(config) - KNOWN if config[key])
     notes = []
     if unknown:
-        notes.append(f"{CONFIG} has keys that weft does not know and ignores: {', '.join(unknown)}")
+        names = ", ".join(map(clean, unknown))
+        notes.append(f"{CONFIG} has keys that weft does not know and ignores: {names}")
     base = config.get("base_model_name_or_path")
     revision = config.get("revision")
     return Adapter(
@@ -118,47 +90,12 @@ def read(path: Path, given: str) -> Adapter:
         entries=tuple(entries),
         tensors=tensors,
         config=config,
-        base_model=base if isinstance(base, str) and base else None,
-        revision=revision if isinstance(revision, str) else None,
+        base_model=clean(base) if base else None,
+        revision=revision or None,
         ties_weights=bool(config.get("ensure_weight_tying")),
         notes=tuple(notes),
         side_files=tuple(sorted(f for f in TOKENIZER_FILES if (path / f).is_file())),
     )
-
-
-def _refuse_other_kinds(config: dict[str, Any], given: str) -> None:
-    kind = config.get("peft_type")
-    if not isinstance(kind, str):
-        raise FormatError(f"{given}/{CONFIG} names no peft_type")
-    if kind != "LORA":
-        raise Unsupported(
-            f"{given} is a {kind} adapter; this release of weft merges LORA (with DoRA and rsLoRA)",
-            "merge it with PEFT's merge_and_unload",
-        )
-    for field, what in _VARIANTS.items():
-        if config.get(field):
-            raise Unsupported(
-                f"{given} uses {what}, which this release of weft does not merge",
-                None if "no merged weight" in what else "merge it with PEFT's merge_and_unload",
-            )
-    init = config.get("init_lora_weights", True)
-    if isinstance(init, str) and init not in _PLAIN_INIT:
-        name = next((n for key, n in _MOVED_INIT.items() if init.startswith(key)), None)
-        raise Unsupported(
-            f"{given} was initialised with {name}, which moved the base weights: its ΔW does not "
-            "belong to the base that it names"
-            if name
-            else f"{given} has init_lora_weights={init!r}, which weft does not know",
-            "convert it with PEFT (save_pretrained with path_initial_model_for_weight_conversion)"
-            if name
-            else None,
-        )
-    for field in sorted(set(config) - _KNOWN):
-        value = config[field]
-        if (field.startswith("use_") and value is True) or (field.endswith("_config") and value):
-            raise Unsupported(
-                f"{given} sets {field}, a LoRA variant that this release of weft does not know"
-            )
 
 
 # ------------------------------------------------------------------------------------ key grammar
@@ -275,8 +212,8 @@ def _module_entries(
         problems.append(Problem(f"module {module!r} in {file} has both kinds of factors"))
         return entries, problems
     A, B = roles[a], roles[b]
-    wrong = _factor_shapes(module, A, B) or _rank_against_config(module, A, config)
-    scaling = _scaling(module, A.shape[0], config) if not wrong else Problem("")
+    wrong = _factor_shapes(module, A, B) or rank_problem(module, A, config)
+    scaling = scaling_of(module, A.shape[0], config) if not wrong else Problem("")
     if wrong or isinstance(scaling, Problem):
         problems.append(wrong or scaling)  # type: ignore[arg-type]
         return entries, problems
@@ -319,55 +256,6 @@ def _factor_shapes(module: str, A: TensorRef, B: TensorRef) -> Problem | None:
             f"({A.shape[0]} rows of A, {B.shape[1]} columns of B)"
         )
     return None
-
-
-# ------------------------------------------------------------------------------- rank and scaling
-
-
-def _matching(patterns: Any, module: str) -> list[Any]:
-    """Values of the patterns that PEFT would find to match `module`, in the file's order."""
-    if not isinstance(patterns, dict):
-        return []
-    values = []
-    for pattern, value in patterns.items():
-        try:
-            if re.match(rf"(.*\.)?({pattern})$", module):
-                values.append(value)
-        except re.error:
-            if module == pattern or module.endswith("." + pattern):
-                values.append(value)
-    return values
-
-
-def _rank_against_config(module: str, A: TensorRef, config: dict[str, Any]) -> Problem | None:
-    rank = A.shape[0]
-    allowed = _matching(config.get("rank_pattern"), module) or [config.get("r")]
-    if rank in allowed:
-        return None
-    says = " or ".join(str(value) for value in allowed)
-    return Problem(
-        f"module {module!r} in {A.file} has rank {rank}, and {CONFIG} says r = {says}",
-        f"the config and the weights are not of one save: correct r or rank_pattern in {CONFIG}",
-    )
-
-
-def _scaling(module: str, rank: int, config: dict[str, Any]) -> float | Problem:
-    """Alpha / r, or alpha / √r for rsLoRA (arXiv:2312.03732); r is that of the tensors."""
-    alphas = _matching(config.get("alpha_pattern"), module) or [config.get("lora_alpha")]
-    alpha = alphas[0]
-    if not isinstance(alpha, int | float) or isinstance(alpha, bool) or not math.isfinite(alpha):
-        return Problem(
-            f"module {module!r}: {CONFIG} gives lora_alpha = {alpha!r}, and a number is needed",
-            "without alpha the scaling is unknown; set it to what the adapter was trained with",
-        )
-    if any(other != alpha for other in alphas[1:]):
-        says = " and ".join(str(value) for value in dict.fromkeys(alphas))
-        return Problem(
-            f"module {module!r} is matched by patterns of alpha_pattern that say {says}",
-            "PEFT saves the patterns sorted, so the order that counted in training is lost: "
-            f"leave the right one in {CONFIG}",
-        )
-    return float(alpha) / (math.sqrt(rank) if config.get("use_rslora") else rank)
 
 
 def _trainable_tokens(
