@@ -49,7 +49,7 @@ def match(wanted: Iterable[str], present: Collection[str]) -> Match:
             by_suffix = _index(present)
         longer = by_suffix.get(want, [])
         # A bare `weight` would match a tensor of that name anywhere: two parts at least.
-        shorter = [s for s in _suffixes(want) if "." in s.partition(".")[2] and s in known]
+        shorter = [s for s in _suffixes(want) if "." in s and s in known]
         candidates = [*longer, *shorter]
         if len(candidates) == 1:
             found = candidates[0]

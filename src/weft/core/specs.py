@@ -111,7 +111,6 @@ class Adapter:
         tensors: Every tensor of the file: the ledger that the entries must use up.
         config: The parsed adapter config.
         base_model: What the config names as its base, and the revision of it.
-        ties_weights: Trained so that a delta of the input embedding is the head's as well.
         notes: What a reader of the file should know and no tensor shows.
         side_files: Relative paths of the tokenizer and chat-template files that it brings.
     """
@@ -125,7 +124,6 @@ class Adapter:
     config: dict[str, Any]
     base_model: str | None
     revision: str | None
-    ties_weights: bool
     notes: tuple[str, ...]
     side_files: tuple[str, ...]
 

@@ -119,7 +119,9 @@ def run(output: Path | None = None, on_event: events.OnEvent = events.ignore) ->
 
 def _prompt(tokenizer: Any, question: str) -> Any:
     chat = [{"role": "user", "content": question}]
-    return tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_tensors="pt")
+    return tokenizer.apply_chat_template(
+        chat, add_generation_prompt=True, return_tensors="pt", return_dict=True
+    )
 
 
 def _answer(model: Any, tokenizer: Any, question: str) -> str:

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
-    from weft.core.specs import Adapter, AdapterEntry, TensorRef
+    from weft.core.specs import Adapter, TensorRef
 
 # Large tensors are replacements of whole weights; those are checked as they are written.
 _FACTORS = ("A", "B", "magnitude", "bias", "rows")
@@ -23,7 +23,6 @@ _FACTORS = ("A", "B", "magnitude", "bias", "rows")
 def examine(adapter: Adapter) -> tuple[list[Problem], list[str]]:
     """What the values of the adapter's factors say: problems that forbid a merge, and warnings."""
     problems: list[Problem] = []
-    low_rank = [entry for entry in adapter.entries if entry.kind in ("lora", "dora")]
     silent = 0
     shares: list[tuple[int, int]] = []
     files = Files()
@@ -43,8 +42,6 @@ def examine(adapter: Adapter) -> tuple[list[Problem], list[str]]:
                 if role == "B" and not dict(entry.params).get("transposed"):
                     shares.append((int(values.any(dim=1).count_nonzero()), values.shape[0]))
             silent += zero and entry.kind == "lora"
-        if adapter.ties_weights:
-            problems += _twins(low_rank, files, workspace, adapter)
     finally:
         files.close()
     if ranks := _sharded(shares):
@@ -95,29 +92,3 @@ def _sharded(shares: Sequence[tuple[int, int]]) -> int | None:
         if counted and all(rows >= ranks and used == -(-rows // ranks) for used, rows in counted):
             return ranks
     return None
-
-
-def _twins(
-    entries: Sequence[AdapterEntry], files: Files, workspace: Workspace, adapter: Adapter
-) -> list[Problem]:
-    """With `ensure_weight_tying`, the head's factors must be the embedding's, transposed."""
-    embeddings = [e for e in entries if dict(e.params).get("transposed")]
-    if len(embeddings) != 1:
-        return []
-    A, B = (_values(ref, files, workspace) for _, ref in embeddings[0].tensors[:2])
-    for entry in entries:
-        refs = dict(entry.tensors)
-        if entry is embeddings[0] or (refs["A"].shape, refs["B"].shape) != (B.T.shape, A.T.shape):
-            continue
-        if entry.module.rpartition(".")[2] not in ("lm_head", "embed_out"):
-            continue
-        head_A, head_B = (_values(refs[role], files, workspace) for role in ("A", "B"))
-        if not (torch.equal(head_A, B.T) and torch.equal(head_B, A.T)):
-            return [
-                Problem(
-                    f"{adapter.given} has ensure_weight_tying, and {entry.module} has not "
-                    f"the factors of {embeddings[0].module}",
-                    "which of the two was meant cannot be told: save the adapter again",
-                )
-            ]
-    return []

@@ -10,6 +10,7 @@ from weft.core.dtypes import WEIGHTS
 from weft.core.errors import Problem
 from weft.core.names import Match, match, nearest
 from weft.core.specs import Adapter, AdapterEntry, Checkpoint, Delta, Shape, TensorRef
+from weft.formats.checkpoint import same_values
 from weft.plan.preflight import config_value
 
 if TYPE_CHECKING:
@@ -26,10 +27,12 @@ class Change:
 
     Attributes:
         base: A tensor of an adapter that takes the place of the base's (a resized embedding).
+        owner: The number of the adapter that brings `base`.
         deltas: What is added, with the number of the adapter that adds it.
     """
 
     base: TensorRef | None = None
+    owner: int | None = None
     deltas: list[tuple[int, Delta]] = field(default_factory=list)
 
 
@@ -69,7 +72,10 @@ def collect(
             name = names.get(entry.target)
             if name is None:
                 continue
-            present = base.tensors.get(name) or base.tensors.get(embedding or "")
+            # The head of a tied model may be absent: its weight is the embedding's.
+            present = base.tensors.get(name)
+            if present is None and name == head:
+                present = base.tensors[embedding or name]
             if present is None:
                 _add_new(name, entry, weight, adapter, targets)
             else:
@@ -186,15 +192,19 @@ def _place(
             )
         )
         return
-    if value and (params.get("own_base") or _grows(value.shape, present, base)):
+    # Saved beside the resized original of the same adapter: an ordinary replacement of that.
+    on_top = change.owner == number and not params.get("own_base")
+    if value and not on_top and (params.get("own_base") or _grows(value.shape, present, base)):
         if value.shape != present.shape and not _grows(value.shape, present, base):
             targets.problems.append(_misfit(entry, name, present.shape, adapter))
+        elif weight and same_values(value, change.base or present):
+            pass  # PEFT saves the base's embedding along, as it was
         elif weight not in (0, 1) or (weight and change.base is not None):
             what = "resizes" if value.shape != present.shape else "has its own base for"
             fact = f"{adapter.given} {what} {name}: only one adapter may, and with weight 1"
             targets.problems.append(Problem(fact))
         elif weight:
-            change.base = value
+            change.base, change.owner = value, number
             if value.shape != present.shape:
                 sizes = f"{list(present.shape)} to {list(value.shape)}"
                 targets.notes.append(f"{name} goes from {sizes}, as {adapter.given} saved it")

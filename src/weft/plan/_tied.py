@@ -6,13 +6,14 @@ own. They stay one where both change alike, or where the adapter was trained so.
 
 from __future__ import annotations
 
-import hashlib
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING
+
+import numpy as np
 
 from weft.core.dtypes import WEIGHTS
 from weft.core.errors import Problem
+from weft.formats.checkpoint import same_bytes
 from weft.plan._targets import Change, Targets
 from weft.plan.preflight import config_value
 
@@ -79,9 +80,7 @@ def _module(name: str) -> str:
     return name.removesuffix(".weight").rpartition(".")[2]
 
 
-def resolve(
-    tie: Tie, targets: Targets, base: Checkpoint, adapters: Sequence[tuple[Adapter, float]]
-) -> bool:
+def resolve(tie: Tie, targets: Targets, base: Checkpoint) -> bool:
     """Decide what becomes of the tie, and rewrite `targets.changes` of its two names accordingly.
 
     Returns:
@@ -98,34 +97,28 @@ def resolve(
             )
         )
     shared = own_bases[0] if own_bases else None
-    trained_tied = {n for n, (adapter, _) in enumerate(adapters) if adapter.ties_weights}
     own_rows = {n for n, delta in head.deltas if delta.kind == "trainable_tokens"}
+    # PEFT gives a tied head the trained rows of the embedding, unless it has its own.
     for_both = [
         (n, delta)
         for n, delta in embedding.deltas
-        # PEFT gives a tied head the trained rows of the embedding, unless it has its own.
-        if n in trained_tied or (delta.kind == "trainable_tokens" and n not in own_rows)
+        if delta.kind == "trainable_tokens" and n not in own_rows
     ]
-    # Of an adapter that was trained tied, the head's factors are the embedding's over again.
-    for_head = [(n, d) for n, d in head.deltas if not (n in trained_tied and _has(for_both, n))]
-    if for_head and all(n in trained_tied for n, _ in for_head):
-        for_both += [(n, d) for n, d in for_head if not _has(embedding.deltas, n)]
-        embedding.deltas += [(n, d) for n, d in for_head if not _has(embedding.deltas, n)]
-        for_head = []
+    for_head = head.deltas
     head_deltas = sorted([*for_both, *for_head], key=lambda item: item[0])
     if _alike(embedding.deltas, head_deltas):
         if embedding.deltas or shared:
-            targets.changes[tie.embedding] = Change(shared, embedding.deltas)
+            targets.changes[tie.embedding] = Change(shared, deltas=embedding.deltas)
             if tie.stored:
-                targets.changes[tie.head] = Change(shared, embedding.deltas)
+                targets.changes[tie.head] = Change(shared, deltas=embedding.deltas)
         return False
     if not for_head and not tie.known:
         # An encoder has no head to keep as it was.
-        targets.changes[tie.embedding] = Change(shared, embedding.deltas)
+        targets.changes[tie.embedding] = Change(shared, deltas=embedding.deltas)
         return False
     _refuse_where_untying_changes_more(tie, targets, base)
-    targets.changes[tie.embedding] = Change(shared, embedding.deltas)
-    targets.changes[tie.head] = Change(shared, head_deltas)
+    targets.changes[tie.embedding] = Change(shared, deltas=embedding.deltas)
+    targets.changes[tie.head] = Change(shared, deltas=head_deltas)
     changed = tie.head if for_head else tie.embedding
     both = "both are written" if for_head and embedding.deltas else f"only {changed} changes"
     targets.notes.append(
@@ -147,45 +140,38 @@ def _refuse_where_untying_changes_more(tie: Tie, targets: Targets, base: Checkpo
         )
 
 
-def _has(deltas: Sequence[tuple[int, Delta]], number: int) -> bool:
-    return any(n == number for n, _ in deltas)
-
-
 def _alike(one: Sequence[tuple[int, Delta]], other: Sequence[tuple[int, Delta]]) -> bool:
-    """The same changes, if need be by tensors that were saved twice with the same bytes."""
-    if len(one) != len(other):
-        return False
-    for (n, mine), (m, yours) in zip(one, other, strict=True):
-        if mine == yours:
-            continue
-        same_form = (n, mine.kind, mine.weight) == (m, yours.kind, yours.weight)
-        if not same_form or mine.kind != "replace":
-            return False
-        if not same_bytes(mine.tensors[0][1], yours.tensors[0][1]):
-            return False
-    return True
+    """The same changes, if need be by tensors that were saved once for each side of the tie."""
+    return len(one) == len(other) and all(
+        n == m and (mine == yours or _twins(mine, yours))
+        for (n, mine), (m, yours) in zip(one, other, strict=True)
+    )
 
 
-def same_bytes(one: TensorRef, other: TensorRef) -> bool:
-    """Whether two tensors are equal to the bit.
+def _twins(mine: Delta, yours: Delta) -> bool:
+    """Whether a delta of the embedding and one of the head are the same ΔW.
 
-    The one look at data that a plan takes: only where an adapter saved the two sides of a tie, and
-    it decides what the output's tensors are.
+    `ensure_weight_tying` saves both, the head's factors being the embedding's transposed. The flag
+    alone says nothing: PEFT sets it, and trains the two apart, on 16-bit bases and on GPT-2.
     """
-    if (one.dtype, one.shape) != (other.dtype, other.shape):
+    if (mine.kind, mine.weight, mine.scaling) != (yours.kind, yours.weight, yours.scaling):
         return False
-    return _digest(one) == _digest(other)
+    here, there = dict(mine.tensors), dict(yours.tensors)
+    if mine.kind == "lora":
+        return _transposed(here["A"], there["B"]) and _transposed(here["B"], there["A"])
+    if mine.kind == "replace":
+        return same_bytes(here["value"], there["value"])
+    if mine.kind == "trainable_tokens":
+        return mine.params == yours.params and same_bytes(here["rows"], there["rows"])
+    return False
 
 
-def _digest(ref: TensorRef) -> bytes:
-    digest = hashlib.sha256()
-    with Path(ref.file).open("rb") as file:
-        file.seek(ref.start)
-        left = ref.nbytes
-        while left:
-            data = file.read(min(left, 2**22))
-            if not data:
-                break
-            digest.update(data)
-            left -= len(data)
-    return digest.digest()
+def _transposed(one: TensorRef, other: TensorRef) -> bool:
+    if one.dtype != other.dtype or one.shape != other.shape[::-1]:
+        return False
+    width = np.dtype(f"u{one.nbytes // max(one.numel, 1)}")
+    first, second = (
+        np.fromfile(ref.file, width, ref.numel, offset=ref.start).reshape(ref.shape)
+        for ref in (one, other)
+    )
+    return bool((first == second.T).all())

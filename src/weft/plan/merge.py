@@ -54,7 +54,7 @@ def plan_merge(
         raise PlanError(subject, problems)
     tie = find_tie(base, adapters)
     targets = collect(base, adapters, tie.head if tie else None, tie.embedding if tie else None)
-    untied = tie is not None and resolve(tie, targets, base, adapters)
+    untied = tie is not None and resolve(tie, targets, base)
     rows = _new_rows(base, targets)
     if targets.problems:
         raise PlanError(subject, targets.problems)

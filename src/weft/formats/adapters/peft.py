@@ -15,10 +15,13 @@ from weft.core.errors import FormatError, NotFound, PlanError, Problem
 from weft.core.specs import Adapter, AdapterEntry, Param, TensorRef
 from weft.core.units import clean
 from weft.formats.adapters._peft_config import CONFIG, KNOWN, check, rank_problem, scaling_of
-from weft.formats.checkpoint import read_header, read_json
+from weft.formats.checkpoint import read_header, read_json, same_bytes
 
 if TYPE_CHECKING:
     from pathlib import Path
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
 
 _FILES = ("adapter_model.safetensors", "adapter_model.bin")
 _PREFIX = "base_model.model."
@@ -35,6 +38,8 @@ _SUFFIXES = {
     ".token_adapter.trainable_tokens_delta": "rows",
 }
 
+# Where a module that is wrapped keeps the weight that it had before.
+_ORIGINALS = ("token_adapter.base_layer", "base_layer", "original_module")
 # The files that make a tokenizer; a vocabulary among them makes it complete.
 TOKENIZER_VOCABULARIES = {
     *("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model"),
@@ -92,7 +97,6 @@ def read(path: Path, given: str) -> Adapter:
         config=config,
         base_model=clean(base) if base else None,
         revision=revision or None,
-        ties_weights=bool(config.get("ensure_weight_tying")),
         notes=tuple(notes),
         side_files=tuple(sorted(f for f in TOKENIZER_FILES if (path / f).is_file())),
     )
@@ -136,9 +140,7 @@ def _entries(
                 )
             else:
                 modules[module][_SUFFIXES[suffix]] = ref
-        elif re.search(
-            r"\.lora_|\.trainable_tokens_|\.modules_to_save\.|\.original_module\.", path
-        ):
+        elif re.search(r"\.lora_|\.trainable_tokens_", path):
             problems.append(
                 Problem(
                     f"tensor {key!r} in {ref.file} has no ending that weft knows",
@@ -152,7 +154,10 @@ def _entries(
         found, wrong = _module_entries(module, roles, config)
         entries += found
         problems += wrong
-    entries += [_replacement(path, ref, config) for path, ref in replaced]
+    copies, wrong = _saved_twice(replaced)
+    problems += wrong
+    entries += [_replacement(path, ref, config) for path, ref in replaced if path not in copies]
+    problems += _lost_modules(entries, config)
     return entries, problems
 
 
@@ -169,14 +174,46 @@ def _replacement(path: str, ref: TensorRef, config: dict[str, Any]) -> AdapterEn
     # PEFT captures by plain endswith, without a dot boundary ("norm" takes input_layernorm, too).
     named = config.get("modules_to_save") or []
     saved = next((p for p in _parents(module) if any(p.endswith(name) for name in named)), None)
-    own_base = module == "base_layer" or module.endswith(".base_layer")
-    module = module.removesuffix("base_layer").removesuffix(".")
+    wrapper = next((w for w in _ORIGINALS if f".{module}".endswith("." + w)), "")
+    module = module.removesuffix(wrapper or "modules_to_save").removesuffix(".")
     params: tuple[tuple[str, Param], ...] = ()
-    if own_base and parameter == "weight":
+    if wrapper and parameter == "weight":
         params = (("own_base", True),)
     return AdapterEntry(
         module, parameter, "replace", (("value", ref),), params=params, saved_as=saved
     )
+
+
+def _saved_twice(replaced: Sequence[tuple[str, TensorRef]]) -> tuple[set[str], list[Problem]]:
+    """With a resized vocabulary PEFT writes a module of `modules_to_save` under two keys."""
+    found = dict(replaced)
+    copies: set[str] = set()
+    problems = []
+    for path, ref in replaced:
+        plain = path.replace(".modules_to_save.", ".")
+        if plain != path and plain in found:
+            copies.add(path)
+            if not same_bytes(ref, found[plain]):
+                problems.append(
+                    Problem(f"{ref.name!r} and {found[plain].name!r} in {ref.file} differ")
+                )
+    return copies, problems
+
+
+def _lost_modules(entries: Sequence[AdapterEntry], config: dict[str, Any]) -> list[Problem]:
+    """Modules that were trained in full, and of which only the untrained original was saved."""
+    saved = {entry.target for entry in entries if not entry.params and entry.kind == "replace"}
+    return [
+        Problem(
+            f"modules_to_save names {entry.module!r}, and {entry.tensors[0][1].file} has only "
+            f"{entry.tensors[0][1].name!r}, what it was before training",
+            "this release of PEFT lost what was trained; nothing can bring it back from this file",
+        )
+        for entry in entries
+        if dict(entry.params).get("own_base")
+        and any(entry.module.endswith(name) for name in config.get("modules_to_save") or [])
+        and entry.target not in saved
+    ]
 
 
 def _parents(module: str) -> list[str]:
@@ -264,6 +301,8 @@ def _trainable_tokens(
     indices = config.get("trainable_token_indices")
     if isinstance(indices, dict):
         found = [v for k, v in indices.items() if module == k or module.endswith("." + k)]
+        # The head that is tied to the one embedding named has the same rows trained.
+        found = found or (list(indices.values()) if len(indices) == 1 else [])
         indices = found[0] if len(found) == 1 else None
     if not isinstance(indices, list) or not all(type(i) is int and i >= 0 for i in indices):
         return Problem(
