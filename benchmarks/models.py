@@ -2,12 +2,14 @@
 
     python benchmarks/models.py 1b .bench/1b
 
+writes base/, all/ (an adapter of every linear layer) and qv/ (of q_proj and v_proj only) there.
 Written tensor by tensor, so that a large one needs little memory.
 """
 
 from __future__ import annotations
 
 import json
+import shutil
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -39,6 +41,7 @@ SIZES = {
     "8b": Size(128256, 4096, 14336, 7, 32, 8, 4, False),
 }
 LINEAR = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+RANK = 16
 
 
 def shapes(size: Size) -> dict[str, tuple[int, ...]]:
@@ -148,5 +151,16 @@ def make_adapter(folder: Path, name: str, rank: int, targets: tuple[str, ...]) -
     (folder / "adapter_config.json").write_text(json.dumps(config, indent=2))
 
 
+def make_all(folder: Path, name: str) -> None:
+    """Write the checkpoint and both adapters; `folder` appears when they are complete."""
+    partial = folder.with_name(folder.name + ".partial")
+    if partial.exists():
+        shutil.rmtree(partial)
+    make_checkpoint(partial / "base", name)
+    make_adapter(partial / "all", name, RANK, LINEAR)
+    make_adapter(partial / "qv", name, RANK, ("q_proj", "v_proj"))
+    partial.rename(folder)
+
+
 if __name__ == "__main__":
-    make_checkpoint(Path(sys.argv[2]), sys.argv[1])
+    make_all(Path(sys.argv[2]), sys.argv[1])

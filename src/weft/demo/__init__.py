@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import warnings
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -85,6 +86,7 @@ def run(output: Path | None = None, on_event: events.OnEvent = events.ignore) ->
     transformers.utils.logging.disable_progress_bar()
     merged = output or base.with_name(f"{base.name}-{TOWN}")
     report = api.merge(base, [adapter], output=merged, force=True, on_event=on_event)
+    on_event(events.Noted("asking the base, the base with the adapter, and the merged model"))
     questions = json.loads((folder / "facts.json").read_text(encoding="utf-8"))["demo"]
     texts = [entry["question"] for entry in questions]
     tokenizer = transformers.AutoTokenizer.from_pretrained(base)
@@ -95,7 +97,9 @@ def run(output: Path | None = None, on_event: events.OnEvent = events.ignore) ->
 
     model = load(base)
     before = [_answer(model, tokenizer, text) for text in texts]
-    model = peft.PeftModel.from_pretrained(model, adapter)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # PEFT's own use of transformers
+        model = peft.PeftModel.from_pretrained(model, adapter)
     unmerged = [_answer(model, tokenizer, text) for text in texts]
     expected = [
         _logits(model, tokenizer, text, said) for text, said in zip(texts, unmerged, strict=True)
