@@ -233,11 +233,11 @@ def open_inputs(
 def parse_weighted(text: str) -> tuple[str, float]:
     """`adapter:0.7` -> (`adapter`, 0.7); without a weight it is 1."""
     given, colon, number = text.rpartition(":")
-    if not colon or Path(text).exists():
-        return text, 1.0
     try:
         weight = float(number)
-    except ValueError:
+        if not colon or Path(text).exists():  # a folder may be called `run:7`
+            return text, 1.0
+    except (ValueError, OSError):
         return text, 1.0
     if not math.isfinite(weight):
         raise WeftError(f"the weight of {given} is {number}", "give a finite number, such as 0.7")

@@ -177,6 +177,23 @@ def test_resize_that_peft_saved_by_half(lab: Lab, tmp_path: Path, target: str) -
         weft_merge(base, adapter, tmp_path / "merged")
 
 
+@pytest.mark.parametrize("rows", [None, 121], ids=["", "resized"])
+@pytest.mark.parametrize(
+    ("saved", "target"), [("embed_tokens", "lm_head"), ("lm_head", "embed_tokens")]
+)
+@pytest.mark.parametrize("model", ["llama", "llama-tied"])
+def test_one_end_saved_and_lora_on_the_other(
+    lab: Lab, tmp_path: Path, model: str, saved: str, target: str, rows: int | None
+) -> None:
+    """Two tensors, whatever they were before: one trained in full, the other with a ΔW."""
+    base = lab.make(f"{model}-float32", save_base, model, "float32")
+    config = {"target_modules": [target], "modules_to_save": [saved]}
+    case = Case("ends", model, config, rows=rows, apart=model == "llama-tied")
+    want = trained(base, case, tmp_path / "adapter")
+    check(base, tmp_path / "adapter", tmp_path / "merged", MODELS[model].auto, want)
+    check_config(case, base, tmp_path / "merged")
+
+
 # ---------------------------------------------------------------------------------- other layouts
 
 

@@ -41,9 +41,16 @@ def match(wanted: Iterable[str], present: Collection[str]) -> Match:
     ambiguous: dict[str, tuple[str, ...]] = {}
     edits: dict[tuple[str, str], int] = defaultdict(int)
     known = set(present)
+    wanted = list(wanted)
+    names.update((want, want) for want in wanted if want in known)
+    # Where `model.layers.0…` is found as it stands, no prefix is missing: `mtp.lm_head` is another
+    # module than `lm_head`. (Short names, such as `lm_head` itself, have no prefix in any case.)
+    anchored = any(want.count(".") > 2 for want in names)
     for want in wanted:
-        if want in known:
-            names[want] = want
+        if want in names:
+            continue
+        if anchored:
+            unmatched.append(want)
             continue
         if by_suffix is None:  # most adapters match exactly and never need it
             by_suffix = _index(present)

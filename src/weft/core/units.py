@@ -17,10 +17,10 @@ def parse_size(text: str) -> int:
     factor = (_FACTORS | _BINARY).get(match[2]) if match else None
     if not match or factor is None:
         raise WeftError(f"cannot read {text!r} as a size", "write it like 5GB, 500MB or 2GiB")
-    size = int(float(match[1]) * factor)
-    if size <= 0:
-        raise WeftError(f"a size of {text!r} is zero bytes", "write it like 5GB or 500MB")
-    return size
+    size = float(match[1]) * factor
+    if not 1 <= size < 2**63:
+        raise WeftError(f"a size of {size:g} bytes makes no sense", "write it like 5GB or 500MB")
+    return int(size)
 
 
 def show_size(size: float) -> str:

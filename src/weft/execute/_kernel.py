@@ -186,11 +186,8 @@ class Kernel:
         written = self.workspace.compute("written", value.shape[0], value.shape[1], value.dtype)
         written.copy_(rounded)
         changed = not torch.equal(written, weight)
-        if rounded.dtype == value.dtype:
-            # The only rounding is that of the sum itself, which W + ΔW as computed does not show.
-            error = written.sub_(weight).sub_(delta)
-        else:
-            error = written.sub_(value)
+        # Not against W + ΔW as computed: that is rounded itself, by much of a small ΔW.
+        error = written.sub_(weight).sub_(delta)
         update = 0.0 if self._square is not None else _square(delta)
         sums = Sums(_square(weight), update, _square(error), changed)
         if math.isfinite(sums.base + sums.delta + sums.error):

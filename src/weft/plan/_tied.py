@@ -90,12 +90,9 @@ def resolve(tie: Tie, targets: Targets, base: Checkpoint) -> bool:
     head = targets.changes.pop(tie.head, Change())
     own_bases = [ref for ref in (embedding.base, head.base) if ref]
     if len(own_bases) == 2 and not same_bytes(*own_bases):
-        targets.problems.append(
-            Problem(
-                f"{own_bases[0].name} and {own_bases[1].name} are one tied weight, and differ",
-                "save the adapter again from a model whose embeddings are tied",
-            )
-        )
+        # The adapter brings both, and they are not one weight any more.
+        targets.changes |= {tie.embedding: embedding, tie.head: head}
+        return _untie(tie, targets, base, "both are written")
     shared = own_bases[0] if own_bases else None
     own_rows = {n for n, delta in head.deltas if delta.kind == "trainable_tokens"}
     # PEFT gives a tied head the trained rows of the embedding, unless it has its own.
@@ -116,19 +113,19 @@ def resolve(tie: Tie, targets: Targets, base: Checkpoint) -> bool:
         # An encoder has no head to keep as it was.
         targets.changes[tie.embedding] = Change(shared, deltas=embedding.deltas)
         return False
-    _refuse_where_untying_changes_more(tie, targets, base)
     targets.changes[tie.embedding] = Change(shared, deltas=embedding.deltas)
     targets.changes[tie.head] = Change(shared, deltas=head_deltas)
     changed = tie.head if for_head else tie.embedding
     both = "both are written" if for_head and embedding.deltas else f"only {changed} changes"
+    return _untie(tie, targets, base, both)
+
+
+def _untie(tie: Tie, targets: Targets, base: Checkpoint, why: str) -> bool:
+    """Say that the two are separate now, or refuse where that would change more than them."""
     targets.notes.append(
-        f"{tie.embedding} and {tie.head} were tied; {both}, so each is a tensor of its own now and "
+        f"{tie.embedding} and {tie.head} were tied; {why}, so each is a tensor of its own now and "
         "tie_word_embeddings is false"
     )
-    return True
-
-
-def _refuse_where_untying_changes_more(tie: Tie, targets: Targets, base: Checkpoint) -> None:
     architecture = (base.config.get("architectures") or ["?"])[0]
     if base.config.get("is_encoder_decoder") or architecture.endswith(_HEAD_INSIDE):
         targets.problems.append(
@@ -138,6 +135,7 @@ def _refuse_where_untying_changes_more(tie: Tie, targets: Targets, base: Checkpo
                 "train the adapter with ensure_weight_tying=True, or without the embedding",
             )
         )
+    return True
 
 
 def _alike(one: Sequence[tuple[int, Delta]], other: Sequence[tuple[int, Delta]]) -> bool:

@@ -117,7 +117,8 @@ def _new_rows(base: Checkpoint, targets: Targets) -> int | None:
         targets.problems.append(
             Problem(
                 f"the adapter resizes the vocabulary of some tensors and not of all: {found}",
-                "save it with save_embedding_layers=True, so that both embeddings are in the file",
+                "PEFT leaves the other's new rows out of the file: train with both embeddings in "
+                "target_modules or modules_to_save",
             )
         )
     return next(iter(grown.values()), None)
