@@ -9,7 +9,7 @@ demo: $(VENV)/.demo
 	$(BIN)/weft demo
 
 test: $(VENV)/.dev
-	$(BIN)/python -m pytest -m "not gpu" $(ARGS)
+	$(BIN)/python -m pytest -n auto -m "not gpu" $(ARGS)
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff check .

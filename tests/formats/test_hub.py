@@ -1,0 +1,278 @@
+"""`org/name@revision` from the hub's cache, laid out by hand, without a network."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import huggingface_hub.constants
+import pytest
+import torch
+from safetensors.torch import save_file
+
+import weft
+from weft.core.errors import NotFound, WeftError
+from weft.formats.checkpoint import open_checkpoint
+from weft.formats.hub import resolve
+
+OLD, NEW = "0" * 39 + "1", "0" * 39 + "2"
+KEY = "base_model.model.layer"
+
+
+@pytest.fixture(autouse=True)
+def offline(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
+    """No network, and a cache of this test's own in place of the user's."""
+    cache = tmp_path / "hf/hub"
+    # huggingface_hub reads the environment when it is imported, which it is by now.
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(cache))
+    monkeypatch.chdir(tmp_path)
+    return cache
+
+
+def add(cache: Path, repo: str, commit: str, files: dict[str, bytes], *refs: str) -> Path:
+    """Files of a repository as the hub's client stores them: blobs, and links to them."""
+    folder = cache / ("models--" + repo.replace("/", "--"))
+    snapshot = folder / "snapshots" / commit
+    for name, content in files.items():
+        blob = folder / "blobs" / hashlib.sha256(content).hexdigest()
+        blob.parent.mkdir(parents=True, exist_ok=True)
+        blob.write_bytes(content)
+        link = snapshot / name
+        link.parent.mkdir(parents=True, exist_ok=True)
+        link.symlink_to(os.path.relpath(blob, link.parent))
+    for ref in refs:
+        path = folder / "refs" / ref
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(commit)
+    return folder
+
+
+def base_files(value: float, folder: Path) -> dict[str, bytes]:
+    path = folder / "scratch.safetensors"
+    save_file({"layer.weight": torch.full((4, 4), float(value))}, path)
+    return {"model.safetensors": path.read_bytes(), "config.json": b'{"model_type": "x"}'}
+
+
+def adapter_files(folder: Path, **config: object) -> dict[str, bytes]:
+    path = folder / "scratch.safetensors"
+    A, B = torch.ones(1, 4), torch.ones(4, 1)
+    save_file({f"{KEY}.lora_A.weight": A, f"{KEY}.lora_B.weight": B}, path)
+    content = {"peft_type": "LORA", "r": 1, "lora_alpha": 1} | config
+    return {
+        "adapter_model.safetensors": path.read_bytes(),
+        "adapter_config.json": json.dumps(content).encode(),
+    }
+
+
+@pytest.fixture
+def filled(offline: Path, tmp_path: Path) -> Path:
+    """A base in two revisions, and an adapter in a subfolder beside one at the top."""
+    add(offline, "org/base", OLD, base_files(1, tmp_path), "v1", "refs/pr/7")
+    add(offline, "org/base", NEW, base_files(2, tmp_path), "main")
+    files = adapter_files(tmp_path, base_model_name_or_path="org/base")
+    second = adapter_files(tmp_path, base_model_name_or_path="org/base", revision="v1")
+    both = files | {f"checkpoints/last/{name}": data for name, data in second.items()}
+    add(offline, "org/adapter", NEW, both, "main")
+    return offline
+
+
+def value(path: Path) -> float:
+    ref = open_checkpoint(path, "given").tensors["layer.weight"]
+    data = bytearray(Path(ref.file).read_bytes()[ref.start : ref.start + 4])
+    return torch.frombuffer(data, dtype=torch.float32).item()
+
+
+# ---------------------------------------------------------------------------------------- revisions
+
+
+def test_default_revision(filled: Path) -> None:
+    folder = resolve("org/base")
+    assert folder == filled / "models--org--base/snapshots" / NEW
+    assert value(folder) == 2
+
+
+@pytest.mark.parametrize("revision", ["v1", OLD, "refs/pr/7"])
+def test_revision_in_the_name(revision: str, filled: Path) -> None:
+    assert value(resolve(f"org/base@{revision}")) == 1
+
+
+@pytest.mark.parametrize("revision", ["v1", OLD, "refs/pr/7"])
+def test_revision_as_an_option(revision: str, filled: Path) -> None:
+    assert value(resolve("org/base", revision=revision)) == 1
+
+
+def test_revision_in_the_name_comes_first(filled: Path) -> None:
+    assert value(resolve("org/base@v1", revision="main")) == 1
+
+
+@pytest.mark.parametrize("given", ["org/base@v9", "org/base@" + "3" * 40])
+def test_revision_that_is_not_cached(given: str, filled: Path) -> None:
+    with pytest.raises(NotFound, match=f"{given}.* cache has no copy") as error:
+        resolve(given)
+    assert "download it first" in str(error.value.hint)
+
+
+# --------------------------------------------------------------------------------------- subfolders
+
+
+def test_subfolder(filled: Path) -> None:
+    top = filled / "models--org--adapter/snapshots" / NEW
+    assert resolve("org/adapter") == top
+    for given in ("org/adapter/checkpoints/last", "org/adapter/checkpoints/last@main"):
+        assert resolve(given) == top / "checkpoints/last"
+
+
+def test_subfolder_that_is_not_there(filled: Path) -> None:
+    with pytest.raises(WeftError, match="nowhere"):
+        weft.inspect("org/adapter/nowhere")
+
+
+def test_adapter_names_its_base_and_the_revision_of_it(filled: Path, tmp_path: Path) -> None:
+    """The one at the top names none, the one in the subfolder `v1`."""
+    for given, expected in (("org/adapter", 3.0), ("org/adapter/checkpoints/last", 2.0)):
+        out = tmp_path / "out"
+        weft.merge(None, given, output=out, force=True)
+        assert value(out) == expected
+
+
+def test_links_of_the_cache_become_files(filled: Path, tmp_path: Path) -> None:
+    weft.merge("org/base", "org/adapter", output=tmp_path / "out")
+    files = list((tmp_path / "out").iterdir())
+    assert {"config.json", "model.safetensors", "weft.json"} <= {f.name for f in files}
+    assert not any(f.is_symlink() for f in files)
+    assert (tmp_path / "out/config.json").read_bytes().startswith(b"{")
+
+
+# -------------------------------------------------------------------------- folders of the cache
+
+
+def test_repository_folder_given_directly(filled: Path) -> None:
+    folder = filled / "models--org--base"
+    assert value(resolve(str(folder))) == 2
+    assert value(resolve(str(folder), revision="v1")) == 1
+    assert value(resolve(str(folder), revision=OLD)) == 1
+    assert value(resolve(str(folder / "snapshots" / OLD))) == 1
+
+
+@pytest.mark.parametrize("revision", [None, "v9", "3" * 40])
+def test_repository_folder_without_the_revision(revision: str | None, filled: Path) -> None:
+    folder = filled / "models--org--base"
+    (folder / "refs/main").unlink()
+    with pytest.raises(NotFound, match=f"no snapshot of revision {revision or 'main'}"):
+        resolve(str(folder), revision=revision)
+
+
+def test_reference_to_a_snapshot_that_was_deleted(filled: Path) -> None:
+    folder = filled / "models--org--base"
+    (folder / "refs/main").write_text("3" * 40)
+    with pytest.raises(NotFound, match="no snapshot of revision main"):
+        resolve(str(folder))
+
+
+def test_blob_that_was_deleted(filled: Path) -> None:
+    """A link that leads nowhere, as after a cache was cleaned by hand."""
+    link = filled / "models--org--base/snapshots" / NEW / "model.safetensors"
+    link.resolve().unlink()
+    with pytest.raises(WeftError, match=r"base"):
+        weft.inspect("org/base")
+
+
+def test_output_over_the_snapshot_that_is_read(filled: Path) -> None:
+    snapshot = filled / "models--org--base/snapshots" / NEW
+    with pytest.raises(WeftError, match="holds the input"):
+        weft.merge(snapshot, "org/adapter", output=snapshot, force=True)
+    assert (snapshot / "model.safetensors").is_symlink()
+
+
+# ------------------------------------------------------------------------------------------- paths
+
+
+def test_a_path_comes_before_the_hub(filled: Path, tmp_path: Path) -> None:
+    (tmp_path / "org/base").mkdir(parents=True)
+    assert resolve("org/base") == Path("org/base")
+
+
+@pytest.mark.parametrize(
+    "given", ["./org/base", "/org/base", "~/org/base-that-is-not-there", "name", "a b/c", "../o/b"]
+)
+def test_what_cannot_be_on_the_hub(given: str, filled: Path) -> None:
+    with pytest.raises(NotFound, match="no such file or folder: ") as error:
+        resolve(given)
+    assert given in str(error.value)
+
+
+def test_home(filled: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "model").mkdir()
+    assert resolve("~/model") == tmp_path / "model"
+
+
+@pytest.mark.parametrize("given", ["org/na--me", "org/name.git", "org/-name", "o/" + "x" * 200])
+def test_names_that_the_hub_forbids(given: str, filled: Path) -> None:
+    with pytest.raises(WeftError, match=r"na--me|name\.git|-name|xxx"):
+        resolve(given)
+
+
+# -------------------------------------------------------------------------------------- the program
+
+
+def program(*arguments: str | Path, **environment: str | Path) -> tuple[int, str, str]:
+    """`weft` with nothing of the user's own hub settings."""
+    kept = {k: v for k, v in os.environ.items() if not k.startswith(("HF_", "HUGGING", "XDG_"))}
+    done = subprocess.run(
+        [sys.executable, "-m", "weft", *map(str, arguments)],
+        capture_output=True,
+        text=True,
+        check=False,
+        env=kept | {"HF_HUB_OFFLINE": "1"} | {k: str(v) for k, v in environment.items()},
+    )
+    return done.returncode, done.stdout, done.stderr
+
+
+def test_environment(filled: Path, tmp_path: Path) -> None:
+    for settings in ({"HF_HOME": tmp_path / "hf"}, {"HF_HUB_CACHE": filled}):
+        code, out, err = program("inspect", "org/base@v1", "--json", **settings)
+        assert (code, err) == (0, "")
+        assert json.loads(out)["path"].endswith(OLD)
+
+
+def test_cache_dir_comes_before_the_environment(filled: Path, tmp_path: Path) -> None:
+    other = tmp_path / "other"
+    add(other, "org/base", "0" * 39 + "5", base_files(5, tmp_path), "main")
+    code, out, _ = program(
+        "inspect", "org/base", "--json", "--cache-dir", other, HF_HOME=tmp_path / "hf"
+    )
+    assert code == 0
+    assert json.loads(out)["path"] == str(other / "models--org--base/snapshots" / ("0" * 39 + "5"))
+
+
+def test_not_cached(tmp_path: Path) -> None:
+    empty = tmp_path / "empty"
+    for arguments in (
+        ["inspect", "org/missing@v2"],
+        ["merge", "org/missing@v2", "org/adapter", "-o", "out"],
+    ):
+        code, out, err = program(*arguments, HF_HOME=empty)
+        assert (code, out) == (2, "")
+        error, hint = err.splitlines()
+        assert error.startswith("error: no such file or folder: org/missing@v2")
+        assert "its cache has no copy" in error
+        assert hint.startswith("hint: ")
+        assert "--cache-dir" in hint
+        assert "HF_HOME" in hint
+    assert not (tmp_path / "out").exists()
+
+
+def test_merge_by_names(filled: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    code, _, err = program("merge", "org/adapter", "-o", out, HF_HOME=tmp_path / "hf")
+    assert code == 0, err
+    assert value(out) == 3
+    card = (out / "README.md").read_text()
+    assert "- org/base\n- org/adapter\n" in card
+    assert "base_model_relation: merge" in card
