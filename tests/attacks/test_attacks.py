@@ -411,10 +411,22 @@ def test_odd_paths(given: str, here: Path, monkeypatch: pytest.MonkeyPatch) -> N
     assert not (here / "out").exists()
 
 
+def test_folder_name_that_is_no_text(here: Path) -> None:
+    """Linux takes any bytes for a name; the card and the manifest quote it all the same."""
+    base = here / os.fsdecode(b"ba\xffse")
+    try:
+        base_at(base)
+    except OSError:
+        pytest.skip("this file system takes text alone")
+    assert_no_defect(run("inspect", base))
+    assert_no_defect(run("inspect", base, "--json"))
+    assert_no_defect(run("merge", base, GOOD / "adapter", "-o", "out"))
+
+
 # ------------------------------------------------------------------------------------------ in time
 
 
-def in_time(path: Path, seconds: float = 10) -> tuple[int, str, str]:
+def in_time(path: Path, seconds: float = 60) -> tuple[int, str, str]:
     """`weft inspect` of a file that a slow reader would not finish."""
     done = subprocess.run(
         [sys.executable, "-m", "weft", "inspect", path],
@@ -426,25 +438,22 @@ def in_time(path: Path, seconds: float = 10) -> tuple[int, str, str]:
     return done.returncode, done.stdout, done.stderr
 
 
-@pytest.mark.slow
 def test_duplicate_among_many_names_is_found_in_time(here: Path) -> None:
-    names = ",".join(f'"{n}":1' for n in range(80_000))
-    (here / "it.safetensors").write_bytes(make.header("{" + names + ',"79999":1}'))
-    assert_refused(in_time(here / "it.safetensors"), "key '79999' twice")
+    names = ",".join(f'"{n}":1' for n in range(300_000))
+    (here / "it.safetensors").write_bytes(make.header("{" + names + ',"299999":1}'))
+    assert_refused(in_time(here / "it.safetensors"), "key '299999' twice")
 
 
-@pytest.mark.slow
 def test_shape_of_many_factors_is_multiplied_in_time(here: Path) -> None:
-    shape = "[" + "9," * 1_000_000 + "9]"
+    shape = "[" + "9," * 4_000_000 + "9]"
     (here / "it.safetensors").write_bytes(make.header(make.entry("4", shape), bytes(4)))
     assert_refused(in_time(here / "it.safetensors"), "tensor 'a'")
 
 
-@pytest.mark.slow
 def test_archive_of_many_records_is_read_in_time(here: Path) -> None:
     with zipfile.ZipFile(here / "it.bin", "w") as archive:
         archive.writestr("archive/data.pkl", make.pickled(b"}"))
         archive.writestr("archive/version", "3")
         for number in range(20_000):
             archive.writestr(f"archive/data/{number}", b"")
-    assert_refused(in_time(here / "it.bin", 20), "hold")
+    assert_refused(in_time(here / "it.bin"), "hold")

@@ -181,7 +181,7 @@ def test_a_defect_of_weft() -> None:
     "command",
     [
         "merge",
-        pytest.param("inspect", marks=pytest.mark.xfail(reason="`weft --help`", strict=True)),
+        "inspect",
     ],
 )
 def test_hints_name_the_command_that_was_given(command: str) -> None:
@@ -279,7 +279,6 @@ def test_reader_that_leaves() -> None:
         assert (done.returncode, done.stderr) == (0, "")
 
 
-@pytest.mark.xfail(reason="UnicodeEncodeError", strict=True)
 @pytest.mark.parametrize("encoding", ["ascii", "cp1252"])
 def test_terminals_without_unicode(encoding: str, here: Path) -> None:
     """The merge is done by then; that ‖ cannot be printed does not undo it."""

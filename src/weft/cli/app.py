@@ -6,6 +6,7 @@ no, 2 the user can fix it, 3 a defect of weft, 130 interrupted.
 
 from __future__ import annotations
 
+import io
 import os
 import sys
 import traceback
@@ -24,27 +25,37 @@ _COMMANDS = {
 }
 
 
-def build() -> App:
-    """The app, without its commands' code."""
+def build(arguments: list[str]) -> App:
+    """The app, without its commands' code.
+
+    The line that says what a command does is for the list of them; the command's own help is its
+    docstring.
+    """
     app = App(
         name="weft",
         help="The whole life of a LoRA adapter, streamed from disk to disk.",
         version=version("weft"),
         version_flags=["--version", "-V"],
+        suppress_keyboard_interrupt=False,
     )
     for name, (path, line) in _COMMANDS.items():
-        app.command(path, name=name, help=line)
+        app.command(path, name=name, help=None if name in arguments[:1] else line)
     return app
 
 
 def main(arguments: list[str] | None = None) -> None:
     """Run the command line and leave with its exit code."""
-    app = build()
+    arguments = sys.argv[1:] if arguments is None else arguments
+    app = build(arguments)
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")  # a terminal may not know ‖ and Δ
     try:
         app(arguments, exit_on_error=False, print_error=False)
     except CycloptsError as error:
         _say("error", str(error).replace("\n", " "))
-        _say("hint", f"weft {'merge' if 'merge' in sys.argv else ''} --help".replace("  ", " "))
+        command = [name for name in arguments[:1] if name in _COMMANDS]
+        _say("hint", " ".join(["weft", *command, "--help"]))
         sys.exit(2)
     except WeftError as error:
         _say("error", str(error))
@@ -59,6 +70,9 @@ def main(arguments: list[str] | None = None) -> None:
         # The reader of our output left, as `| head` does; keep the interpreter from complaining.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(0)
+    except OSError as error:
+        _say("error", f"{error.strerror or error}: {error.filename or ''}".rstrip(": "))
+        sys.exit(2)
     except Exception:
         traceback.print_exc()
         _say("error", "this is a defect of weft, please report it with the lines above")

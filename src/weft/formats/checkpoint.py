@@ -6,9 +6,7 @@ import hashlib
 import importlib
 import json
 from pathlib import Path
-from typing import Any
-
-import numpy as np
+from typing import TYPE_CHECKING, Any
 
 from weft.core.errors import FormatError, NotFound, Unsupported
 from weft.core.names import nearest
@@ -16,6 +14,9 @@ from weft.core.specs import Checkpoint, Input, TensorRef
 from weft.core.units import clean
 from weft.formats.safetensors import Header
 from weft.formats.safetensors import read_header as read_safetensors_header
+
+if TYPE_CHECKING:
+    import numpy as np
 
 _KEPT_SUFFIXES = {
     ".json",
@@ -97,6 +98,11 @@ _SINGLES = ("model.safetensors", "pytorch_model.bin")
 
 def _find_weights(folder: Path) -> tuple[list[str], dict[str, str] | None]:
     """The shards of `folder` in order, and what its index says is in which."""
+    if (folder / "weft-journal.jsonl").exists():
+        raise FormatError(
+            f"{folder} is what an interrupted run of weft left, not a model",
+            "finish it: run the same command with --resume",
+        )
     for index, single in zip(_INDEXES, _SINGLES, strict=True):
         if (folder / index).is_file():
             weight_map = _read_index(folder / index)
@@ -285,6 +291,8 @@ def same_values(one: TensorRef, other: TensorRef) -> bool:
         return False
     if one.dtype == other.dtype:
         return same_bytes(one, other)
+    import numpy as np
+
     step = 2**20
     return all(
         np.array_equal(_widened(one, start, step), _widened(other, start, step), equal_nan=True)
@@ -297,6 +305,8 @@ _WIDTHS = {"bfloat16": "u2", "float16": "f2", "float32": "f4", "float64": "f8"}
 
 def _widened(ref: TensorRef, start: int, count: int) -> np.ndarray[Any, Any]:
     """Elements from `start` on, in float64."""
+    import numpy as np
+
     width = np.dtype(_WIDTHS[ref.dtype]).newbyteorder("<")
     count = min(count, ref.numel - start)
     raw = np.fromfile(ref.file, width, count, offset=ref.start + start * width.itemsize)

@@ -134,7 +134,7 @@ def _entry(path: Path, name: str, entry: Any, data: int, size: int) -> TensorRef
     need = itemsize(dtype)
     for n in shape:
         need *= n
-        if need > _LARGEST:  # the reference implementation refuses it as well, zero or not behind
+        if need >= _LARGEST:  # the reference implementation refuses it as well, zero or not behind
             raise wrong("its shape has more elements than any file can hold")
     if stop - start != need:
         fact = f"{dtype} {shape} takes {need:,} bytes and the offsets give {stop - start:,}"

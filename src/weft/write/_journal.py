@@ -68,32 +68,35 @@ class Journal:
 
     def _append(self, lines: Sequence[dict[str, Any]]) -> None:
         text = "".join(json.dumps(line) + "\n" for line in lines)
-        os.write(self._handle, text.encode())
+        data = text.encode()
+        while data:
+            data = data[os.write(self._handle, data) :]
 
     def _read(self, head: dict[str, Any], plan: Plan) -> None:
-        found, *lines = self.path.read_text().splitlines() or [""]
+        found, *lines = self.path.read_text(errors="replace").splitlines() or [""]
         try:
             old = json.loads(found)
-        except ValueError:
+            inputs = old["inputs"]
+        except (ValueError, TypeError, KeyError):
             return  # killed before the first line was out: nothing is done yet
         if old.get("plan") != head["plan"]:
             raise OutputError(
                 f"{self.path.parent} was begun with other inputs or options",
                 f"give the ones it was begun with, or {_START_OVER}",
             )
-        for entry, was in zip(plan.inputs, old["inputs"], strict=True):
+        for entry, was in zip(plan.inputs, inputs, strict=True):
             if list(entry.identity) != was:
                 raise OutputError(
                     f"{entry.path} has changed since {self.path.parent} was begun", _START_OVER
                 )
-        if old["boot"] != head["boot"]:
+        if old.get("boot") != head["boot"]:
             return  # the bytes may have died with the machine's memory, whatever the journal says
         for line in lines:
             try:
                 receipt = Receipt(**json.loads(line))
+                self.receipts[receipt.name] = receipt
             except (ValueError, TypeError):
                 break  # the line that the kill tore
-            self.receipts[receipt.name] = receipt
         self._rewrite(old)
 
     def _rewrite(self, head: dict[str, Any]) -> None:

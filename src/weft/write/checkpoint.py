@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from weft.core.dtypes import itemsize
-from weft.core.errors import OutputError
+from weft.core.errors import FormatError, OutputError
 from weft.core.specs import Plan, Receipt, TensorJob, job_bytes
 from weft.core.units import show_size
 from weft.formats.safetensors import build_header
@@ -42,8 +42,7 @@ class CheckpointSink:
             OutputError: The output is there already, belongs to another run, or cannot be written.
         """
         self.plan = plan
-        self.out = Path(os.path.realpath(out))
-        self.partial = self.out.with_name(self.out.name + ".partial")
+        self.out, self.partial = _places(out)
         self._sources: dict[str, int] = {}
         self._shards: dict[str, int] = {}
         self._lock = threading.Lock()
@@ -76,10 +75,9 @@ class CheckpointSink:
         return self._offsets[name]
 
     def write(self, job: TensorJob, offset: int, data: memoryview) -> None:
-        handle, done = self._shards[job.shard], 0
+        handle = self._shards[job.shard]
         try:
-            while done < len(data):
-                done += os.pwrite(handle, data[done:], offset + done)
+            _write_all(handle, data, offset)
             self._flusher.wrote(handle, len(data))
         except OSError as error:
             raise _output_error(error, self.partial) from None
@@ -87,7 +85,10 @@ class CheckpointSink:
     def copy(self, job: TensorJob, offset: int, file: str, start: int, count: int) -> None:
         with self._lock:
             if file not in self._sources:
-                self._sources[file] = os.open(file, os.O_RDONLY | os.O_CLOEXEC)
+                try:
+                    self._sources[file] = os.open(file, os.O_RDONLY | os.O_CLOEXEC)
+                except OSError as error:
+                    raise FormatError(f"cannot read {file}: {error.strerror}") from None
         try:
             self._copy(self._sources[file], self._shards[job.shard], start, offset, count)
             self._flusher.wrote(self._shards[job.shard], count)
@@ -122,22 +123,26 @@ class CheckpointSink:
         """
         self._flusher.stop()
         try:
-            for shard, handle in self._shards.items():
+            self._flusher.check()
+            for handle in self._shards.values():
                 os.fsync(handle)
-                (self.partial / (shard + ".partial")).rename(self.partial / shard)
             for side in self.plan.side_files:
                 target = self.partial / side.name
                 target.parent.mkdir(parents=True, exist_ok=True)
                 if side.source is not None:
                     shutil.copyfile(side.source, target)
                 else:
-                    target.write_text(side.text or "", encoding="utf-8")
-            if list(self._jobs) != ["model.safetensors"]:
-                texts = {**texts, INDEX: self._index()}
+                    self._write_text(side.name, side.text or "")
             for name, text in texts.items():
-                (self.partial / name).write_text(text, encoding="utf-8")
-            _sync_folder(self.partial)
+                self._write_text(name, text)
             before_rename()
+            # Only now do the weights get their names, and the index last: whatever a kill leaves,
+            # what can be loaded is whole.
+            for shard in self._shards:
+                (self.partial / (shard + ".partial")).rename(self.partial / shard)
+            if list(self._jobs) != ["model.safetensors"]:
+                self._write_text(INDEX, self._index())
+            _sync_folder(self.partial)
             (self.partial / JOURNAL).unlink()
             self._rename()
         except OSError as error:
@@ -154,8 +159,6 @@ class CheckpointSink:
             self._journal.close()
 
     def _claim(self, resume: bool) -> None:
-        if not resume and self.partial.exists():
-            shutil.rmtree(self.partial)
         self.partial.mkdir(parents=True, exist_ok=True)
         self._journal = Journal(self.partial, self.plan, resume=resume)
         try:
@@ -172,10 +175,14 @@ class CheckpointSink:
                 handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
                 self._shards[shard] = handle
                 os.ftruncate(handle, size)
-                os.pwrite(handle, header, 0)
+                _write_all(handle, memoryview(header), 0)
         except BaseException:
             self.close()
             raise
+
+    def _write_text(self, name: str, text: str) -> None:
+        # A folder's name may be no UTF-8, and the manifest quotes it.
+        (self.partial / name).write_text(text, encoding="utf-8", errors="backslashreplace")
 
     def _index(self) -> str:
         weight_map = {job.name: job.shard for job in self.plan.jobs}
@@ -204,6 +211,7 @@ class _Flusher:
     _STEP = 2**28  # bytes
 
     def __init__(self) -> None:
+        self._error: OSError | None = None
         self._dirty: dict[int, int] = {}
         self._wake = threading.Condition()
         self._stopped = False
@@ -227,6 +235,11 @@ class _Flusher:
         if self._thread is not None:
             self._thread.join()
 
+    def check(self) -> None:
+        """Raise what the thread met: the system reports it once, and a later fsync would not."""
+        if self._error is not None:
+            raise self._error
+
     def _run(self) -> None:
         while True:
             with self._wake:
@@ -237,8 +250,11 @@ class _Flusher:
                     return
                 handle = max(self._dirty, key=lambda h: self._dirty[h])
                 self._dirty[handle] = 0
-            with contextlib.suppress(OSError):  # fsync will meet the error again, and report it
+            try:
                 os.fdatasync(handle) if hasattr(os, "fdatasync") else os.fsync(handle)
+            except OSError as error:
+                self._error = error
+                return
 
 
 def aligned(jobs: Sequence[TensorJob]) -> list[TensorJob]:
@@ -257,27 +273,45 @@ def check_output(out: Path, plan: Plan, *, force: bool, resume: bool) -> None:
     Raises:
         OutputError: It may not, and why.
     """
+    try:
+        _check_output(*_places(out), plan, force=force, resume=resume)
+    except OSError as error:
+        raise _output_error(error, out, begun=False) from None
+
+
+def _places(out: Path) -> tuple[Path, Path]:
+    """The output, without links, and the folder beside it in which it is made."""
     out = Path(os.path.realpath(out))
-    partial = out.with_name(out.name + ".partial")
+    if not out.name:
+        raise OutputError(f"{out} cannot be the output", "give a folder that does not exist yet")
+    return out, out.with_name(out.name + ".partial")
+
+
+def _check_output(out: Path, partial: Path, plan: Plan, *, force: bool, resume: bool) -> None:
     if out.exists() and not out.is_dir():
         raise OutputError(f"{out} is a file", "give a folder that does not exist yet")
     for entry in plan.inputs:
         # Both where the input lies and where its link leads: the hub's cache is made of links.
         folder = Path(os.path.realpath(Path(entry.path).parent))
-        if folder.is_relative_to(out) or Path(os.path.realpath(entry.path)).is_relative_to(out):
-            raise OutputError(f"{out} holds the input {entry.path}", "write to another folder")
+        places = (folder, Path(os.path.realpath(entry.path)))
+        for ours in (out, partial):
+            if any(place.is_relative_to(ours) for place in places):
+                raise OutputError(f"{ours} holds the input {entry.path}", "write to another folder")
     if out.is_dir() and any(out.iterdir()):
         if not force:
             raise OutputError(
                 f"{out} exists and is not empty", "--force replaces it, or give another -o"
             )
-        if not any(
-            (out / name).exists() for name in ("config.json", MANIFEST, "model.safetensors")
-        ):
+        if not _is_model(out):
             raise OutputError(
                 f"{out} does not look like a model, so --force does not delete it",
                 "remove it yourself, or give another -o",
             )
+    if partial.is_dir() and any(partial.iterdir()) and not _is_ours(partial):
+        raise OutputError(
+            f"{partial} is not what a run of weft left, and a run would have to replace it",
+            "move it away, or give another -o",
+        )
     if partial.exists() and not (force or resume):
         raise OutputError(
             f"{partial} is what an interrupted run left",
@@ -291,6 +325,16 @@ def check_output(out: Path, plan: Plan, *, force: bool, resume: bool) -> None:
             f"{out.parent} has {show_size(free)} free, the output takes {show_size(plan.nbytes)}",
             "free some space, or give another -o",
         )
+
+
+def _is_model(folder: Path) -> bool:
+    """Written by weft, or a config with weights: something that --force may replace."""
+    weights = any(folder.glob("*.safetensors")) or any(folder.glob("*.bin"))
+    return (folder / MANIFEST).exists() or ((folder / "config.json").exists() and weights)
+
+
+def _is_ours(partial: Path) -> bool:
+    return any((partial / name).exists() for name in (JOURNAL, MANIFEST))
 
 
 def _clear(partial: Path) -> None:
@@ -316,6 +360,12 @@ _NO_KERNEL_COPY = {
 }
 
 
+def _write_all(handle: int, data: memoryview, offset: int) -> None:
+    while data:
+        done = os.pwrite(handle, data, offset)
+        data, offset = data[done:], offset + done
+
+
 def _copy_in_kernel(source: int, target: int, start: int, offset: int, count: int) -> None:
     """Bytes between two files without passing through this process; a reflink where there are."""
     while count:
@@ -330,10 +380,8 @@ def _copy_by_hand(source: int, target: int, start: int, offset: int, count: int)
         data = os.pread(source, min(count, _CHUNK), start)
         if not data:
             raise OSError(errno.ENODATA, "the input ended while it was being copied")
-        view = memoryview(data)
-        while view:
-            moved = os.pwrite(target, view, offset)
-            view, start, offset, count = view[moved:], start + moved, offset + moved, count - moved
+        _write_all(target, memoryview(data), offset)
+        start, offset, count = start + len(data), offset + len(data), count - len(data)
 
 
 def _sync_folder(folder: Path) -> None:
