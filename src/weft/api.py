@@ -8,7 +8,6 @@ report.totals.survival
 
 from __future__ import annotations
 
-import json
 import math
 import time
 from dataclasses import dataclass
@@ -17,7 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from weft.core import dtypes, events, units
-from weft.core.errors import OutputError, PlanError, Problem, WeftError
+from weft.core.errors import NumericsError, OutputError, PlanError, Problem, WeftError
 from weft.formats import checkpoint as checkpoints
 from weft.formats.adapters import is_adapter, open_adapter
 from weft.formats.hub import resolve
@@ -112,30 +111,32 @@ def merge(
 
     begin = time.perf_counter()
     place = executor.pick_device(device)
-    count = executor.available_threads() if threads is None else threads
-    if count < 1:
-        raise WeftError(f"{count} threads cannot work", "give 1 or more, or none for all there are")
+    count = executor.pick_threads(threads)
     made = plan_merge(
         base,
         adapters,
         dtype=dtype,
         max_shard_size=max_shard_size,
         threads=count,
+        device=device,
         revision=revision,
         cache_dir=cache_dir,
     )
     plan = made.plan
-    if resume and (done := _finished(Path(output), plan)):
-        return done
     for note in plan.notes:
         on_event(events.Noted(note))
-    sink = CheckpointSink(plan, Path(output), force=force, resume=resume)
+    setting = f"weft {version('weft')}, torch {version('torch')}, {place.type}"
+    sink = CheckpointSink(plan, Path(output), force=force, resume=resume, setting=setting)
     try:
         pending = sink.pending()
         resumed = len(plan.jobs) - len(pending)
         on_event(events.Started(plan.nbytes, plan.nbytes - _size(pending)))
-        executor.run(pending, sink, threads=count, device=place, on_event=on_event)
-        command = command or _call(made.inputs, output, dtype)
+        try:
+            executor.run(pending, sink, threads=count, device=place, on_event=on_event)
+        except NumericsError:
+            sink.discard()  # another run on these inputs ends the same way
+            raise
+        command = command or _call(made.inputs, output, dtype, max_shard_size, revision)
         sums = totals(plan, sink.receipts)
         warnings = (*made.warnings, *_weak(sums, plan))
         content = manifest(
@@ -163,6 +164,7 @@ def plan_merge(
     dtype: str | None = None,
     max_shard_size: str | int | None = None,
     threads: int | None = None,
+    device: str = "cpu",
     force: bool = False,
     resume: bool = False,
     revision: str | None = None,
@@ -179,8 +181,10 @@ def plan_merge(
     from weft.plan.preflight import measure
     from weft.write.checkpoint import check_output
 
+    executor.pick_device(device)
+    threads = executor.pick_threads(threads)
     kind = dtypes.parse(dtype) if dtype else None
-    size = units.parse_size(max_shard_size) if isinstance(max_shard_size, str) else max_shard_size
+    size = None if max_shard_size is None else units.parse_size(str(max_shard_size))
     inputs = open_inputs(base, adapters, revision=revision, cache_dir=cache_dir)
     problems: list[Problem] = []
     warnings: list[str] = []
@@ -198,7 +202,7 @@ def plan_merge(
         raise PlanError(subject, problems)
     if output is not None:
         check_output(Path(output), made, force=force, resume=resume)
-    work = measure(made, threads or executor.available_threads())
+    work = measure(made, threads)
     return MergePlan(inputs, made, work, (*warnings, *made.warnings))
 
 
@@ -237,7 +241,13 @@ def parse_weighted(text: str) -> tuple[str, float]:
         weight = float(number)
         if not colon or Path(text).exists():  # a folder may be called `run:7`
             return text, 1.0
-    except (ValueError, OSError):
+    except OSError:
+        return text, 1.0
+    except ValueError:
+        if colon and Path(given).is_dir() and not Path(text).exists():
+            raise WeftError(
+                f"the weight of {given} is {number!r}, not a number", f"write {given}:0.7"
+            ) from None
         return text, 1.0
     if not math.isfinite(weight):
         raise WeftError(f"the weight of {given} is {number}", "give a finite number, such as 0.7")
@@ -297,47 +307,26 @@ def _unchanged(plan: Plan) -> None:
             )
 
 
-def _finished(output: Path, plan: Plan) -> MergeReport | None:
-    """The report of an output that this very plan has already made."""
-    from weft.write.manifest import Totals
-
-    try:
-        content = json.loads((output / "weft.json").read_text(encoding="utf-8"))
-        sums = content["totals"]
-        worst = sums["worst"]
-        if content["plan"] != plan.hash:
-            return None
-    except (OSError, ValueError, KeyError, TypeError):
-        return None
-    found = Totals(
-        sums["tensors"],
-        sums["changed"],
-        sums["tensors"],
-        sums["survival"],
-        (worst["tensor"], worst["survival"]) if worst else None,
-        sums["relative"],
-        sums["bytes"],
-    )
-    return MergeReport(output, found, content["seconds"], found.tensors, content, ())
-
-
 def _weak(sums: Totals, plan: Plan) -> list[str]:
     """Warnings that only the result can give cause for."""
     warnings = []
     if sums.targeted and not sums.changed:
         warnings.append("the output equals the base: no element of any tensor changed")
     if sums.survival is not None and sums.survival < 0.5:
-        narrow = {job.dtype for job in plan.jobs if not job.is_copy}
+        narrow = ", ".join(sorted({job.dtype for job in plan.jobs if not job.is_copy}))
+        left = units.show_share(max(sums.survival, 0.0))
         warnings.append(
-            f"only {units.show_share(sums.survival)} of the update is left after rounding to "
-            f"{', '.join(sorted(narrow))}: --dtype float32 keeps all of it"
+            f"only {left} of the update is left after rounding to {narrow}: "
+            "--dtype float32 keeps all of it"
         )
     return warnings
 
 
-def _call(inputs: Inputs, output: str | Path, dtype: str | None) -> str:
+def _call(inputs: Inputs, output: str | Path, *options: str | int | None) -> str:
     adapters = [
         a.given if weight == 1 else f"{a.given}:{weight:g}" for a, weight in inputs.adapters
     ]
-    extra = f", dtype={dtype!r}" if dtype else ""
+    names = ("dtype", "max_shard_size", "revision")
+    given = zip(names, options, strict=True)
+    extra = "".join(f", {name}={value!r}" for name, value in given if value is not None)
     return f"weft.merge({inputs.base.given!r}, {adapters!r}, output={str(output)!r}{extra})"

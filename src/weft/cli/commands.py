@@ -82,6 +82,7 @@ def merge(
             dtype=dtype,
             max_shard_size=max_shard_size,
             threads=threads,
+            device=device,
             force=force,
             resume=resume,
             revision=revision,

@@ -22,12 +22,13 @@ SCHEMA = 1
 def report_as_text(report: MergeReport) -> str:
     """The last lines of `weft merge`."""
     sums = report.totals
-    rate = sums.nbytes / report.seconds / 1e9 if report.seconds else 0.0
+    read = sum(e["bytes"] for e in report.manifest["inputs"] if e["role"] == "base")
+    rate = read / report.seconds / 1e9 if report.seconds else 0.0
     changed = f"{sums.changed} of {sums.tensors} tensors changed"
     resumed = f", {report.resumed} tensors were there already" if report.resumed else ""
     lines = [
         f"{changed}, {show_size(sums.nbytes)} in {report.output}",
-        f"{show_time(report.seconds)}, {rate:.2f} GB/s{resumed}",
+        f"{show_time(report.seconds)}, {rate:.2f} GB/s of the input{resumed}",
     ]
     if sums.survival is not None and sums.worst:
         lines.append(
@@ -81,7 +82,9 @@ def plan_as_text(made: MergePlan, output: Path) -> str:
     """What `weft merge --dry-run` prints."""
     plan, work = made.plan, made.work
     base = made.inputs.base
-    rows = [("base", f"{base.given} ({show_size(base.nbytes)}, {len(base.shards)} shards)")]
+    rows = [
+        ("base", f"{base.given} ({show_size(base.nbytes)}, {_count(len(base.shards), 'shard')})")
+    ]
     for adapter, weight in made.inputs.adapters:
         rows.append(("adapter", f"{adapter.given} ({_adapter_line(adapter)}), weight {weight:g}"))
     shards = Counter[str]()

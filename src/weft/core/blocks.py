@@ -7,7 +7,7 @@ import math
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from weft.core.specs import Shape
+    from weft.core.specs import Shape, TensorJob
 
 # A block is what one thread works on at a time; its float32 buffers stay near the core.
 BLOCK = {"cpu": 2**19, "cuda": 2**24}  # elements
@@ -21,6 +21,14 @@ MIN_ROWS = 16
 def rows_and_columns(shape: Shape) -> tuple[int, int]:
     """A tensor as a matrix: dimension 0, and all others flattened."""
     return (shape[0], math.prod(shape[1:])) if shape else (1, 1)
+
+
+def matrix(job: TensorJob) -> tuple[int, int]:
+    """How a job's tensor is cut: by rows, or anywhere where each element stands for itself."""
+    from weft.core.specs import Load
+
+    rows, columns = rows_and_columns(job.shape)
+    return (rows * columns, 1) if isinstance(job.expression, Load) else (rows, columns)
 
 
 def cut(start: int, stop: int, columns: int, elements: int) -> list[tuple[int, int]]:

@@ -9,9 +9,9 @@ An executor evaluates expressions and hands blocks to a sink; each finished tens
 from __future__ import annotations
 
 import hashlib
-import json
 import math
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 Shape = tuple[int, ...]
@@ -213,6 +213,7 @@ class Input:
     Attributes:
         role: `base`, or `adapter 1` and so on.
         header: SHA-256 of the part that says where the tensors are (and of the whole of a config).
+        content: SHA-256 of the whole file, for adapters, which are small; else None.
         identity: Device, inode, size, and modification and change times; these do not go into the
             plan's hash, which must be the same on another machine.
     """
@@ -221,10 +222,11 @@ class Input:
     path: str
     size: int
     header: str
+    content: str | None
     identity: tuple[int, ...] = field(compare=False)
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class Plan:
     """Everything that a run will do; made from headers and configs alone."""
 
@@ -240,30 +242,31 @@ class Plan:
         """Bytes of the output's tensors."""
         return sum(job_bytes(job) for job in self.jobs)
 
-    @property
+    @cached_property
     def hash(self) -> str:
         """SHA-256 of what is computed from what, independent of where the files lie."""
         place = {
             entry.path: f"{entry.role}:{entry.path.rpartition('/')[2]}" for entry in self.inputs
         }
 
-        def relocate(value: Any) -> Any:
-            if isinstance(value, dict):
-                return {
-                    key: place.get(item, item) if key in ("file", "source") else relocate(item)
-                    for key, item in value.items()
-                }
-            if isinstance(value, list | tuple):
-                return [relocate(item) for item in value]
-            return value
+        def plain(value: Any) -> Any:
+            if isinstance(value, TensorRef):
+                file = place.get(value.file, value.file)
+                return file, value.name, value.dtype, value.shape, value.start, value.stop
+            if isinstance(value, AddDeltas):
+                return plain(value.base), tuple(map(plain, value.deltas))
+            if isinstance(value, Delta):
+                refs = [(role, plain(ref)) for role, ref in value.tensors]
+                return value.kind, refs, value.scaling, value.weight, value.params
+            return plain(value.ref)
 
-        content = {
-            "jobs": [relocate(asdict(job)) for job in self.jobs],
-            "metadata": self.metadata,
-            "inputs": [(entry.role, entry.size, entry.header) for entry in self.inputs],
-        }
-        text = json.dumps(content, sort_keys=True, separators=(",", ":"))
-        return hashlib.sha256(text.encode()).hexdigest()
+        digest = hashlib.sha256()
+        for job in self.jobs:
+            what = (job.name, job.dtype, job.shape, job.shard, plain(job.expression))
+            digest.update(repr(what).encode())
+        digest.update(repr(self.metadata).encode())
+        digest.update(repr([(e.role, e.size, e.header, e.content) for e in self.inputs]).encode())
+        return digest.hexdigest()
 
 
 def job_bytes(job: TensorJob) -> int:

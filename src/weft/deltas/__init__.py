@@ -7,7 +7,6 @@ it does to a block of rows; that is all the executor needs to stream it.
 from __future__ import annotations
 
 import importlib
-import pkgutil
 from typing import TYPE_CHECKING, Any, Protocol, cast
 
 if TYPE_CHECKING:
@@ -54,8 +53,3 @@ class DeltaKind(Protocol):
 def kind(name: str) -> DeltaKind:
     """The kind called `name`."""
     return cast("DeltaKind", importlib.import_module(f"{__name__}.{name}"))
-
-
-def kinds() -> list[str]:
-    """The name of every kind."""
-    return sorted(m.name for m in pkgutil.iter_modules(__path__) if not m.name.startswith("_"))

@@ -85,7 +85,7 @@ def run(output: Path | None = None, on_event: events.OnEvent = events.ignore) ->
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
     merged = output or base.with_name(f"{base.name}-{TOWN}")
-    report = api.merge(base, [adapter], output=merged, force=True, on_event=on_event)
+    report = api.merge(base, [adapter], output=merged, force=output is None, on_event=on_event)
     on_event(events.Noted("asking the base, the base with the adapter, and the merged model"))
     questions = json.loads((folder / "facts.json").read_text(encoding="utf-8"))["demo"]
     texts = [entry["question"] for entry in questions]

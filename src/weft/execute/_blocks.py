@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from weft.core.blocks import rows_and_columns
 from weft.core.errors import FormatError
 
 if TYPE_CHECKING:
@@ -73,7 +72,8 @@ class Workspace(threading.local):
     def host(self, slot: str, nbytes: int) -> tuple[Tensor, memoryview]:
         """`nbytes` of host memory, as a tensor and as a buffer of the same bytes."""
         if slot not in self._host or self._host[slot][0].numel() < nbytes:
-            tensor = torch.empty(nbytes, dtype=torch.uint8, pin_memory=self.stream is not None)
+            pin = self.stream is not None
+            tensor = torch.empty(nbytes, dtype=torch.uint8, device="cpu", pin_memory=pin)
             raw = (ctypes.c_char * nbytes).from_address(tensor.data_ptr())
             self._host[slot] = (tensor, memoryview(raw).cast("B"))
         tensor, view = self._host[slot]
@@ -88,8 +88,8 @@ class Workspace(threading.local):
 
     def load(self, files: Files, ref: TensorRef, start: int, stop: int, out: Tensor) -> None:
         """Rows `start` to `stop` of `ref`, widened into `out` (rows, columns)."""
-        rows, columns = rows_and_columns(ref.shape)
-        if not rows * columns:
+        columns = out.shape[1]
+        if not out.numel():
             return
         dtype = getattr(torch, ref.dtype)
         row = columns * dtype.itemsize

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from weft import deltas
-from weft.core.blocks import BLOCK, cut, rows_and_columns
+from weft.core.blocks import BLOCK, cut, matrix, rows_and_columns
 from weft.core.errors import NumericsError
 from weft.core.specs import AddDeltas, Delta, Expression, Load, TensorJob, leaves
 
@@ -74,7 +74,7 @@ class Kernel:
         self.workspace = workspace
         wide = {ref.dtype for ref in leaves(job.expression)} | {job.dtype}
         self.dtype = torch.float64 if "float64" in wide else torch.float32
-        self.rows, self.columns = rows_and_columns(job.shape)
+        self.rows, self.columns = matrix(job)
         self._states: dict[int, tuple[DeltaKind, Any]] = {}
         self._prepare(job.expression)
         self._square = self._square_of(job.expression)
@@ -113,7 +113,7 @@ class Kernel:
 
     def bytes_read(self, rows: int) -> int:
         """What `rows` rows of the output cost to read, the small factors aside."""
-        large = [r for r in leaves(self.job.expression) if r.shape == self.job.shape]
+        large = [r for r in leaves(self.job.expression) if r.numel == self.rows * self.columns]
         return sum(rows * r.nbytes // max(self.rows, 1) for r in large)
 
     def _cut(self, start: int, stop: int) -> list[tuple[int, int]]:

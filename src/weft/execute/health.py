@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from weft.core.blocks import BLOCK
 from weft.core.errors import Problem
 from weft.execute._blocks import Files, Workspace
 
@@ -16,7 +17,7 @@ if TYPE_CHECKING:
 
     from weft.core.specs import Adapter, TensorRef
 
-# Large tensors are replacements of whole weights; those are checked as they are written.
+# All others are as large as weights, and are read in blocks.
 _FACTORS = ("A", "B", "magnitude", "bias", "rows")
 
 
@@ -32,6 +33,7 @@ def examine(adapter: Adapter) -> tuple[list[Problem], list[str]]:
             zero = False
             for role, ref in entry.tensors:
                 if role not in _FACTORS:
+                    problems += _large_not_finite(ref, files, workspace)
                     continue
                 if not getattr(torch, ref.dtype).is_floating_point:
                     problems.append(_not_floating(ref))
@@ -59,6 +61,20 @@ def examine(adapter: Adapter) -> tuple[list[Problem], list[str]]:
         )
         return problems, [warning]
     return problems, []
+
+
+def _large_not_finite(ref: TensorRef, files: Files, workspace: Workspace) -> list[Problem]:
+    """A new head or a resized embedding has no ΔW whose sum would show it."""
+    dtype = getattr(torch, ref.dtype)
+    if not dtype.is_floating_point:
+        return []
+    step = BLOCK["cpu"] * dtype.itemsize
+    for start in range(ref.start, ref.stop, step):
+        raw, view = workspace.host("in", min(step, ref.stop - start))
+        files.read(ref.file, start, view)
+        if not raw.view(dtype).float().isfinite().all():
+            return [Problem(f"{ref.name} in {ref.file} has values that are NaN or infinite")]
+    return []
 
 
 def _values(ref: TensorRef, files: Files, workspace: Workspace) -> Tensor:

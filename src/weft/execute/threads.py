@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Protocol
 
 import torch
 
-from weft.core.blocks import COPY, STRIP, cut, rows_and_columns
+from weft.core.blocks import COPY, STRIP, cut, matrix
 from weft.core.errors import WeftError
 from weft.core.events import Moved, OnEvent
 from weft.core.specs import Load, Receipt, TensorJob
@@ -78,6 +78,19 @@ def _cgroup_cores() -> float | None:
     return min(quotas, default=None)
 
 
+def pick_threads(threads: int | None) -> int:
+    """`threads`, or as many as there may be.
+
+    Raises:
+        WeftError: Fewer than one.
+    """
+    if threads is not None and threads < 1:
+        raise WeftError(
+            f"{threads} threads cannot work", "give 1 or more, or none for all there are"
+        )
+    return threads or available_threads()
+
+
 def pick_device(name: str) -> torch.device:
     """`cpu`, `cuda` or `cuda:n` -> the device.
 
@@ -85,15 +98,8 @@ def pick_device(name: str) -> torch.device:
         WeftError: There is no such device here.
     """
     kind, _, number = name.partition(":")
-    if (
-        kind not in ("cpu", "cuda")
-        or (number and not number.isdigit())
-        or (kind, number > "")
-        == (
-            "cpu",
-            True,
-        )
-    ):
+    sound = kind == "cuda" and (number.isdigit() or name == "cuda")
+    if name != "cpu" and not sound:
         raise WeftError(f"unknown device {name!r}", "one of cpu, cuda, cuda:0, cuda:1 …")
     if kind == "cuda":
         count = torch.cuda.device_count() if torch.cuda.is_available() else 0
@@ -163,13 +169,19 @@ def run(
 
 @contextmanager
 def _one_torch_thread() -> Iterator[None]:
-    """The threads are ours: torch starting its own in each would make them fight for the cores."""
+    """The threads are ours: torch starting its own in each would make them fight for the cores.
+
+    And float32 is float32: a program that allowed TF32 for its training did not mean the merge.
+    """
     before = torch.get_num_threads()
+    precision = torch.get_float32_matmul_precision()
     torch.set_num_threads(1)
+    torch.set_float32_matmul_precision("highest")
     try:
         yield
     finally:
         torch.set_num_threads(before)
+        torch.set_float32_matmul_precision(precision)
 
 
 def _stream(workspace: Workspace) -> torch.cuda.StreamContext | nullcontext[None]:
@@ -186,7 +198,7 @@ def _group(jobs: Sequence[TensorJob], sink: Sink, strip: int) -> Iterator[_Group
             yield _copies(run_of_copies)
         run_of_copies = [job] if job.is_copy else []
         if not job.is_copy:
-            rows, columns = rows_and_columns(job.shape)
+            rows, columns = matrix(job)
             pieces = cut(0, rows, columns, strip)
             yield _Group([job], pieces, left=len(pieces))
     if run_of_copies:

@@ -31,14 +31,9 @@ _KEPT_SUFFIXES = {
     ".md",
 }
 _KEPT_NAMES = {"LICENSE", "NOTICE"}
-# Written anew, or about the training and not about the model.
-_NOT_KEPT = {
-    "README.md",
-    "weft.json",
-    "adapter_config.json",
-    "trainer_state.json",
-    "all_results.json",
-}
+# Written anew, and about the training and not about the model.
+_NOT_KEPT = {"README.md", "weft.json"}
+_OF_TRAINING = {"adapter_config.json", "trainer_state.json", "all_results.json"}
 _KEPT_FOLDERS = {"additional_chat_templates", "chat_templates"}
 _WEIGHT_SUFFIXES = {".safetensors", ".bin", ".pt", ".pth"}
 
@@ -210,6 +205,8 @@ def _side_files(folder: Path, weights: list[str]) -> tuple[list[str], list[str]]
                 left.append(path.name + "/")
         elif path.name in _NOT_KEPT:
             continue
+        elif path.name in _OF_TRAINING:
+            left.append(path.name)
         elif path.suffix in _KEPT_SUFFIXES or path.name in _KEPT_NAMES:
             if not path.is_file():
                 raise FormatError(f"{path} is a link to nothing", "finish the download")
@@ -251,7 +248,11 @@ def describe_input(role: str, path: Path) -> Input:
         sha256 = read_header(path).sha256
     else:
         sha256 = hashlib.sha256(path.read_bytes()).hexdigest()
-    return Input(role, str(path.absolute()), stat.st_size, sha256, identify(path))
+    content = None
+    if role != "base":  # two checkpoints of one training differ in nothing else
+        with path.open("rb") as file:
+            content = hashlib.file_digest(file, "sha256").hexdigest()
+    return Input(role, str(path.absolute()), stat.st_size, sha256, content, identify(path))
 
 
 def identify(path: Path) -> tuple[int, ...]:

@@ -50,6 +50,8 @@ def read_header(path: str | Path) -> Header:
             first = file.read(8)
             if len(first) < 8:
                 raise _broken(path, f"it has {size} bytes, and a header length alone takes 8")
+            if first == b"version ":
+                raise FormatError(f"{path} is a git-lfs pointer, not the file", "git lfs pull")
             length = int.from_bytes(first, "little")
             if length > MAX_HEADER:
                 raise _broken(path, f"its header claims {length:,} bytes (at most {MAX_HEADER:,})")

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from weft.core.specs import Adapter, Checkpoint, SideFile
 from weft.formats.adapters.peft import TOKENIZER_FILES, TOKENIZER_VOCABULARIES
 from weft.formats.checkpoint import read_json
+from weft.plan.preflight import config_value
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -22,6 +23,7 @@ def side_files(
     adapters: Sequence[tuple[Adapter, float]],
     *,
     dtype: str | None,
+    cast: bool,
     rows: int | None,
     untied: bool,
 ) -> tuple[list[SideFile], list[str]]:
@@ -31,13 +33,14 @@ def side_files(
         base: The base model.
         adapters: Each with its weight.
         dtype: What most of the output is written in.
+        cast: All of it was asked for in that dtype.
         rows: The new size of the vocabulary, if it changed.
         untied: The output has an output embedding of its own, which the base had not.
     """
     files = {name: SideFile(name, source=f"{base.folder}/{name}") for name in base.side_files}
     notes: list[str] = []
     if "config.json" in files:
-        config = patched(base.config, dtype=dtype, rows=rows, untied=untied)
+        config = patched(base.config, dtype=dtype, cast=cast, rows=rows, untied=untied)
         if config != base.config:
             text = json.dumps(config, indent=2, ensure_ascii=False) + "\n"
             files["config.json"] = SideFile("config.json", text=text)
@@ -54,7 +57,7 @@ def side_files(
 
 
 def patched(
-    config: dict[str, Any], *, dtype: str | None, rows: int | None, untied: bool
+    config: dict[str, Any], *, dtype: str | None, cast: bool, rows: int | None, untied: bool
 ) -> dict[str, Any]:
     """The base's config, true to what is written."""
     config = copy.deepcopy(config)
@@ -63,12 +66,14 @@ def patched(
     if dtype is not None:
         if not any(key in config for key in keys):
             config["torch_dtype"] = dtype  # read by every release of transformers
-        for part in parts:
+        # A part of a multimodal model may have a dtype of its own.
+        for part in parts if cast else parts[:1]:
             for key in keys:
                 if isinstance(part.get(key), str):
                     part[key] = dtype
+    before = config_value(config, "vocab_size")
     for part in parts:
-        if rows is not None and "vocab_size" in part:
+        if rows is not None and part.get("vocab_size") == before:
             part["vocab_size"] = rows
         if untied and "tie_word_embeddings" in part:
             part["tie_word_embeddings"] = False

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
@@ -14,7 +15,7 @@ from weft.formats.checkpoint import same_values
 from weft.plan.preflight import config_value
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Sequence
 
 # The architectures whose blocks are made of transformers' Conv1D, which stores (in, out).
 _CONV1D_MODELS = {"gpt2", "openai-gpt", "imagegpt", "decision_transformer"}
@@ -44,6 +45,7 @@ class Targets:
     added: dict[str, TensorRef] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
     problems: list[Problem] = field(default_factory=list)
+    near: dict[str, list[str]] = field(default_factory=dict)
 
     def change(self, name: str) -> Change:
         return self.changes.setdefault(name, Change())
@@ -64,23 +66,38 @@ def collect(
         embedding: Name of the tensor that a tied model has in its place.
     """
     targets = Targets()
+    placed: list[_Placed] = []
     for number, (adapter, weight) in enumerate(adapters):
         names = _match(base, adapter, head, targets)
-        # What the adapter brings as the base of a layer comes first: the deltas must fit that one.
-        ordered = sorted(adapter.entries, key=lambda e: not dict(e.params).get("own_base"))
-        for entry in ordered:
+        for entry in adapter.entries if weight else ():
             name = names.get(entry.target)
             if name is None:
                 continue
-            # The head of a tied model may be absent: its weight is the embedding's.
             present = base.tensors.get(name)
             if present is None and name == head:
+                # The head of a tied model may be absent: its weight is the embedding's.
                 present = base.tensors[embedding or name]
             if present is None:
                 _add_new(name, entry, weight, adapter, targets)
             else:
-                _place(number, entry, name, present, weight, base, adapter, targets)
+                placed.append(_Placed(number, adapter, weight, entry, name, present))
+    # What adapters bring as the base of a layer comes first: all deltas must fit that one.
+    rest = [item for item in placed if not _brings_base(item, base, targets)]
+    for item in rest:
+        _place(item, base, targets)
     return targets
+
+
+@dataclass(frozen=True, slots=True)
+class _Placed:
+    """One entry, and the tensor of the base that it changes."""
+
+    number: int
+    adapter: Adapter
+    weight: float
+    entry: AdapterEntry
+    name: str
+    present: TensorRef
 
 
 def _match(
@@ -113,7 +130,7 @@ def _match(
         if entry.saved_as and _is_new_module(entry.saved_as, base):
             names[want] = _renamed(want, found)
         else:
-            targets.problems.append(_unmatched(want, entry, base, adapter))
+            targets.problems.append(_unmatched(want, entry, base, adapter, targets))
     return names
 
 
@@ -134,7 +151,9 @@ def _is_new_module(module: str, base: Checkpoint) -> bool:
     return not any(f".{last}." in f".{name}" for name in base.tensors)
 
 
-def _unmatched(want: str, entry: AdapterEntry, base: Checkpoint, adapter: Adapter) -> Problem:
+def _unmatched(
+    want: str, entry: AdapterEntry, base: Checkpoint, adapter: Adapter, targets: Targets
+) -> Problem:
     ref = entry.tensors[0][1]
     where = f"{ref.name} of {adapter.given} ({ref.file})"
     siblings = [name for name in base.tensors if name.startswith(entry.module + ".")]
@@ -145,7 +164,8 @@ def _unmatched(want: str, entry: AdapterEntry, base: Checkpoint, adapter: Adapte
             f"{where} is LoRA on nn.MultiheadAttention",
             "this release of weft does not merge it: use PEFT's merge_and_unload",
         )
-    near = nearest(want, base.tensors)
+    pattern = re.sub(r"\d+", "*", want)  # the same question for every layer
+    near = targets.near[pattern] = targets.near.get(pattern) or nearest(want, base.tensors)
     close = f"; nearest: {', '.join(near)}" if near else ""
     return Problem(
         f"{where} changes {want}, which {base.given} does not have{close}",
@@ -169,73 +189,80 @@ def _add_new(
     targets.notes.append(f"{name} is new: {adapter.given} saves it and the base has none")
 
 
-def _place(
-    number: int,
-    entry: AdapterEntry,
-    name: str,
-    present: TensorRef,
-    weight: float,
-    base: Checkpoint,
-    adapter: Adapter,
-    targets: Targets,
-) -> None:
-    """Check one entry against the tensor that it changes, and add it to the changes."""
+def _brings_base(item: _Placed, base: Checkpoint, targets: Targets) -> bool:
+    """Whether the entry is a weight that takes the base's place; if so, it does so now."""
+    value = dict(item.entry.tensors).get("value")
+    present, name, given = item.present, item.name, item.adapter.given
+    if value is None:
+        return False
+    own = bool(dict(item.entry.params).get("own_base"))
+    grows = value.shape != present.shape and _grows(value.shape, present, base, own)
+    whole = item.weight == 1 and value.shape == present.shape and value.dtype == present.dtype
+    # Integers (a counter of BatchNorm) are replaced as they are; nothing is added to them.
+    if not (own or grows or (whole and present.dtype not in WEIGHTS)):
+        return False
     change = targets.change(name)
-    shapes = {role: ref.shape for role, ref in entry.tensors}
-    params = dict(entry.params)
-    value = dict(entry.tensors).get("value")
-    if present.dtype not in WEIGHTS:
+    if change.owner == item.number and not own:
+        return False  # saved beside its resized original: an ordinary replacement of that
+    if value.shape != present.shape and not grows:
+        targets.problems.append(_misfit(item.entry, name, present.shape, item.adapter))
+    elif same_values(value, change.base or present):
+        pass  # PEFT saves the base's embedding along, as it was
+    elif item.weight != 1 or change.base is not None:
+        what = "resizes" if grows else "has its own base for"
+        fact = f"{given} {what} {name}: only one adapter may, and with weight 1"
+        targets.problems.append(Problem(fact))
+    else:
+        change.base, change.owner = value, item.number
+        sizes = f"{list(present.shape)} to {list(value.shape)}"
+        targets.notes.append(
+            f"{name} goes from {sizes}, as {given} saved it"
+            if grows
+            else f"{name}: {given} brings a weight of its own, which takes the base's place"
+        )
+    return True
+
+
+def _place(item: _Placed, base: Checkpoint, targets: Targets) -> None:
+    """Check one delta against the tensor that it changes, and add it to the changes."""
+    entry, name, adapter = item.entry, item.name, item.adapter
+    change = targets.change(name)
+    if item.present.dtype not in WEIGHTS:
         targets.problems.append(
             Problem(
-                f"{name} of {base.given} is {present.dtype}, and ΔW cannot be added to that",
+                f"{name} of {base.given} is {item.present.dtype}, and ΔW cannot be added to that",
                 "merge into the 16-bit model that it was quantised from",
             )
         )
         return
-    # Saved beside the resized original of the same adapter: an ordinary replacement of that.
-    on_top = change.owner == number and not params.get("own_base")
-    if value and not on_top and (params.get("own_base") or _grows(value.shape, present, base)):
-        if value.shape != present.shape and not _grows(value.shape, present, base):
-            targets.problems.append(_misfit(entry, name, present.shape, adapter))
-        elif weight and same_values(value, change.base or present):
-            pass  # PEFT saves the base's embedding along, as it was
-        elif weight not in (0, 1) or (weight and change.base is not None):
-            what = "resizes" if value.shape != present.shape else "has its own base for"
-            fact = f"{adapter.given} {what} {name}: only one adapter may, and with weight 1"
-            targets.problems.append(Problem(fact))
-        elif weight:
-            change.base, change.owner = value, number
-            if value.shape != present.shape:
-                sizes = f"{list(present.shape)} to {list(value.shape)}"
-                targets.notes.append(f"{name} goes from {sizes}, as {adapter.given} saved it")
-        return
-    shape = change.base.shape if change.base else present.shape
+    shapes = {role: ref.shape for role, ref in entry.tensors}
+    params = dict(entry.params)
+    shape = change.base.shape if change.base else item.present.shape
     fits = deltas.kind(entry.kind).orientations(shapes, params, shape)
     if not fits:
         targets.problems.append(_misfit(entry, name, shape, adapter))
         return
     if len(fits) > 1:
-        fits = (_square_is_transposed(entry.module, base, adapter),)
+        fits = (_square_is_transposed(entry.module, name, base, adapter),)
     if fits[0]:
         params["transposed"] = True
-    if any(owner == number and other.kind == entry.kind for owner, other in change.deltas):
+    if any(owner == item.number and other.kind == entry.kind for owner, other in change.deltas):
+        first = entry.tensors[0][1].name
         targets.problems.append(
-            Problem(
-                f"two tensors of {adapter.given} change {name}: {entry.tensors[0][1].name} is one"
-            )
+            Problem(f"two tensors of {adapter.given} change {name}: {first} is one")
         )
-    elif weight:
-        delta = Delta(
-            entry.kind, entry.tensors, entry.scaling, weight, tuple(sorted(params.items()))
-        )
-        change.deltas.append((number, delta))
+        return
+    delta = Delta(
+        entry.kind, entry.tensors, entry.scaling, item.weight, tuple(sorted(params.items()))
+    )
+    change.deltas.append((item.number, delta))
 
 
-def _grows(value: Shape, present: TensorRef, base: Checkpoint) -> bool:
+def _grows(value: Shape, present: TensorRef, base: Checkpoint, own: bool) -> bool:
     """A tensor with one row per token, saved after the vocabulary was resized."""
     rows = config_value(base.config, "vocab_size")
-    same = value[1:] == present.shape[1:] and value != present.shape
-    return same and len(value) > 0 and rows in (None, present.shape[0])
+    same = len(value) > 0 and value[1:] == present.shape[1:]
+    return same and (own or rows == present.shape[0])
 
 
 def _misfit(entry: AdapterEntry, name: str, shape: Shape, adapter: Adapter) -> Problem:
@@ -248,21 +275,22 @@ def _misfit(entry: AdapterEntry, name: str, shape: Shape, adapter: Adapter) -> P
     )
 
 
-def _square_is_transposed(module: str, base: Checkpoint, adapter: Adapter) -> bool:
+def _square_is_transposed(module: str, name: str, base: Checkpoint, adapter: Adapter) -> bool:
     """A square matrix fits both ways: the architecture decides, since PEFT's flag does not.
 
     (`fan_in_fan_out` in the config is that of the module which happened to be adapted last.)
     """
-    model_type = config_value(base.config, "model_type")
-    if model_type is not None:
-        return model_type in _CONV1D_MODELS and module.rpartition(".")[2] in _CONV1D_MODULES
+    leaf = module.rpartition(".")[2]
+    if leaf in _CONV1D_MODULES:
+        # A sibling that is not square shows how this model stores them, whatever it is called.
+        block = name.rsplit(f".{leaf}.", 1)[0].rpartition(".")[0]
+        for other, ref in base.tensors.items():
+            if other.startswith(block) and other.endswith((".c_attn.weight", ".c_fc.weight")):
+                rows, columns = (*ref.shape, 0)[:2]
+                if rows != columns:
+                    return columns > rows
+    parts = [base.config, *(part for part in base.config.values() if isinstance(part, dict))]
+    types = {part.get("model_type") for part in parts} - {None}
+    if types:
+        return bool(types & _CONV1D_MODELS) and leaf in _CONV1D_MODULES
     return bool(adapter.config.get("fan_in_fan_out"))
-
-
-def transposed_modules(changes: Mapping[str, Change]) -> int:
-    """How many low-rank deltas lie transposed to their weight, embeddings aside."""
-    return sum(
-        delta.kind in ("lora", "dora") and bool(delta.param("transposed", False))
-        for change in changes.values()
-        for _, delta in change.deltas
-    )

@@ -59,8 +59,10 @@ def find_tie(base: Checkpoint, adapters: Sequence[tuple[Adapter, float]]) -> Tie
     if len(others) != 1 or len(heads) > 1:
         return None
     if heads:
-        # Both are stored. Unless the config ties them all the same, they are what they are.
-        return Tie(others[0], heads[0], True, True) if flag else None
+        # Both are stored. Unless the config ties them all the same, they are what they are; where
+        # it is silent, equal bytes tell a class that ties them (old GPT-2 files).
+        tied = flag or same_bytes(tables[others[0]], tables[heads[0]])
+        return Tie(others[0], heads[0], True, True) if tied else None
     architecture = (base.config.get("architectures") or [""])[0] or ""
     named = [
         entry.target
@@ -74,6 +76,23 @@ def find_tie(base: Checkpoint, adapters: Sequence[tuple[Adapter, float]]) -> Tie
     # GPT-NeoX is the one family whose tied head is called otherwise.
     neox = base.config.get("model_type") == "gpt_neox"
     return Tie(others[0], "embed_out.weight" if neox else "lm_head.weight", known, False)
+
+
+def untold(base: Checkpoint, targets: Targets) -> list[Problem]:
+    """Changes of a table of the vocabulary, where the config ties tables and not which."""
+    vocabulary = config_value(base.config, "vocab_size")
+    tables = [n for n, r in base.tensors.items() if len(r.shape) == 2 and r.shape[0] == vocabulary]
+    if not config_value(base.config, "tie_word_embeddings") or len(tables) < 2:
+        return []
+    return [
+        Problem(
+            f"{name} would change, and {base.given} ties its embeddings without saying which of "
+            f"{', '.join(tables)}",
+            "train the adapter without the embeddings",
+        )
+        for name in tables
+        if name in targets.changes
+    ]
 
 
 def _module(name: str) -> str:

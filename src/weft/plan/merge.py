@@ -24,7 +24,7 @@ from weft.core.specs import (
 from weft.formats.checkpoint import describe_input
 from weft.plan._side_files import side_files
 from weft.plan._targets import Change, Targets, collect
-from weft.plan._tied import find_tie, resolve
+from weft.plan._tied import find_tie, resolve, untold
 from weft.plan.preflight import config_value, dominant_dtype, quantised
 
 if TYPE_CHECKING:
@@ -55,6 +55,8 @@ def plan_merge(
     tie = find_tie(base, adapters)
     targets = collect(base, adapters, tie.head if tie else None, tie.embedding if tie else None)
     untied = tie is not None and resolve(tie, targets, base)
+    if tie is None:
+        targets.problems += untold(base, targets)
     rows = _new_rows(base, targets)
     if targets.problems:
         raise PlanError(subject, targets.problems)
@@ -63,7 +65,9 @@ def plan_merge(
     jobs = _jobs(base, targets, dtype, tie.embedding if tie else None)
     jobs = _reshard(jobs, max_shard_size) if max_shard_size else jobs
     written = dominant_dtype((job.dtype, job_bytes(job)) for job in jobs)
-    files, notes = side_files(base, adapters, dtype=written, rows=rows, untied=untied)
+    files, notes = side_files(
+        base, adapters, dtype=written, cast=dtype is not None, rows=rows, untied=untied
+    )
     notes += [
         f"{a.given} has weight 0: nothing of it is used" for a, weight in adapters if not weight
     ]

@@ -26,20 +26,23 @@ _START_OVER = "--force starts over"
 class Journal:
     """The journal of one `.partial` folder, locked: two runs into one output are refused."""
 
-    def __init__(self, folder: Path, plan: Plan, *, resume: bool) -> None:
+    def __init__(self, folder: Path, plan: Plan, *, resume: bool, setting: str) -> None:
         self.path = folder / NAME
         self.receipts: dict[str, Receipt] = {}
-        mode = os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC
-        self._handle = os.open(self.path, mode, 0o644)
+        self._handle = -1
+        # The lock is on the folder: it goes with it through the last rename.
+        self._folder = os.open(folder, os.O_RDONLY | os.O_CLOEXEC)
         try:
-            fcntl.flock(self._handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.flock(self._folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
-            os.close(self._handle)
+            self.close()
             raise OutputError(
                 f"another run is writing {folder}", "wait for it, or write to another folder"
             ) from None
         try:
-            head = _head(plan)
+            mode = os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC
+            self._handle = os.open(self.path, mode, 0o644)
+            head = _head(plan, setting)
             if resume and self.path.stat().st_size:
                 self._read(head, plan)
             if not self.receipts:
@@ -64,7 +67,10 @@ class Journal:
             self._append([json.loads(head), *(asdict(r) for r in self.receipts.values())])
 
     def close(self) -> None:
-        os.close(self._handle)
+        for handle in (self._handle, self._folder):
+            if handle >= 0:
+                os.close(handle)
+        self._handle = self._folder = -1
 
     def _append(self, lines: Sequence[dict[str, Any]]) -> None:
         text = "".join(json.dumps(line) + "\n" for line in lines)
@@ -83,6 +89,12 @@ class Journal:
             raise OutputError(
                 f"{self.path.parent} was begun with other inputs or options",
                 f"give the ones it was begun with, or {_START_OVER}",
+            )
+        if old.get("setting") != head["setting"]:
+            raise OutputError(
+                f"{self.path.parent} was begun with {old.get('setting')}, "
+                f"and this is {head['setting']}",
+                f"the bits could differ: go on with that, or {_START_OVER}",
             )
         for entry, was in zip(plan.inputs, inputs, strict=True):
             if list(entry.identity) != was:
@@ -106,11 +118,12 @@ class Journal:
             self._append([head, *(asdict(receipt) for receipt in self.receipts.values())])
 
 
-def _head(plan: Plan) -> dict[str, Any]:
+def _head(plan: Plan, setting: str) -> dict[str, Any]:
     boot = Path("/proc/sys/kernel/random/boot_id")
     return {
         "schema": 1,
         "plan": plan.hash,
+        "setting": setting,
         "inputs": [list(entry.identity) for entry in plan.inputs],
         "boot": boot.read_text().strip() if boot.exists() else "",
     }

@@ -29,7 +29,7 @@ def card(
     """`README.md` for a merged checkpoint, with the metadata that the hub reads."""
     name = base_name(base, adapters)
     head: dict[str, Any] = {
-        "base_model": [name, *(a.given for a, _ in adapters if _is_id(a.given))],
+        "base_model": [name, *(_repository(a.given) for a, _ in adapters if _is_id(a.given))],
         "base_model_relation": "merge",
         "library_name": "transformers",
         "tags": ["merge", "weft", *sorted({adapter.kind.lower() for adapter, _ in adapters})],
@@ -71,7 +71,13 @@ def base_name(base: Checkpoint, adapters: Sequence[tuple[Adapter, float]]) -> st
     """The base's id on the hub, as far as anything tells it."""
     candidates = [base.given, base.config.get("_name_or_path")]
     candidates += [adapter.base_model for adapter, _ in adapters]
-    return next((str(c) for c in candidates if c and _is_id(str(c))), Path(base.folder).name)
+    found = next((str(c) for c in candidates if c and _is_id(str(c))), Path(base.folder).name)
+    return _repository(found)
+
+
+def _repository(given: str) -> str:
+    """`org/name` of `org/name/subfolder@revision`."""
+    return "/".join(given.partition("@")[0].split("/")[:2])
 
 
 def _is_id(text: str) -> bool:

@@ -25,7 +25,7 @@ from weft.write._journal import NAME as JOURNAL
 from weft.write._journal import Journal
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Callable, Iterable, Sequence
 
 MANIFEST = "weft.json"
 INDEX = "model.safetensors.index.json"
@@ -35,7 +35,15 @@ _CHUNK = 2**24  # bytes, where the kernel cannot copy between the two file syste
 class CheckpointSink:
     """Writes the tensors of `plan` to `out`, in any order and from any thread."""
 
-    def __init__(self, plan: Plan, out: Path, *, force: bool = False, resume: bool = False) -> None:
+    def __init__(
+        self,
+        plan: Plan,
+        out: Path,
+        *,
+        force: bool = False,
+        resume: bool = False,
+        setting: str = "",
+    ) -> None:
         """Claim the output and lay out its shards; nothing is computed yet.
 
         Raises:
@@ -60,7 +68,7 @@ class CheckpointSink:
             self._offsets |= offsets
         check_output(self.out, plan, force=force, resume=resume)
         try:
-            self._claim(resume)
+            self._claim(resume, setting)
         except OSError as error:
             raise _output_error(error, self.partial, begun=False) from None
 
@@ -123,9 +131,7 @@ class CheckpointSink:
         """
         self._flusher.stop()
         try:
-            self._flusher.check()
-            for handle in self._shards.values():
-                os.fsync(handle)
+            self._make_durable()
             for side in self.plan.side_files:
                 target = self.partial / side.name
                 target.parent.mkdir(parents=True, exist_ok=True)
@@ -158,12 +164,11 @@ class CheckpointSink:
         with contextlib.suppress(OSError):
             self._journal.close()
 
-    def _claim(self, resume: bool) -> None:
+    def _claim(self, resume: bool, setting: str) -> None:
         self.partial.mkdir(parents=True, exist_ok=True)
-        self._journal = Journal(self.partial, self.plan, resume=resume)
+        self._journal = Journal(self.partial, self.plan, resume=resume, setting=setting)
         try:
-            if not self.receipts:
-                _clear(self.partial)
+            _clear(self.partial, keep=self._headers if self.receipts else ())
             for shard, header in self._headers.items():
                 jobs = self._jobs[shard]
                 path = self.partial / (shard + ".partial")
@@ -179,6 +184,21 @@ class CheckpointSink:
         except BaseException:
             self.close()
             raise
+
+    def _make_durable(self) -> None:
+        try:
+            self._flusher.check()
+            for handle in self._shards.values():
+                os.fsync(handle)
+        except OSError:
+            # The system forgets what it could not write: none of it may count for a resumed run.
+            self._journal.forget([job.name for job in self.plan.jobs])
+            raise
+
+    def discard(self) -> None:
+        """Let go, and leave nothing: what was begun cannot be finished."""
+        self.close()
+        shutil.rmtree(self.partial, ignore_errors=True)
 
     def _write_text(self, name: str, text: str) -> None:
         # A folder's name may be no UTF-8, and the manifest quotes it.
@@ -196,7 +216,12 @@ class CheckpointSink:
         old = self.out.with_name(f"{self.out.name}.replaced-{os.getpid()}")
         if self.out.exists():
             self.out.rename(old)
-        self.partial.rename(self.out)
+        try:
+            self.partial.rename(self.out)
+        except OSError:
+            if old.exists():
+                old.rename(self.out)
+            raise
         if old.exists():
             shutil.rmtree(old)
         _sync_folder(self.out.parent)
@@ -337,12 +362,13 @@ def _is_ours(partial: Path) -> bool:
     return any((partial / name).exists() for name in (JOURNAL, MANIFEST))
 
 
-def _clear(partial: Path) -> None:
-    """Nothing in the folder counts: what another plan left there must not end up in the output."""
+def _clear(partial: Path, keep: Iterable[str]) -> None:
+    """Remove all but the journal and the shards `keep`: nothing stale may end up in the output."""
+    kept = {JOURNAL, *keep, *(f"{shard}.partial" for shard in keep)}
     for path in partial.iterdir():
         if path.is_dir():
             shutil.rmtree(path)
-        elif path.name != JOURNAL:
+        elif path.name not in kept:
             path.unlink()
 
 
@@ -386,10 +412,7 @@ def _copy_by_hand(source: int, target: int, start: int, offset: int, count: int)
 
 def _sync_folder(folder: Path) -> None:
     """Make names durable: the files of `folder`, and the folder itself."""
-    for path in [
-        *(p for p in folder.iterdir() if p.is_file() and p.suffix != ".safetensors"),
-        folder,
-    ]:
+    for path in [*folder.rglob("*"), folder]:
         handle = os.open(path, os.O_RDONLY)
         try:
             os.fsync(handle)

@@ -116,7 +116,7 @@ def _input(entry: Input) -> dict[str, Any]:
         "file": entry.path,
         "bytes": entry.size,
         "header_sha256": entry.header,
-    }
+    } | ({"sha256": entry.content} if entry.content else {})
 
 
 def _tensor(job: TensorJob, plan: Plan, receipt: Receipt) -> dict[str, Any]:

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from weft.core.specs import Adapter
+from weft.formats.checkpoint import has_weights
 
 
 class AdapterFormat(Protocol):
@@ -47,6 +48,10 @@ def open_adapter(path: Path, given: str) -> Adapter:
         names = " and ".join(form.__name__.rpartition(".")[2] for form in claims)
         raise FormatError(f"{path} could be an adapter in the formats {names}")
     if not claims:
+        if has_weights(path):
+            raise NotFound(
+                f"{path} is a base model, not an adapter", "the order is: weft merge BASE ADAPTER"
+            )
         raise NotFound(
             f"no adapter in {path}: it has no adapter_config.json",
             "give the folder that PEFT's save_pretrained wrote",

@@ -85,6 +85,12 @@ def read(path: Path, given: str) -> Adapter:
     if unknown:
         names = ", ".join(map(clean, unknown))
         notes.append(f"{CONFIG} has keys that weft does not know and ignores: {names}")
+    biases = any(e.parameter == "bias" and e.kind == "replace" for e in entries)
+    if config.get("bias") in ("all", "lora_only") and not biases:
+        notes.append(
+            f"bias={config['bias']!r}, and no bias is in the file: PEFT 0.7 to 0.20 did not save "
+            "those of lora_only"
+        )
     base = config.get("base_model_name_or_path")
     revision = config.get("revision")
     return Adapter(
@@ -158,6 +164,7 @@ def _entries(
     problems += wrong
     entries += [_replacement(path, ref, config) for path, ref in replaced if path not in copies]
     problems += _lost_modules(entries, config)
+    problems += _broken_promises(entries, config)
     return entries, problems
 
 
@@ -182,6 +189,29 @@ def _replacement(path: str, ref: TensorRef, config: dict[str, Any]) -> AdapterEn
     return AdapterEntry(
         module, parameter, "replace", (("value", ref),), params=params, saved_as=saved
     )
+
+
+def _broken_promises(entries: Sequence[AdapterEntry], config: dict[str, Any]) -> list[Problem]:
+    """What the config says was trained, and no tensor of the file shows."""
+    kinds = {entry.kind for entry in entries}
+    missing = []
+    if config.get("trainable_token_indices") and "trainable_tokens" not in kinds:
+        missing.append("trainable_token_indices names tokens, and no trained rows")
+    if config.get("lora_bias") and "lora_bias" not in kinds:
+        missing.append("lora_bias is true, and no lora_B.bias")
+    heads = {"classifier", "score", "qa_outputs"}  # PEFT lists them all, whichever the model has
+    missing += [
+        f"modules_to_save names {name!r}, and none of its tensors"
+        for name in sorted(set(config.get("modules_to_save") or []) - heads)
+        if not any(e.saved_as and e.saved_as.endswith(name) for e in entries)
+    ]
+    return [
+        Problem(
+            f"{CONFIG}: {fact} are in the file",
+            "the save lost what was trained: save the adapter again",
+        )
+        for fact in missing
+    ]
 
 
 def _saved_twice(replaced: Sequence[tuple[str, TensorRef]]) -> tuple[set[str], list[Problem]]:
