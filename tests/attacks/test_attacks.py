@@ -276,7 +276,7 @@ def test_files_instead_of_folders(here: Path) -> None:
 
 def test_base_and_adapter_confused(here: Path) -> None:
     result = run("merge", GOOD / "base", GOOD / "base", "-o", "out")
-    assert_refused(result, "no adapter in", "good/base")
+    assert_refused(result, "is a base model, not an adapter", "good/base")
     result = run("merge", GOOD / "base", "-o", "out")
     assert_refused(result, "is a base model, and no adapter is given")
     assert list(here.iterdir()) == []

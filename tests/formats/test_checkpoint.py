@@ -297,12 +297,10 @@ KEPT = {
 LEFT = {
     *("training_args.bin", "optimizer.pt", "rng_state.pth", "events.out.tfevents", "image.png"),
     *("model.onnx", "flax_model.msgpack", "consolidated.safetensors", "runs/", "1_Pooling/"),
+    *("adapter_config.json", "trainer_state.json", "all_results.json"),
 }
-# Written anew, about the training, or hidden.
-NEITHER = {
-    *("README.md", "weft.json", "adapter_config.json", "trainer_state.json", "all_results.json"),
-    *(".gitattributes", ".cache/huggingface/x.json"),
-}
+# Written anew, or hidden.
+NEITHER = {"README.md", "weft.json", ".gitattributes", ".cache/huggingface/x.json"}
 
 
 def test_side_files(tmp_path: Path) -> None:

@@ -505,9 +505,10 @@ def test_resume_of_what_is_done(interrupted: tuple[Model, Path]) -> None:
     model, out = interrupted
     merge(model, out, resume=True)
     before = {p.name: p.stat().st_mtime_ns for p in out.iterdir()}
-    report = merge(model, out, resume=True)
+    # Whether these are the bytes of this very run, nobody has checked: not to be passed off as it.
+    with pytest.raises(WeftError, match="exists and is not empty"):
+        merge(model, out, resume=True)
     assert {p.name: p.stat().st_mtime_ns for p in out.iterdir()} == before
-    assert report.totals.tensors == 13
 
 
 def test_resume_without_a_beginning(small: Model, tmp_path: Path) -> None:
@@ -574,7 +575,8 @@ def test_resume_after_an_input_changed(
     before = copied(out)
     name, action = CHANGES[change]
     action(tmp_path / name)
-    says = name if "alpha" not in change else "begun with other inputs or options"
+    in_plan = change in ("other adapter", "other alpha")
+    says = "begun with other inputs or options" if in_plan else name
     assert_refused(run(*model.command(out, "--resume")), says, "--force")
     assert copied(out) == before
     assert not out.exists()

@@ -148,7 +148,8 @@ class CheckpointSink:
                 (self.partial / (shard + ".partial")).rename(self.partial / shard)
             if list(self._jobs) != ["model.safetensors"]:
                 self._write_text(INDEX, self._index())
-            _sync_folder(self.partial)
+            for path in [*self.partial.rglob("*"), self.partial]:
+                _sync(path)
             (self.partial / JOURNAL).unlink()
             self._rename()
         except OSError as error:
@@ -224,7 +225,7 @@ class CheckpointSink:
             raise
         if old.exists():
             shutil.rmtree(old)
-        _sync_folder(self.out.parent)
+        _sync(self.out.parent)
 
 
 class _Flusher:
@@ -410,14 +411,13 @@ def _copy_by_hand(source: int, target: int, start: int, offset: int, count: int)
         start, offset, count = start + len(data), offset + len(data), count - len(data)
 
 
-def _sync_folder(folder: Path) -> None:
-    """Make names durable: the files of `folder`, and the folder itself."""
-    for path in [*folder.rglob("*"), folder]:
-        handle = os.open(path, os.O_RDONLY)
-        try:
-            os.fsync(handle)
-        finally:
-            os.close(handle)
+def _sync(path: Path) -> None:
+    """Make a file durable, or the names in a folder."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
 
 
 def _output_error(error: OSError, partial: Path, *, begun: bool = True) -> OutputError:

@@ -164,7 +164,7 @@ def _entries(
     problems += wrong
     entries += [_replacement(path, ref, config) for path, ref in replaced if path not in copies]
     problems += _lost_modules(entries, config)
-    problems += _broken_promises(entries, config)
+    problems = problems or _broken_promises(entries, config)
     return entries, problems
 
 
