@@ -9,14 +9,15 @@ environments (peft/ and mergekit/) elsewhere, `--peers` takes two interpreters t
 `--peers` alone leaves the peers out. Results go to `benchmarks/results/merge-SIZE.json`.
 
 How it measures: every command first runs once on the tiny model, and every input is read once, so
-that all find a warm page cache; a first `cp -r` does not count. Each round runs all of them,
-beginning with another one. Before a run comes a sync. When the clock has stopped, the output is
-compared with the base and deleted: other changed tensors than the adapter's are an error. Weft's
-output is on the disk when it ends (fsync), that of the others is not: see the row `cp -r, sync`.
+that all find a warm page cache. Each round runs all of them, beginning with another one. Before a
+run come a copy that does not count, so that all find the same memory at hand, and a sync. When the
+clock has stopped, the output is compared with the base and deleted: other changed tensors than the
+adapter's are an error. Weft's output is on the disk when it ends (fsync), that of the others is
+not: see the row `cp -r, sync`.
 
 - process: wall time of the whole process, start-up and imports included.
 - work: what the program itself measured, without start-up and imports. For Weft it is `seconds`
-  of `--json`; it leaves out the last fsync and the rename, which process has.
+  of `--json`, from the first header to the last rename, the flush to disk included.
 - peak RSS: of the process, by wait4. It counts pages of mapped files, as PEFT's loader maps them.
 
 Stdlib only: the peak RSS that Linux reports of a child is never below that of its parent.
@@ -101,6 +102,10 @@ def execute(command: tuple[str, ...], folder: Path) -> tuple[float, int, str]:
 
 def sample(run: Run, folder: Path) -> Sample:
     """Run it, check what it wrote, and delete that."""
+    clean(folder)
+    # A virtual machine gives freed memory back to its host, and getting it again costs seconds:
+    # a copy that does not count leaves the same pages at hand for whoever is next.
+    shutil.copytree(folder / "base", folder / "out")
     clean(folder)
     os.sync()
     wall, rss, text = execute(run.command, folder)

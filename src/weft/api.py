@@ -244,7 +244,7 @@ def parse_weighted(text: str) -> tuple[str, float]:
     except OSError:
         return text, 1.0
     except ValueError:
-        if colon and Path(given).is_dir() and not Path(text).exists():
+        if given and Path(given).is_dir() and not Path(text).exists():
             raise WeftError(
                 f"the weight of {given} is {number!r}, not a number", f"write {given}:0.7"
             ) from None
