@@ -11,8 +11,11 @@ if TYPE_CHECKING:
 
 # A block is what one thread works on at a time; its float32 buffers stay near the core.
 BLOCK = {"cpu": 2**19, "cuda": 2**24}  # elements
-# A strip is what one thread takes from the queue; sums are added per strip, in order.
-STRIP = {"cpu": 2**22, "cuda": 2**26}  # elements
+# A strip is what one thread takes from the queue and writes at once, large enough for any disk;
+# sums are added per strip, in order.
+STRIP = {"cpu": 2**22, "cuda": 2**24}  # elements
+WORKERS = 2  # for each thread that may compute: the other writes, or waits for the disk
+PAGE = 4096  # bytes; files are written past the page cache in whole ones
 COPY = 2**25  # bytes of unchanged tensors, moved at a time
 # From 16 rows on, a matrix product's bits do not depend on how many rows are taken at once.
 MIN_ROWS = 16

@@ -86,30 +86,37 @@ class Kernel:
         """What is known of the whole tensor without its blocks, and missing from their sums."""
         return Sums(delta=self._square or 0.0)
 
-    def run(self, start: int, stop: int) -> Iterator[tuple[int, memoryview, Sums | None]]:
-        """Rows `start` to `stop`: for each block its first row, its bytes, and its sums.
+    def run(self, start: int, stop: int, offset: int) -> tuple[memoryview, Sums | None]:
+        """Rows `start` to `stop`: their bytes, for the place `offset` of a file, and their sums.
 
-        The bytes stay valid until the next block is asked for.
+        The bytes stay valid until this thread runs again.
 
         Raises:
             NumericsError: NaN or infinity, or an overflow of the output dtype.
         """
-        out_dtype = getattr(torch, self.job.dtype)
+        dtype = getattr(torch, self.job.dtype)
+        count = (stop - start) * self.columns * dtype.itemsize
+        host, raw = self.workspace.host("out", count, offset)
+        out = host.view(dtype).view(stop - start, self.columns)
+        total: Sums | None = None
         for first, last in self._cut(start, stop):
-            shape = (last - first, self.columns)
-            weight = self.workspace.compute("weight", *shape, self.dtype)
-            if isinstance(self.job.expression, Load):
-                self._evaluate(self.job.expression, first, last, weight)
-                rounded, raw = self.workspace.narrow(weight, out_dtype)
-                self._check_cast(weight, rounded)
-                yield first, raw, None
-                continue
-            delta = self.workspace.compute("delta", *shape, self.dtype)
-            value = self.workspace.compute("value", *shape, self.dtype)
-            self._evaluate(self.job.expression.base, first, last, weight)
-            self._add_deltas(self.job.expression, first, weight, delta, value)
-            rounded, raw = self.workspace.narrow(value, out_dtype)
-            yield first, raw, self._sums(weight, delta, value, rounded)
+            sums = self._block(first, last, out[first - start : last - start])
+            total = total + sums if total and sums else sums
+        return raw, total
+
+    def _block(self, start: int, stop: int, out: Tensor) -> Sums | None:
+        """Rows `start` to `stop`, rounded into `out` on the host."""
+        shape = (stop - start, self.columns)
+        weight = self.workspace.compute("weight", *shape, self.dtype)
+        if isinstance(self.job.expression, Load):
+            self._evaluate(self.job.expression, start, stop, weight)
+            self._check_cast(weight, self.workspace.narrow(weight, out))
+            return None
+        delta = self.workspace.compute("delta", *shape, self.dtype)
+        value = self.workspace.compute("value", *shape, self.dtype)
+        self._evaluate(self.job.expression.base, start, stop, weight)
+        self._add_deltas(self.job.expression, start, weight, delta, value)
+        return self._sums(weight, delta, value, self.workspace.narrow(value, out))
 
     def bytes_read(self, rows: int) -> int:
         """What `rows` rows of the output cost to read, the small factors aside."""
