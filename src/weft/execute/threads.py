@@ -19,7 +19,8 @@ from typing import TYPE_CHECKING, Protocol
 
 import torch
 
-from weft.core.blocks import COPY, STRIP, WORKERS, cut, matrix
+from weft import deltas
+from weft.core.blocks import COPY, STRIP, WORKERS, cut
 from weft.core.errors import WeftError
 from weft.core.events import Moved, OnEvent
 from weft.core.specs import Load, Receipt, TensorJob
@@ -200,8 +201,8 @@ def _group(jobs: Sequence[TensorJob], sink: Sink, strip: int) -> Iterator[_Group
             yield _copies(run_of_copies)
         run_of_copies = [job] if job.is_copy else []
         if not job.is_copy:
-            rows, columns = matrix(job)
-            pieces = cut(0, rows, columns, strip)
+            layout = deltas.layout(job)
+            pieces = cut(0, layout.rows, layout.columns, strip, layout.together)
             yield _Group([job], pieces, left=len(pieces))
     if run_of_copies:
         yield _copies(run_of_copies)
@@ -248,7 +249,7 @@ def _run_piece(
     else:
         with group.lock, cores:
             kernel = group.kernel = group.kernel or Kernel(job, files, workspace)
-        row = kernel.columns * getattr(torch, job.dtype).itemsize
+        row = kernel.layout.columns * getattr(torch, job.dtype).itemsize
         offset = sink.offset(job.name) + start * row
         with cores:
             data, sums = kernel.run(start, stop, offset)
