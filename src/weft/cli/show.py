@@ -236,6 +236,7 @@ def _adapter_rows(found: Adapter) -> list[tuple[str, str]]:
         ("layers", f"{len(layers)} ({min(layers)} to {max(layers)})" if layers else ""),
         ("written by", f"PEFT {config['peft_version']}" if config.get("peft_version") else ""),
         ("beside", ", ".join(found.side_files)),
+        ("left out", ", ".join(found.left_out)),
         *(("note", note) for note in found.notes),
     ]
 

@@ -112,7 +112,8 @@ class Adapter:
         config: The parsed adapter config.
         base_model: What the config names as its base, and the revision of it.
         notes: What a reader of the file should know and no tensor shows.
-        side_files: Relative paths of the tokenizer and chat-template files that it brings.
+        side_files: Relative paths of the files of a tokenizer or processor that it brings.
+        left_out: Relative paths of what else lies there, leftovers of the training aside.
     """
 
     given: str
@@ -126,6 +127,7 @@ class Adapter:
     revision: str | None
     notes: tuple[str, ...]
     side_files: tuple[str, ...]
+    left_out: tuple[str, ...]
 
 
 # ------------------------------------------------------------------------------------ expressions

@@ -14,27 +14,11 @@ from weft.core.specs import Checkpoint, Input, TensorRef
 from weft.core.units import clean
 from weft.formats.safetensors import Header
 from weft.formats.safetensors import read_header as read_safetensors_header
+from weft.formats.side_files import beside_model
 
 if TYPE_CHECKING:
     import numpy as np
 
-_KEPT_SUFFIXES = {
-    ".json",
-    ".txt",
-    ".model",
-    ".jinja",
-    ".py",
-    ".tiktoken",
-    ".bpe",
-    ".spm",
-    ".vocab",
-    ".md",
-}
-_KEPT_NAMES = {"LICENSE", "NOTICE"}
-# Written anew, and about the training and not about the model.
-_NOT_KEPT = {"README.md", "weft.json"}
-_OF_TRAINING = {"adapter_config.json", "trainer_state.json", "all_results.json"}
-_KEPT_FOLDERS = {"additional_chat_templates", "chat_templates"}
 _WEIGHT_SUFFIXES = {".safetensors", ".bin", ".pt", ".pth"}
 
 
@@ -54,7 +38,7 @@ def open_checkpoint(path: Path, given: str) -> Checkpoint:
         folder, alone = path, True
         files, weight_map = _find_weights(folder)
     tensors, metadata = _read_shards(folder, files, weight_map)
-    kept, left = _side_files(folder, files) if alone else ([], [])
+    kept, left = beside_model(folder, files) if alone else ([], [])
     config = _read_config(folder / "config.json") if "config.json" in kept else {}
     return Checkpoint(
         given, str(folder), tensors, tuple(files), metadata, config, tuple(kept), tuple(left)
@@ -186,42 +170,6 @@ def _read_shards(
     if not tensors:
         raise FormatError(f"{folder}: {', '.join(files)} hold no tensors")
     return tensors, metadata
-
-
-def _side_files(folder: Path, weights: list[str]) -> tuple[list[str], list[str]]:
-    """What belongs to the model beside its weights, and what else lies in the folder."""
-    kept: list[str] = []
-    left: list[str] = []
-    folders = set(_KEPT_FOLDERS)
-    if (folder / "modules.json").is_file():  # sentence-transformers: one folder per module
-        folders |= _module_folders(folder / "modules.json")
-    for path in sorted(folder.iterdir()):
-        if path.name.startswith(".") or path.name in weights or path.name.endswith(".index.json"):
-            continue
-        if path.is_dir():
-            if path.name in folders:
-                kept += [str(f.relative_to(folder)) for f in sorted(path.rglob("*")) if f.is_file()]
-            else:
-                left.append(path.name + "/")
-        elif path.name in _NOT_KEPT:
-            continue
-        elif path.name in _OF_TRAINING:
-            left.append(path.name)
-        elif path.suffix in _KEPT_SUFFIXES or path.name in _KEPT_NAMES:
-            if not path.is_file():
-                raise FormatError(f"{path} is a link to nothing", "finish the download")
-            kept.append(path.name)
-        else:
-            left.append(path.name)
-    return kept, left
-
-
-def _module_folders(path: Path) -> set[str]:
-    try:
-        modules = json.loads(path.read_text(encoding="utf-8"))
-        return {m["path"] for m in modules if m["path"]}
-    except (ValueError, TypeError, KeyError, RecursionError):
-        raise FormatError(f"{path} is not a list of modules with their paths") from None
 
 
 def read_json(path: Path) -> dict[str, Any]:
