@@ -418,4 +418,15 @@ def test_describe_input(tmp_path: Path) -> None:
     change_content(folder / "model.safetensors")
     assert describe_input("base", folder / "model.safetensors").header == weight.header
     change_content(folder / "config.json")
-    assert describe_input("base", folder / "config.json").header != config.header
+    assert describe_input("base", folder / "config.json").content != config.content
+    assert (weight.content, config.header) == (None, None)
+
+
+def test_describe_input_that_is_copied(tmp_path: Path) -> None:
+    """Whatever is in it: all of it counts."""
+    folder = LAYOUTS["safetensors"](tmp_path / "base")
+    before = describe_input("base", folder / "model.safetensors", beside=True)
+    change_content(folder / "model.safetensors")
+    after = describe_input("base", folder / "model.safetensors", beside=True)
+    assert before.header is None
+    assert before.content != after.content

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from hashlib import sha256
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
@@ -10,8 +12,6 @@ import weft
 from weft.formats.side_files import is_vocabulary, part_of
 
 if TYPE_CHECKING:
-    from pathlib import Path
-
     from conftest import Folders
 
     from weft.api import MergePlan
@@ -128,6 +128,25 @@ def test_what_the_merge_writes(folders: Folders) -> None:
         assert (out / name).read_text() == "own"
     assert (out / "preprocessor_config.json").read_text() == "base's"
     assert not (out / "tokenizer.json").exists()
+
+
+def test_what_is_copied_is_in_the_manifest(folders: Folders) -> None:
+    """As an input like any other: whose it is, and a digest of all of it."""
+    base = folders.base(files={"tokenizer.json": "{}", "merges.txt": "x", "NOTICE": "whose"})
+    adapter = folders.adapter(files={"spm.model": "own", "left.bin": ""})
+    report = weft.merge(base, [f"{adapter}:0.5", f"{adapter}:0.5"], output=folders.root / "out")
+    entries = {
+        Path(e["file"]).name: e for e in report.manifest["inputs"] if "header_sha256" not in e
+    }
+    assert {name: entry["role"] for name, entry in entries.items()} == {
+        "config.json": "base",
+        "NOTICE": "base",
+        "adapter_config.json": "adapter 2",
+        "spm.model": "adapter 1",
+    }
+    for entry in entries.values():
+        content = Path(entry["file"]).read_bytes()
+        assert (entry["bytes"], entry["sha256"]) == (len(content), sha256(content).hexdigest())
 
 
 def test_two_adapters_each_with_a_part(folders: Folders) -> None:

@@ -91,7 +91,7 @@ def plan_as_text(made: MergePlan, output: Path) -> str:
     for job in plan.jobs:
         shards[job.shard] += job_bytes(job)
     rows += [
-        ("read", f"{show_size(work.read)} from {len({e.path for e in plan.inputs})} files"),
+        ("read", f"{show_size(work.read)} from {_count(work.files, 'file')}"),
         ("write", f"{show_size(work.written)} in {_count(len(shards), 'shard')} to {output}"),
         ("change", f"{work.changed} of {work.tensors} tensors"),
         ("memory", f"about {show_size(work.memory)} at most"),

@@ -214,8 +214,8 @@ class Input:
 
     Attributes:
         role: `base`, or `adapter 1` and so on.
-        header: SHA-256 of the part that says where the tensors are (and of the whole of a config).
-        content: SHA-256 of the whole file, for adapters, which are small; else None.
+        header: SHA-256 of the part that says where the tensors are, if there are any.
+        content: SHA-256 of the whole file; None for the base's weights, which are large.
         identity: Device, inode, size, and modification and change times; these do not go into the
             plan's hash, which must be the same on another machine.
     """
@@ -223,7 +223,7 @@ class Input:
     role: str
     path: str
     size: int
-    header: str
+    header: str | None
     content: str | None
     identity: tuple[int, ...] = field(compare=False)
 

@@ -189,18 +189,27 @@ def read_json(path: Path) -> dict[str, Any]:
     return content
 
 
-def describe_input(role: str, path: Path) -> Input:
-    """What the manifest says of an input file, and what tells later that it has changed."""
-    stat = path.stat()
-    if path.suffix in _WEIGHT_SUFFIXES:
-        sha256 = read_header(path).sha256
-    else:
-        sha256 = hashlib.sha256(path.read_bytes()).hexdigest()
-    content = None
-    if role != "base":  # two checkpoints of one training differ in nothing else
-        with path.open("rb") as file:
-            content = hashlib.file_digest(file, "sha256").hexdigest()
-    return Input(role, str(path.absolute()), stat.st_size, sha256, content, identify(path))
+def describe_input(role: str, path: Path, *, beside: bool = False) -> Input:
+    """What the manifest says of an input file, and what tells later that it has changed.
+
+    Args:
+        role: See `Input`.
+        path: The file.
+        beside: It is copied, whatever is in it (sentence-transformers has weights among such).
+    """
+    weights = path.suffix in _WEIGHT_SUFFIXES and not beside
+    try:
+        identity, header, content = identify(path), None, None
+        if weights:
+            header = read_header(path).sha256
+        # A base is too large to be hashed. Of an adapter the header is not enough: two checkpoints
+        # of one training differ in nothing else.
+        if role != "base" or not weights:
+            with path.open("rb") as file:
+                content = hashlib.file_digest(file, "sha256").hexdigest()
+        return Input(role, str(path.absolute()), path.stat().st_size, header, content, identity)
+    except OSError as error:
+        raise FormatError(f"cannot read {path}: {error.strerror}") from None
 
 
 def identify(path: Path) -> tuple[int, ...]:

@@ -15,8 +15,10 @@ from weft.core.specs import (
     AddDeltas,
     Checkpoint,
     Expression,
+    Input,
     Load,
     Plan,
+    SideFile,
     TensorJob,
     TensorRef,
     job_bytes,
@@ -75,14 +77,7 @@ def plan_merge(
         jobs=tuple(jobs),
         metadata=tuple(sorted({**base.metadata, "format": "pt"}.items())),
         side_files=tuple(files),
-        inputs=(
-            *(describe_input("base", Path(base.folder, name)) for name in _base_files(base)),
-            *(
-                describe_input(f"adapter {number}", Path(file))
-                for number, (adapter, _) in enumerate(adapters, 1)
-                for file in adapter.files
-            ),
-        ),
+        inputs=tuple(_inputs(base, adapters, files)),
         notes=tuple(
             [note for adapter, _ in adapters for note in adapter.notes] + targets.notes + notes
         ),
@@ -90,8 +85,21 @@ def plan_merge(
     )
 
 
-def _base_files(base: Checkpoint) -> list[str]:
-    return [*base.shards, *(["config.json"] if base.config else [])]
+def _inputs(
+    base: Checkpoint, adapters: Sequence[tuple[Adapter, float]], files: Sequence[SideFile]
+) -> list[Input]:
+    """Every file that is read for the output, or copied into it."""
+    names = [*base.shards, *(["config.json"] if base.config else [])]
+    found = [describe_input("base", Path(base.folder, name)) for name in names]
+    for number, (adapter, _) in enumerate(adapters, 1):
+        found += [describe_input(f"adapter {number}", Path(file)) for file in adapter.files]
+    known = {entry.path for entry in found}
+    owners = {a.folder: f"adapter {n}" for n, (a, _) in reversed([*enumerate(adapters, 1)])}
+    for side in files:
+        if side.source is not None and side.source not in known:
+            role = owners.get(side.source.removesuffix(f"/{side.name}"), "base")
+            found.append(describe_input(role, Path(side.source), beside=True))
+    return found
 
 
 def _changes_an_end(base: Checkpoint, targets: Targets) -> bool:
