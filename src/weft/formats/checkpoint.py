@@ -52,10 +52,11 @@ def _read_config(path: Path) -> dict[str, Any]:
     for field, form in _CONFIG_FORMS.items():
         for part in parts:
             if part.get(field) is not None and not isinstance(part[field], form):
-                raise FormatError(f"{path}: {field} is {clean(repr(part[field]))[:60]}")
+                shown = clean(repr(part[field]))[:60]
+                raise FormatError(f"{path}: {field} is {shown}, not a {form.__name__}", _CORRECT)
     architectures = config.get("architectures") or []
     if not all(isinstance(name, str) for name in architectures):
-        raise FormatError(f"{path}: architectures is not a list of names")
+        raise FormatError(f"{path}: architectures is not a list of names", _CORRECT)
     return config
 
 
@@ -172,6 +173,9 @@ def _read_shards(
     return tensors, metadata
 
 
+_CORRECT = "correct it there, or save or download the file again"
+
+
 def read_json(path: Path) -> dict[str, Any]:
     """A JSON object from `path`.
 
@@ -181,12 +185,23 @@ def read_json(path: Path) -> dict[str, Any]:
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except (ValueError, RecursionError) as error:
-        raise FormatError(f"{path} is not JSON: {str(error)[:100]}") from None
+        raise FormatError(f"{path} is not JSON: {_what_is_wrong(error)}", _CORRECT) from None
     except OSError as error:
         raise FormatError(f"cannot read {path}: {error.strerror}") from None
     if not isinstance(content, dict):
-        raise FormatError(f"{path} is a JSON {type(content).__name__}, not an object")
+        what = f"{path} is a JSON {type(content).__name__}, not an object"
+        raise FormatError(what, _CORRECT)
     return content
+
+
+def _what_is_wrong(error: ValueError | RecursionError) -> str:
+    if isinstance(error, json.JSONDecodeError):
+        if not error.doc.strip():
+            return "it is empty"
+        return f"line {error.lineno}, column {error.colno}: {error.msg}"
+    if isinstance(error, UnicodeDecodeError):
+        return f"byte {error.start} is not UTF-8"
+    return str(error)[:100]
 
 
 def describe_input(role: str, path: Path, *, beside: bool = False) -> Input:

@@ -107,7 +107,8 @@ def check(config: dict[str, Any], given: str, path: Path) -> None:
     for field, (fits, form) in _FORMS.items():
         if field in config and not fits(config[field]):
             shown = clean(repr(config[field]))[:60]
-            hint = "without it the scaling is unknown" if field == "lora_alpha" else None
+            hint = "correct it there, or save the adapter again"
+            hint = "without it the scaling is unknown" if field == "lora_alpha" else hint
             raise FormatError(f"{path}: {field} = {shown}, and must be {form}", hint)
 
 
