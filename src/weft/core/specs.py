@@ -12,7 +12,10 @@ import hashlib
 import math
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from weft.core.selection import Selection
 
 Shape = tuple[int, ...]
 Param = bool | int | float | str | tuple[int, ...]
@@ -114,6 +117,7 @@ class Adapter:
         notes: What a reader of the file should know and no tensor shows.
         side_files: Relative paths of the files of a tokenizer or processor that it brings.
         left_out: Relative paths of what else lies there, leftovers of the training aside.
+        selection: The modules that the config names, if it does.
     """
 
     given: str
@@ -128,6 +132,7 @@ class Adapter:
     notes: tuple[str, ...]
     side_files: tuple[str, ...]
     left_out: tuple[str, ...]
+    selection: Selection | None = None
 
 
 # ------------------------------------------------------------------------------------ expressions

@@ -81,7 +81,7 @@ def plan_merge(
         notes=tuple(
             [note for adapter, _ in adapters for note in adapter.notes] + targets.notes + notes
         ),
-        warnings=tuple(_replaced_twice(targets)),
+        warnings=(*targets.warnings, *_replaced_twice(targets)),
     )
 
 

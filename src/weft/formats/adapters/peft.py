@@ -14,7 +14,14 @@ from typing import TYPE_CHECKING, Any
 from weft.core.errors import FormatError, NotFound, PlanError, Problem
 from weft.core.specs import Adapter, AdapterEntry, Param, TensorRef
 from weft.core.units import clean
-from weft.formats.adapters._peft_config import CONFIG, KNOWN, check, rank_problem, scaling_of
+from weft.formats.adapters._peft_config import (
+    CONFIG,
+    KNOWN,
+    check,
+    rank_problem,
+    scaling_of,
+    selection_of,
+)
 from weft.formats.checkpoint import read_header, read_json, same_bytes
 from weft.formats.side_files import beside_adapter
 
@@ -97,6 +104,7 @@ def read(path: Path, given: str) -> Adapter:
         notes=tuple(notes),
         side_files=tuple(kept),
         left_out=tuple(left),
+        selection=selection_of(config),
     )
 
 
