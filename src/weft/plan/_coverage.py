@@ -17,9 +17,11 @@ from weft.plan.preflight import config_value
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
+    from weft.core.selection import Selection
     from weft.core.specs import Adapter, Checkpoint
 
-_LOW_RANK = ("lora", "dora")
+# What other fields of a config name: modules_to_save, bias, trainable_token_indices.
+_NAMED_ELSEWHERE = ("replace", "trainable_tokens")
 
 
 def doubts(base: Checkpoint, adapter: Adapter, names: Mapping[str, str]) -> list[str]:
@@ -32,40 +34,36 @@ def doubts(base: Checkpoint, adapter: Adapter, names: Mapping[str, str]) -> list
     """
     if adapter.selection is None:
         return []
-    modules = [e.module for e in adapter.entries if e.kind in _LOW_RANK]
+    entries = [entry for entry in adapter.entries if entry.kind not in _NAMED_ELSEWHERE]
+    modules = dict.fromkeys(entry.module for entry in entries)
     found = []
     if unnamed := [module for module in modules if not adapter.selection.names(module)]:
         found.append(
-            f"{adapter.given} has LoRA for {some(unnamed, 'module')}, which its config does not "
-            "name in target_modules: it is merged as it is in the file, and PEFT would leave it "
-            "out; are the config and the weights of one save?"
+            f"{adapter.given} adapts {some(unnamed, 'module')}, which its config does not name in "
+            "target_modules: it is merged as it is in the file, and PEFT would leave it out; are "
+            "the config and the weights of one save?"
         )
-    if lost := _lost(base, adapter, names):
+    placed = {names[entry.target]: entry.target for entry in entries if entry.target in names}
+    if lost := _lost(base, adapter.selection, placed):
         found.append(
-            f"{adapter.given} has no LoRA for {some(lost, 'module')}, which its config names in "
-            "target_modules, and which it has in other layers: a save that lost tensors, or "
-            "layers left out without layers_to_transform? Look at another save of the training"
+            f"{adapter.given} does not adapt {some(lost, 'module')}, though its config names it in "
+            "target_modules and it does so in other layers: a save that lost tensors, or layers "
+            "left out without layers_to_transform? Look at another save of the training"
         )
     return found
 
 
-def _lost(base: Checkpoint, adapter: Adapter, names: Mapping[str, str]) -> list[str]:
+def _lost(base: Checkpoint, selection: Selection, placed: Mapping[str, str]) -> list[str]:
     """Modules that the config promises and the file lacks, though it has their like elsewhere."""
-    assert adapter.selection is not None
-    present = {
-        names[e.target]: e.target
-        for e in adapter.entries
-        if e.kind in _LOW_RANK and e.target in names
-    }
-    alike = {_without_numbers(name): (name, target) for name, target in present.items()}
+    alike = {_without_numbers(name): (name, target) for name, target in placed.items()}
     lost = []
     for name, ref in base.tensors.items():
-        if name in present or len(ref.shape) != 2 or _without_numbers(name) not in alike:
+        if name in placed or len(ref.shape) != 2 or _without_numbers(name) not in alike:
             continue
         there, target = alike[_without_numbers(name)]
         off, on = edit(target, there)
         module = (off + name.removeprefix(on)).removesuffix(".weight")
-        if adapter.selection.promises(module) and not _is_spare(module, base):
+        if selection.promises(module) and not _is_spare(module, base):
             lost.append(module)
     return lost
 

@@ -42,8 +42,6 @@ def side_files(
         if config != base.config:
             text = json.dumps(config, indent=2, ensure_ascii=False) + "\n"
             files["config.json"] = SideFile("config.json", text=text)
-    else:
-        notes.append(f"{base.given} has no config.json, and so the output has none")
     used = [adapter for adapter, weight in adapters if weight]
     owners, differing = _take(files, used)
     notes += _origins(files, owners, base) + differing
