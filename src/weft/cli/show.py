@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from weft.core.specs import Adapter, AddDeltas, Checkpoint, TensorJob, job_bytes
-from weft.core.units import clean, show_count, show_share, show_size, show_time
+from weft.core.units import clean, show_count, show_share, show_size, show_survival, show_time
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
@@ -32,8 +32,8 @@ def report_as_text(report: MergeReport) -> str:
     ]
     if sums.survival is not None and sums.worst:
         lines.append(
-            f"‖ΔW‖/‖W‖ {show_share(sums.relative)}, survival {show_share(sums.survival)}, "
-            f"worst {show_share(sums.worst[1])} in {sums.worst[0]}"
+            f"‖ΔW‖/‖W‖ {show_share(sums.relative)}, survival {show_survival(sums.survival)}, "
+            f"worst {show_survival(sums.worst[1])} in {sums.worst[0]}"
         )
     return "\n".join(lines)
 

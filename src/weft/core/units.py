@@ -60,7 +60,13 @@ def show_share(share: float | None) -> str:
     percent = share * 100
     if 99.9 < percent < 100:
         return f"{math.floor(percent * 1000) / 1000:.3f} %"
-    return f"{percent:.1f} %" if percent >= 0.1 or percent <= 0 else f"{percent:.1e} %"
+    readable = percent <= 0 or 0.1 <= percent < 999.95
+    return f"{percent:.1f} %" if readable else f"{percent:.1e} %"
+
+
+def show_survival(survival: float | None) -> str:
+    """What is left of an update, in percent: below none there is nothing to tell apart."""
+    return show_share(None if survival is None else max(survival, 0.0))
 
 
 def some(names: Sequence[str], noun: str, shown: int = 3) -> str:
