@@ -343,9 +343,11 @@ def test_no_config(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("content", "says"),
     [
-        (b"", "is not JSON"),
-        (b"{", "is not JSON"),
-        (b"\xff\xfe{}", "is not JSON"),
+        (b"", "is not JSON: it is empty"),
+        (b"{", "is not JSON: line 1, column 2: Expecting property name"),
+        (b'{"a": 1,\n "b": 2\n "c": 3}', "is not JSON: line 3, column 2: Expecting ','"),
+        (b"<html>", "is not JSON: line 1, column 1: Expecting value"),
+        (b'{"a": "\xff"}', "is not JSON: byte 7 is not UTF-8"),
         (b"[]", "is a JSON list"),
         (b"7", "is a JSON int"),
         (b"null", "is a JSON NoneType"),
@@ -359,12 +361,24 @@ def test_read_json(content: bytes, says: str, tmp_path: Path) -> None:
         read_json(tmp_path / "it.json")
     assert "it.json" in str(error.value)
     assert len(str(error.value).splitlines()) == 1
+    assert error.value.hint == "correct it there, or save or download the file again"
 
 
 def test_read_json_that_is_not_there(tmp_path: Path) -> None:
     for path in (tmp_path, tmp_path / "nowhere.json"):
         with pytest.raises(FormatError, match="cannot read"):
             read_json(path)
+
+
+@pytest.mark.parametrize("broken", ["base/config.json", "adapter/adapter_config.json"])
+def test_broken_configs(broken: str, tmp_path: Path) -> None:
+    """Where in the file, and what to do."""
+    LAYOUTS["safetensors"](tmp_path / "base")
+    (tmp_path / "adapter").mkdir()
+    (tmp_path / broken).write_text('{\n  "r": 8,\n}')
+    with pytest.raises(FormatError, match=rf"{broken} is not JSON: line \d, column \d") as error:
+        weft.inspect((tmp_path / broken).parent)
+    assert "download the file again" in str(error.value.hint)
 
 
 def change_time(path: Path) -> None:
@@ -418,4 +432,15 @@ def test_describe_input(tmp_path: Path) -> None:
     change_content(folder / "model.safetensors")
     assert describe_input("base", folder / "model.safetensors").header == weight.header
     change_content(folder / "config.json")
-    assert describe_input("base", folder / "config.json").header != config.header
+    assert describe_input("base", folder / "config.json").content != config.content
+    assert (weight.content, config.header) == (None, None)
+
+
+def test_describe_input_that_is_copied(tmp_path: Path) -> None:
+    """Whatever is in it: all of it counts."""
+    folder = LAYOUTS["safetensors"](tmp_path / "base")
+    before = describe_input("base", folder / "model.safetensors", beside=True)
+    change_content(folder / "model.safetensors")
+    after = describe_input("base", folder / "model.safetensors", beside=True)
+    assert before.header is None
+    assert before.content != after.content

@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import shutil
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
@@ -33,6 +33,7 @@ from helpers import (
 )
 from safetensors.torch import load_file, save_file
 
+import weft
 from oracle.cases import CASES, Case
 from weft.core.blocks import BLOCK, STRIP
 
@@ -112,6 +113,33 @@ def test_bits_of_peft(lab: Lab, case: Case, dtype: str) -> None:
         if not name.endswith(case.unlike) and not same_bytes(value, theirs[name])
     ]
     assert not differing
+
+
+@each_case
+def test_no_doubts(lab: Lab, case: Case) -> None:
+    """Whatever PEFT saved is what its config says."""
+    made = run(lab, case, "bfloat16")
+    assert weft.plan_merge(made.base, made.adapter).warnings == ()
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        {"target_modules": "all-linear"},
+        {"target_modules": r".*layers\.1\..*\.(q_proj|up_proj)"},
+        {"target_modules": ["q_proj", "layers.0.mlp.up_proj"]},
+        {"target_modules": ["q_proj", "v_proj"], "layers_to_transform": 1},
+        {"target_modules": ["q_proj"], "layers_to_transform": [0], "layers_pattern": "layers"},
+        {"target_modules": ["q_proj", "v_proj"], "exclude_modules": ["layers.1.self_attn.v_proj"]},
+        {"target_modules": ["q_proj", "v_proj"], "exclude_modules": r".*0\.self_attn\.v_proj"},
+        {"target_modules": ["up_proj"], "modules_to_save": ["layers.1.mlp.up_proj"]},
+    ],
+    ids=str,
+)
+def test_no_doubts_of_a_choice(lab: Lab, tmp_path: Path, config: dict[str, Any]) -> None:
+    base, auto = lab.make("llama-bfloat16", save_base, "llama", "bfloat16"), MODELS["llama"].auto
+    adapter = make_adapter(base, auto, tmp_path / "adapter", config=config)
+    assert weft.plan_merge(base, adapter).warnings == ()
 
 
 # ------------------------------------------------------------------------- what leaves bits alone

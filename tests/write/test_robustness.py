@@ -1248,6 +1248,7 @@ def own(small: Model, tmp_path: Path) -> Model:
     [
         "base/model-00001-of-00002.safetensors",
         "base/config.json",
+        "base/tokenizer.json",
         "adapter/adapter_model.safetensors",
     ],
 )

@@ -12,7 +12,10 @@ import hashlib
 import math
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from weft.core.selection import Selection
 
 Shape = tuple[int, ...]
 Param = bool | int | float | str | tuple[int, ...]
@@ -112,7 +115,9 @@ class Adapter:
         config: The parsed adapter config.
         base_model: What the config names as its base, and the revision of it.
         notes: What a reader of the file should know and no tensor shows.
-        side_files: Relative paths of the tokenizer and chat-template files that it brings.
+        side_files: Relative paths of the files of a tokenizer or processor that it brings.
+        left_out: Relative paths of what else lies there, leftovers of the training aside.
+        selection: The modules that the config names, if it does.
     """
 
     given: str
@@ -126,6 +131,8 @@ class Adapter:
     revision: str | None
     notes: tuple[str, ...]
     side_files: tuple[str, ...]
+    left_out: tuple[str, ...]
+    selection: Selection | None = None
 
 
 # ------------------------------------------------------------------------------------ expressions
@@ -212,8 +219,8 @@ class Input:
 
     Attributes:
         role: `base`, or `adapter 1` and so on.
-        header: SHA-256 of the part that says where the tensors are (and of the whole of a config).
-        content: SHA-256 of the whole file, for adapters, which are small; else None.
+        header: SHA-256 of the part that says where the tensors are, if there are any.
+        content: SHA-256 of the whole file; None for the base's weights, which are large.
         identity: Device, inode, size, and modification and change times; these do not go into the
             plan's hash, which must be the same on another machine.
     """
@@ -221,7 +228,7 @@ class Input:
     role: str
     path: str
     size: int
-    header: str
+    header: str | None
     content: str | None
     identity: tuple[int, ...] = field(compare=False)
 

@@ -14,27 +14,11 @@ from weft.core.specs import Checkpoint, Input, TensorRef
 from weft.core.units import clean
 from weft.formats.safetensors import Header
 from weft.formats.safetensors import read_header as read_safetensors_header
+from weft.formats.side_files import beside_model
 
 if TYPE_CHECKING:
     import numpy as np
 
-_KEPT_SUFFIXES = {
-    ".json",
-    ".txt",
-    ".model",
-    ".jinja",
-    ".py",
-    ".tiktoken",
-    ".bpe",
-    ".spm",
-    ".vocab",
-    ".md",
-}
-_KEPT_NAMES = {"LICENSE", "NOTICE"}
-# Written anew, and about the training and not about the model.
-_NOT_KEPT = {"README.md", "weft.json"}
-_OF_TRAINING = {"adapter_config.json", "trainer_state.json", "all_results.json"}
-_KEPT_FOLDERS = {"additional_chat_templates", "chat_templates"}
 _WEIGHT_SUFFIXES = {".safetensors", ".bin", ".pt", ".pth"}
 
 
@@ -54,7 +38,7 @@ def open_checkpoint(path: Path, given: str) -> Checkpoint:
         folder, alone = path, True
         files, weight_map = _find_weights(folder)
     tensors, metadata = _read_shards(folder, files, weight_map)
-    kept, left = _side_files(folder, files) if alone else ([], [])
+    kept, left = beside_model(folder, files) if alone else ([], [])
     config = _read_config(folder / "config.json") if "config.json" in kept else {}
     return Checkpoint(
         given, str(folder), tensors, tuple(files), metadata, config, tuple(kept), tuple(left)
@@ -68,10 +52,11 @@ def _read_config(path: Path) -> dict[str, Any]:
     for field, form in _CONFIG_FORMS.items():
         for part in parts:
             if part.get(field) is not None and not isinstance(part[field], form):
-                raise FormatError(f"{path}: {field} is {clean(repr(part[field]))[:60]}")
+                shown = clean(repr(part[field]))[:60]
+                raise FormatError(f"{path}: {field} is {shown}, not a {form.__name__}", _CORRECT)
     architectures = config.get("architectures") or []
     if not all(isinstance(name, str) for name in architectures):
-        raise FormatError(f"{path}: architectures is not a list of names")
+        raise FormatError(f"{path}: architectures is not a list of names", _CORRECT)
     return config
 
 
@@ -188,40 +173,7 @@ def _read_shards(
     return tensors, metadata
 
 
-def _side_files(folder: Path, weights: list[str]) -> tuple[list[str], list[str]]:
-    """What belongs to the model beside its weights, and what else lies in the folder."""
-    kept: list[str] = []
-    left: list[str] = []
-    folders = set(_KEPT_FOLDERS)
-    if (folder / "modules.json").is_file():  # sentence-transformers: one folder per module
-        folders |= _module_folders(folder / "modules.json")
-    for path in sorted(folder.iterdir()):
-        if path.name.startswith(".") or path.name in weights or path.name.endswith(".index.json"):
-            continue
-        if path.is_dir():
-            if path.name in folders:
-                kept += [str(f.relative_to(folder)) for f in sorted(path.rglob("*")) if f.is_file()]
-            else:
-                left.append(path.name + "/")
-        elif path.name in _NOT_KEPT:
-            continue
-        elif path.name in _OF_TRAINING:
-            left.append(path.name)
-        elif path.suffix in _KEPT_SUFFIXES or path.name in _KEPT_NAMES:
-            if not path.is_file():
-                raise FormatError(f"{path} is a link to nothing", "finish the download")
-            kept.append(path.name)
-        else:
-            left.append(path.name)
-    return kept, left
-
-
-def _module_folders(path: Path) -> set[str]:
-    try:
-        modules = json.loads(path.read_text(encoding="utf-8"))
-        return {m["path"] for m in modules if m["path"]}
-    except (ValueError, TypeError, KeyError, RecursionError):
-        raise FormatError(f"{path} is not a list of modules with their paths") from None
+_CORRECT = "correct it there, or save or download the file again"
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -233,26 +185,46 @@ def read_json(path: Path) -> dict[str, Any]:
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except (ValueError, RecursionError) as error:
-        raise FormatError(f"{path} is not JSON: {str(error)[:100]}") from None
+        raise FormatError(f"{path} is not JSON: {_what_is_wrong(error)}", _CORRECT) from None
     except OSError as error:
         raise FormatError(f"cannot read {path}: {error.strerror}") from None
     if not isinstance(content, dict):
-        raise FormatError(f"{path} is a JSON {type(content).__name__}, not an object")
+        what = f"{path} is a JSON {type(content).__name__}, not an object"
+        raise FormatError(what, _CORRECT)
     return content
 
 
-def describe_input(role: str, path: Path) -> Input:
-    """What the manifest says of an input file, and what tells later that it has changed."""
-    stat = path.stat()
-    if path.suffix in _WEIGHT_SUFFIXES:
-        sha256 = read_header(path).sha256
-    else:
-        sha256 = hashlib.sha256(path.read_bytes()).hexdigest()
-    content = None
-    if role != "base":  # two checkpoints of one training differ in nothing else
-        with path.open("rb") as file:
-            content = hashlib.file_digest(file, "sha256").hexdigest()
-    return Input(role, str(path.absolute()), stat.st_size, sha256, content, identify(path))
+def _what_is_wrong(error: ValueError | RecursionError) -> str:
+    if isinstance(error, json.JSONDecodeError):
+        if not error.doc.strip():
+            return "it is empty"
+        return f"line {error.lineno}, column {error.colno}: {error.msg}"
+    if isinstance(error, UnicodeDecodeError):
+        return f"byte {error.start} is not UTF-8"
+    return str(error)[:100]
+
+
+def describe_input(role: str, path: Path, *, beside: bool = False) -> Input:
+    """What the manifest says of an input file, and what tells later that it has changed.
+
+    Args:
+        role: See `Input`.
+        path: The file.
+        beside: It is copied, whatever is in it (sentence-transformers has weights among such).
+    """
+    weights = path.suffix in _WEIGHT_SUFFIXES and not beside
+    try:
+        identity, header, content = identify(path), None, None
+        if weights:
+            header = read_header(path).sha256
+        # A base is too large to be hashed. Of an adapter the header is not enough: two checkpoints
+        # of one training differ in nothing else.
+        if role != "base" or not weights:
+            with path.open("rb") as file:
+                content = hashlib.file_digest(file, "sha256").hexdigest()
+        return Input(role, str(path.absolute()), path.stat().st_size, header, content, identity)
+    except OSError as error:
+        raise FormatError(f"cannot read {path}: {error.strerror}") from None
 
 
 def identify(path: Path) -> tuple[int, ...]:

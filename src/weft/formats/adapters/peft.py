@@ -14,15 +14,21 @@ from typing import TYPE_CHECKING, Any
 from weft.core.errors import FormatError, NotFound, PlanError, Problem
 from weft.core.specs import Adapter, AdapterEntry, Param, TensorRef
 from weft.core.units import clean
-from weft.formats.adapters._peft_config import CONFIG, KNOWN, check, rank_problem, scaling_of
+from weft.formats.adapters._peft_config import (
+    CONFIG,
+    KNOWN,
+    check,
+    rank_problem,
+    scaling_of,
+    selection_of,
+)
 from weft.formats.adapters._peft_methods import Module, methods
 from weft.formats.checkpoint import read_header, read_json, same_bytes
-
-if TYPE_CHECKING:
-    from pathlib import Path
+from weft.formats.side_files import beside_adapter
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
+    from pathlib import Path
 
     from weft.formats.adapters._peft_methods import PeftMethod
 
@@ -43,15 +49,6 @@ _SUFFIXES = {
 
 # Where a module that is wrapped keeps the weight that it had before.
 _ORIGINALS = ("token_adapter.base_layer", "base_layer", "original_module")
-# The files that make a tokenizer; a vocabulary among them makes it complete.
-TOKENIZER_VOCABULARIES = {
-    *("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model"),
-    *("sentencepiece.bpe.model", "tekken.json"),
-}
-TOKENIZER_FILES = TOKENIZER_VOCABULARIES | {
-    *("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "merges.txt"),
-    *("chat_template.jinja", "chat_template.json"),
-}
 
 
 def detect(path: Path) -> bool:
@@ -96,6 +93,7 @@ def read(path: Path, given: str) -> Adapter:
             f"bias={config['bias']!r}, and no bias is in the file: PEFT 0.7 to 0.20 did not save "
             "those of lora_only"
         )
+    kept, left = beside_adapter(path)
     base = config.get("base_model_name_or_path")
     revision = config.get("revision")
     return Adapter(
@@ -109,7 +107,9 @@ def read(path: Path, given: str) -> Adapter:
         base_model=clean(base) if base else None,
         revision=revision or None,
         notes=tuple(notes),
-        side_files=tuple(sorted(f for f in TOKENIZER_FILES if (path / f).is_file())),
+        side_files=tuple(kept),
+        left_out=tuple(left),
+        selection=selection_of(config),
     )
 
 
