@@ -17,17 +17,18 @@ from weft.core.errors import FormatError, NotFound, Unsupported
 from weft.formats.checkpoint import (
     describe_input,
     has_weights,
-    identify,
     open_checkpoint,
     read_json,
+    same_bytes,
 )
+from weft.formats.identity import identify
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
     from torch import Tensor
 
-    from weft.core.specs import Checkpoint
+    from weft.core.specs import Checkpoint, TensorRef
 
 CONFIG = {"architectures": ["LlamaForCausalLM"], "model_type": "llama", "vocab_size": 16}
 
@@ -410,12 +411,98 @@ def test_identity_changes_with_the_file(change: Callable[[Path], None], tmp_path
 
 def test_describe_input(tmp_path: Path) -> None:
     folder = LAYOUTS["safetensors"](tmp_path / "base")
-    weight, config = (
-        describe_input("base", folder / n) for n in ("model.safetensors", "config.json")
-    )
-    assert (weight.role, weight.path) == ("base", str(folder / "model.safetensors"))
-    assert weight.size == (folder / "model.safetensors").stat().st_size
+    weight, config = sources = open_checkpoint(folder, "given").sources
+    entry = describe_input("base", weight)
+    assert (entry.role, entry.path) == ("base", str(folder / "model.safetensors"))
+    assert entry.size == (folder / "model.safetensors").stat().st_size
+    assert entry.content is None
+    assert describe_input("adapter 1", config).content == config.header  # of the whole file, both
     change_content(folder / "model.safetensors")
-    assert describe_input("base", folder / "model.safetensors").header == weight.header
-    change_content(folder / "config.json")
-    assert describe_input("base", folder / "config.json").header != config.header
+    as_json(folder / "config.json", CONFIG | {"vocab_size": 17})
+    again = open_checkpoint(folder, "given").sources
+    assert [one.header == other.header for one, other in zip(sources, again, strict=True)] == [
+        *(True, False)
+    ]
+    assert not {source.identity for source in sources} & {source.identity for source in again}
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "config.json"])
+def test_an_adapters_file_that_changed_is_not_hashed(name: str, tmp_path: Path) -> None:
+    """Its hash would be of other values than those of the header that was read."""
+    folder = LAYOUTS["safetensors"](tmp_path / "base")
+    sources = {Path(s.path).name: s for s in open_checkpoint(folder, "given").sources}
+    time.sleep(0.02)
+    change_file(folder / name)
+    with pytest.raises(FormatError, match=rf"{name} changed while it was being read"):
+        describe_input("adapter 1", sources[name])
+    (folder / name).unlink()
+    with pytest.raises(FormatError, match=rf"cannot read .*{name}"):
+        describe_input("adapter 1", sources[name])
+
+
+@pytest.mark.parametrize("layout", ["safetensors", "bin", "bin-legacy", "safetensors-shards"])
+def test_identity_is_of_the_file_that_was_read(layout: str, tmp_path: Path) -> None:
+    """Another file of the same header that takes its name afterwards is another file."""
+    folder = LAYOUTS[layout](tmp_path / "base")
+    for source in open_checkpoint(folder, "given").sources:
+        path = Path(source.path)
+        assert source.identity == identify(path)
+        change_file(path)
+        assert source.identity != identify(path)
+
+
+# -------------------------------------------------------------------------------------------- bytes
+
+
+def refs_of(path: Path, **values: Tensor) -> dict[str, TensorRef]:
+    save_file(values, path)
+    return open_checkpoint(path, "given").tensors
+
+
+@pytest.mark.parametrize("place", [0, 2**20, 2**22 + 1, 2**22 + 4095])
+def test_same_bytes(place: int, tmp_path: Path) -> None:
+    """Over several blocks, with the one difference in any of them."""
+    one = torch.zeros(2**22 + 4096, dtype=torch.uint8)
+    other = one.clone()
+    other[place] = 1
+    refs = refs_of(tmp_path / "x.safetensors", one=one, same=one.clone(), other=other)
+    assert same_bytes(refs["one"], refs["same"])
+    assert same_bytes(refs["one"], refs["one"])
+    assert not same_bytes(refs["one"], refs["other"])
+
+
+def test_same_bytes_wants_the_same_kind(tmp_path: Path) -> None:
+    refs = refs_of(
+        tmp_path / "x.safetensors",
+        one=torch.zeros(4),
+        shape=torch.zeros(2, 2),
+        dtype=torch.zeros(4, dtype=torch.int32),
+    )
+    assert not same_bytes(refs["one"], refs["shape"])
+    assert not same_bytes(refs["one"], refs["dtype"])
+
+
+def bytes_read() -> int:
+    """What this process has read so far, by the kernel's count."""
+    path = Path("/proc/self/io")
+    if not path.exists():
+        pytest.skip("no /proc")
+    return int(path.read_text().split()[1])
+
+
+def test_same_bytes_stops_at_the_first_difference(tmp_path: Path) -> None:
+    """An embedding and a head that are not tied differ at once: gigabytes need not be read."""
+    one = torch.zeros(2**26, dtype=torch.uint8)
+    other = one.clone()
+    other[0] = 1
+    refs = refs_of(tmp_path / "x.safetensors", one=one, other=other)
+    before = bytes_read()
+    assert not same_bytes(refs["one"], refs["other"])
+    assert bytes_read() - before < 2**25
+
+
+def test_same_bytes_of_a_file_that_became_shorter(tmp_path: Path) -> None:
+    refs = refs_of(tmp_path / "x.safetensors", one=torch.zeros(64), other=torch.zeros(64))
+    os.truncate(tmp_path / "x.safetensors", 100)
+    with pytest.raises(FormatError, match="became shorter while it was being read"):
+        same_bytes(refs["one"], refs["other"])

@@ -10,12 +10,15 @@ from typing import TYPE_CHECKING, Any
 
 from weft.core.errors import FormatError, NotFound, Unsupported
 from weft.core.names import nearest
-from weft.core.specs import Checkpoint, Input, TensorRef
+from weft.core.specs import Checkpoint, Input, Source, TensorRef
 from weft.core.units import clean
+from weft.formats.identity import identify
 from weft.formats.safetensors import Header
 from weft.formats.safetensors import read_header as read_safetensors_header
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
+
     import numpy as np
 
 _KEPT_SUFFIXES = {
@@ -53,17 +56,30 @@ def open_checkpoint(path: Path, given: str) -> Checkpoint:
     else:
         folder, alone = path, True
         files, weight_map = _find_weights(folder)
-    tensors, metadata = _read_shards(folder, files, weight_map)
+    headers = {file: read_header(folder / file) for file in files}
+    sources = [header.source for header in headers.values()]
+    tensors = _tensors(folder, headers, weight_map)
     kept, left = _side_files(folder, files) if alone else ([], [])
-    config = _read_config(folder / "config.json") if "config.json" in kept else {}
+    config: dict[str, Any] = {}
+    if "config.json" in kept:
+        config, source = _read_config(folder / "config.json")
+        sources.append(source)
     return Checkpoint(
-        given, str(folder), tensors, tuple(files), metadata, config, tuple(kept), tuple(left)
+        given=given,
+        folder=str(folder),
+        tensors=tensors,
+        shards=tuple(files),
+        metadata=headers[files[0]].metadata,
+        config=config,
+        side_files=tuple(kept),
+        left_out=tuple(left),
+        sources=tuple(sources),
     )
 
 
-def _read_config(path: Path) -> dict[str, Any]:
+def _read_config(path: Path) -> tuple[dict[str, Any], Source]:
     """`config.json`; the fields that weft uses have the type that it expects."""
-    config = read_json(path)
+    config, source = read_json_source(path)
     parts = [config, *(part for part in config.values() if isinstance(part, dict))]
     for field, form in _CONFIG_FORMS.items():
         for part in parts:
@@ -72,7 +88,7 @@ def _read_config(path: Path) -> dict[str, Any]:
     architectures = config.get("architectures") or []
     if not all(isinstance(name, str) for name in architectures):
         raise FormatError(f"{path}: architectures is not a list of names")
-    return config
+    return config, source
 
 
 def has_weights(folder: Path) -> bool:
@@ -160,14 +176,12 @@ def read_header(path: Path) -> Header:
     return header
 
 
-def _read_shards(
-    folder: Path, files: list[str], weight_map: dict[str, str] | None
-) -> tuple[dict[str, TensorRef], dict[str, str]]:
+def _tensors(
+    folder: Path, headers: dict[str, Header], weight_map: dict[str, str] | None
+) -> dict[str, TensorRef]:
+    """The tensors of all shards; the index decides where two have one of the same name."""
     tensors: dict[str, TensorRef] = {}
-    metadata: dict[str, str] = {}
-    for number, file in enumerate(files):
-        header = read_header(folder / file)
-        metadata = metadata if number else header.metadata
+    for file, header in headers.items():
         for ref in header.tensors:
             home = weight_map.get(ref.name, file) if weight_map else file
             if home != file:
@@ -184,8 +198,8 @@ def _read_shards(
                 f"the nearest name there is {near[0]!r}" if near else None,
             )
     if not tensors:
-        raise FormatError(f"{folder}: {', '.join(files)} hold no tensors")
-    return tensors, metadata
+        raise FormatError(f"{folder}: {', '.join(headers)} hold no tensors")
+    return tensors
 
 
 def _side_files(folder: Path, weights: list[str]) -> tuple[list[str], list[str]]:
@@ -230,35 +244,50 @@ def read_json(path: Path) -> dict[str, Any]:
     Raises:
         FormatError: Not JSON, or not an object.
     """
+    return read_json_source(path)[0]
+
+
+def read_json_source(path: Path) -> tuple[dict[str, Any], Source]:
+    """A JSON object from `path`, and which file that was.
+
+    Raises:
+        FormatError: Not JSON, or not an object.
+    """
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        with path.open("rb") as file:
+            identity, raw = identify(file), file.read()
+        content = json.loads(raw.decode("utf-8"))
     except (ValueError, RecursionError) as error:
         raise FormatError(f"{path} is not JSON: {str(error)[:100]}") from None
     except OSError as error:
         raise FormatError(f"cannot read {path}: {error.strerror}") from None
     if not isinstance(content, dict):
         raise FormatError(f"{path} is a JSON {type(content).__name__}, not an object")
-    return content
+    return content, Source(str(path.absolute()), hashlib.sha256(raw).hexdigest(), identity)
 
 
-def describe_input(role: str, path: Path) -> Input:
-    """What the manifest says of an input file, and what tells later that it has changed."""
-    stat = path.stat()
-    if path.suffix in _WEIGHT_SUFFIXES:
-        sha256 = read_header(path).sha256
-    else:
-        sha256 = hashlib.sha256(path.read_bytes()).hexdigest()
-    content = None
-    if role != "base":  # two checkpoints of one training differ in nothing else
-        with path.open("rb") as file:
-            content = hashlib.file_digest(file, "sha256").hexdigest()
-    return Input(role, str(path.absolute()), stat.st_size, sha256, content, identify(path))
+def describe_input(role: str, source: Source) -> Input:
+    """What the manifest says of a file that was read, and what tells later that it has changed.
+
+    Raises:
+        FormatError: An adapter's file is another one by now.
+    """
+    # Two checkpoints of one training differ in nothing but their values; the base's are too many.
+    content = None if role == "base" else _digest(source)
+    size = source.identity.size
+    return Input(role, source.path, size, source.header, content, source.identity)
 
 
-def identify(path: Path) -> tuple[int, ...]:
-    """Numbers that change when the file does."""
-    stat = path.stat()
-    return (stat.st_dev, stat.st_ino, stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns)
+def _digest(source: Source) -> str:
+    try:
+        with Path(source.path).open("rb") as file:
+            if identify(file) == source.identity:
+                return hashlib.file_digest(file, "sha256").hexdigest()
+    except OSError as error:
+        raise FormatError(f"cannot read {source.path}: {error.strerror}") from None
+    raise FormatError(
+        f"{source.path} changed while it was being read", "run the same command again"
+    )
 
 
 def same_bytes(one: TensorRef, other: TensorRef) -> bool:
@@ -269,21 +298,23 @@ def same_bytes(one: TensorRef, other: TensorRef) -> bool:
     """
     if (one.dtype, one.shape) != (other.dtype, other.shape):
         return False
-    return _digest(one) == _digest(other)
+    if (one.file, one.start) == (other.file, other.start):
+        return True
+    return all(mine == yours for mine, yours in zip(_blocks(one), _blocks(other), strict=True))
 
 
-def _digest(ref: TensorRef) -> bytes:
-    digest = hashlib.sha256()
+def _blocks(ref: TensorRef, size: int = 2**22) -> Iterator[bytes]:
+    """The tensor's bytes, a few at a time."""
     with Path(ref.file).open("rb") as file:
         file.seek(ref.start)
-        left = ref.nbytes
-        while left:
-            data = file.read(min(left, 2**22))
+        for start in range(0, ref.nbytes, size):
+            data = file.read(min(size, ref.nbytes - start))
             if not data:
-                break
-            digest.update(data)
-            left -= len(data)
-    return digest.digest()
+                raise FormatError(
+                    f"{ref.file} became shorter while it was being read",
+                    "run the same command again",
+                )
+            yield data
 
 
 def same_values(one: TensorRef, other: TensorRef) -> bool:

@@ -76,11 +76,11 @@ def plan_merge(
         metadata=tuple(sorted({**base.metadata, "format": "pt"}.items())),
         side_files=tuple(files),
         inputs=(
-            *(describe_input("base", Path(base.folder, name)) for name in _base_files(base)),
+            *(describe_input("base", source) for source in base.sources),
             *(
-                describe_input(f"adapter {number}", Path(file))
+                describe_input(f"adapter {number}", source)
                 for number, (adapter, _) in enumerate(adapters, 1)
-                for file in adapter.files
+                for source in adapter.sources
             ),
         ),
         notes=tuple(
@@ -88,10 +88,6 @@ def plan_merge(
         ),
         warnings=tuple(_replaced_twice(targets)),
     )
-
-
-def _base_files(base: Checkpoint) -> list[str]:
-    return [*base.shards, *(["config.json"] if base.config else [])]
 
 
 def _changes_an_end(base: Checkpoint, targets: Targets) -> bool:

@@ -15,7 +15,7 @@ from weft.core.errors import FormatError, NotFound, PlanError, Problem
 from weft.core.specs import Adapter, AdapterEntry, Param, TensorRef
 from weft.core.units import clean
 from weft.formats.adapters._peft_config import CONFIG, KNOWN, check, rank_problem, scaling_of
-from weft.formats.checkpoint import read_header, read_json, same_bytes
+from weft.formats.checkpoint import read_header, read_json_source, same_bytes
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -65,7 +65,7 @@ def read(path: Path, given: str) -> Adapter:
         PlanError: Keys or shapes that contradict each other or the config; all of them.
     """
     path = path.absolute()
-    config = read_json(path / CONFIG)
+    config, source = read_json_source(path / CONFIG)
     check(config, given, path / CONFIG)
     files = [path / name for name in _FILES if (path / name).is_file()]
     if not files:
@@ -96,7 +96,7 @@ def read(path: Path, given: str) -> Adapter:
     return Adapter(
         given=given,
         folder=str(path),
-        files=(str(files[0]), str(path / CONFIG)),
+        sources=(header.source, source),
         kind=str(config["peft_type"]),
         entries=tuple(entries),
         tensors=tensors,
