@@ -252,6 +252,59 @@ def test_an_adapter_without_config_is_no_base(tmp_path: Path) -> None:
         open_checkpoint(tmp_path, "given")
 
 
+@pytest.mark.parametrize("name", ["adapter_model.safetensors", "x.safetensors", "adapter.bin"])
+@pytest.mark.parametrize("key", ["base_model.model.a.lora_A.weight", "lora_unet_a.lora_up.weight"])
+def test_a_file_of_adapter_weights_is_no_base(key: str, name: str, tmp_path: Path) -> None:
+    """Whatever it is called: merging into factors would make a file that is nothing."""
+    save = save_bin if name.endswith(".bin") else save_file
+    save({key: torch.ones(1)}, tmp_path / name)
+    with pytest.raises(NotFound, match=rf"{name} is adapter weights, not a base") as error:
+        open_checkpoint(tmp_path / name, "given")
+    assert "no adapter_config.json beside it" in str(error.value)
+    as_json(tmp_path / "adapter_config.json", {})
+    with pytest.raises(NotFound, match=rf"{name} is adapter weights, not a base") as error:
+        open_checkpoint(tmp_path / name, "given")
+    assert error.value.hint == f"give its folder, {tmp_path}"
+
+
+def test_a_base_with_factors_of_its_own(tmp_path: Path) -> None:
+    """Some architectures have low-rank parts; a checkpoint of them has other tensors, too."""
+    save_file({"w_lora_a": torch.ones(1), "head": torch.ones(1)}, tmp_path / "x.safetensors")
+    assert len(open_checkpoint(tmp_path / "x.safetensors", "given").tensors) == 2
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("tokenizer.json", b'{"version": "1.0"}'),
+        ("tokenizer.model", b"\n\x0e\n\x05<unk>"),
+        ("README.md", b"# A model"),
+        ("empty.txt", b""),
+    ],
+)
+def test_a_file_that_is_no_weights(name: str, content: bytes, tmp_path: Path) -> None:
+    """Not a broken file of torch: something else."""
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(FormatError, match=rf"{name} is not weights: ") as error:
+        open_checkpoint(tmp_path / name, "given")
+    assert "torch file" not in str(error.value)
+    assert "folder" in str(error.value.hint)
+
+
+def test_a_gguf_file(tmp_path: Path) -> None:
+    (tmp_path / "model-Q4_K.gguf").write_bytes(b"GGUF\3\0\0\0")
+    with pytest.raises(Unsupported, match=r"model-Q4_K\.gguf is a GGUF file"):
+        open_checkpoint(tmp_path / "model-Q4_K.gguf", "given")
+
+
+@pytest.mark.parametrize("save", [save_bin, save_old_bin])
+def test_torch_files_of_any_name(
+    save: Callable[[dict[str, Tensor], Path], None], tmp_path: Path
+) -> None:
+    save(weights(), tmp_path / "model.ckpt")
+    assert_equal(load(open_checkpoint(tmp_path / "model.ckpt", "given")), weights())
+
+
 def test_shards_without_index(tmp_path: Path) -> None:
     folder = LAYOUTS["safetensors-shards"](tmp_path / "base")
     (folder / "model.safetensors.index.json").unlink()

@@ -17,7 +17,7 @@ from weft.formats.safetensors import Header
 from weft.formats.safetensors import read_header as read_safetensors_header
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterable, Iterator
 
     import numpy as np
 
@@ -51,6 +51,7 @@ def open_checkpoint(path: Path, given: str) -> Checkpoint:
     """
     path = path.absolute()
     if path.is_file():
+        _refuse_other_files(path)
         folder, files, weight_map = path.parent, [path.name], None
         alone = [f for f in folder.iterdir() if f.suffix in _WEIGHT_SUFFIXES] == [path]
     else:
@@ -59,6 +60,7 @@ def open_checkpoint(path: Path, given: str) -> Checkpoint:
     headers = {file: read_header(folder / file) for file in files}
     sources = [header.source for header in headers.values()]
     tensors = _tensors(folder, headers, weight_map)
+    _refuse_adapter(folder / files[0], tensors)
     kept, left = _side_files(folder, files) if alone else ([], [])
     config: dict[str, Any] = {}
     if "config.json" in kept:
@@ -123,7 +125,7 @@ def _find_weights(folder: Path) -> tuple[list[str], dict[str, str] | None]:
     if (folder / "adapter_config.json").is_file():
         raise NotFound(f"{folder} is an adapter, not a base model", "give its base model first")
     others = sorted(f.name for f in folder.glob("*.safetensors"))
-    if "adapter_model.safetensors" in others:
+    if any(folder.glob("adapter_model.*")):
         raise NotFound(
             f"{folder} holds an adapter without adapter_config.json, which says how to scale it",
             "finish the download, or the save that was cut short",
@@ -137,11 +139,47 @@ def _find_weights(folder: Path) -> tuple[list[str], dict[str, str] | None]:
         )
     for pattern, what in (("*.gguf", "a GGUF file"), ("lit_model.pth", "a LitGPT checkpoint")):
         if any(folder.glob(pattern)):
-            raise Unsupported(
-                f"{folder} holds {what}, which weft does not read yet",
-                "give the Hugging Face checkpoint that it was made from",
-            )
+            raise _unread(folder, f"holds {what}")
     raise NotFound(f"no model in {folder}: no .safetensors and no pytorch_model.bin")
+
+
+def _refuse_other_files(path: Path) -> None:
+    """A tokenizer or a config is not a torch file that is broken: it is something else."""
+    try:
+        with path.open("rb") as file:
+            head = file.read(4)
+    except OSError as error:
+        raise FormatError(f"cannot read {path}: {error.strerror}") from None
+    if head == b"GGUF":
+        raise _unread(path, "is a GGUF file")
+    torch = head == b"PK\3\4" or head[:1] == b"\x80"  # an archive, or a pickle
+    if path.suffix not in _WEIGHT_SUFFIXES and not torch:
+        raise FormatError(
+            f"{path} is not weights: neither safetensors nor a file of torch",
+            "give the model's folder, or a .safetensors, .bin, .pt or .pth file",
+        )
+
+
+def _unread(path: Path, what: str) -> Unsupported:
+    return Unsupported(
+        f"{path} {what}, which weft does not read yet",
+        "give the Hugging Face checkpoint that it was made from",
+    )
+
+
+def _refuse_adapter(path: Path, tensors: Iterable[str]) -> None:
+    """Factors under whatever file name: as a base they would be merged into, and make no model."""
+    if not all("lora_" in name or name.startswith("base_model.model.") for name in tensors):
+        return
+    if (path.parent / "adapter_config.json").is_file():
+        raise NotFound(
+            f"{path} is adapter weights, not a base model", f"give its folder, {path.parent}"
+        )
+    raise NotFound(
+        f"{path} is adapter weights, not a base model, and no adapter_config.json beside it says "
+        "how to scale them",
+        "finish the download, or the save that was cut short: PEFT's folder has both files",
+    )
 
 
 def _read_index(path: Path) -> dict[str, str]:
