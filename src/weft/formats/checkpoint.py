@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
     import numpy as np
 
-_KEPT_SUFFIXES = {
+KEPT_SUFFIXES = {
     ".json",
     ".txt",
     ".model",
@@ -33,11 +33,11 @@ _KEPT_SUFFIXES = {
     ".vocab",
     ".md",
 }
-_KEPT_NAMES = {"LICENSE", "NOTICE"}
+KEPT_NAMES = {"LICENSE", "NOTICE"}
 # Written anew, and about the training and not about the model.
 _NOT_KEPT = {"README.md", "weft.json"}
 _OF_TRAINING = {"adapter_config.json", "trainer_state.json", "all_results.json"}
-_KEPT_FOLDERS = {"additional_chat_templates", "chat_templates"}
+KEPT_FOLDERS = {"additional_chat_templates", "chat_templates"}
 _WEIGHT_SUFFIXES = {".safetensors", ".bin", ".pt", ".pth"}
 
 
@@ -244,7 +244,7 @@ def _side_files(folder: Path, weights: list[str]) -> tuple[list[str], list[str]]
     """What belongs to the model beside its weights, and what else lies in the folder."""
     kept: list[str] = []
     left: list[str] = []
-    folders = set(_KEPT_FOLDERS)
+    folders = set(KEPT_FOLDERS)
     if (folder / "modules.json").is_file():  # sentence-transformers: one folder per module
         folders |= _module_folders(folder / "modules.json")
     for path in sorted(folder.iterdir()):
@@ -259,7 +259,7 @@ def _side_files(folder: Path, weights: list[str]) -> tuple[list[str], list[str]]
             continue
         elif path.name in _OF_TRAINING:
             left.append(path.name)
-        elif path.suffix in _KEPT_SUFFIXES or path.name in _KEPT_NAMES:
+        elif path.suffix in KEPT_SUFFIXES or path.name in KEPT_NAMES:
             if not path.is_file():
                 raise FormatError(f"{path} is a link to nothing", "finish the download")
             kept.append(path.name)
