@@ -20,6 +20,7 @@ from weft.core.errors import NumericsError, OutputError, PlanError, Problem, Wef
 from weft.formats import checkpoint as checkpoints
 from weft.formats.adapters import is_adapter, open_adapter
 from weft.formats.hub import resolve
+from weft.formats.identity import identify
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -301,7 +302,7 @@ def _size(jobs: Sequence[Any]) -> int:
 def _unchanged(plan: Plan) -> None:
     for entry in plan.inputs:
         path = Path(entry.path)
-        if not path.exists() or checkpoints.identify(path) != entry.identity:
+        if not path.exists() or identify(path) != entry.identity:
             raise OutputError(
                 f"{entry.path} changed while it was being read", "run again with --force"
             )

@@ -206,6 +206,18 @@ def test_json_of_inspect() -> None:
         assert one_object(out)["kind"] == kind
 
 
+@pytest.mark.parametrize("name", ["adapter_model.safetensors", "adapter_config.json"])
+def test_a_file_of_the_adapter_stands_for_it(name: str, here: Path) -> None:
+    for command in (["inspect"], ["inspect", "--json"]):
+        shown = program(*command, GOOD / "adapter" / name)
+        assert shown == program(*command, GOOD / "adapter")
+    code, _, err = program("merge", GOOD / "base", GOOD / "adapter" / name, "-o", "file")
+    assert code == 0, err
+    assert program(*MERGE)[0] == 0
+    one, other = (here / n / "model.safetensors" for n in ("file", "out"))
+    assert one.read_bytes() == other.read_bytes()
+
+
 def test_json_of_merge(here: Path) -> None:
     code, out, err = program(*MERGE, "--json")
     assert (code, err) == (0, "")

@@ -123,6 +123,31 @@ def test_safetensors_before_bin(folder: Path) -> None:
     assert open_adapter(folder, "x").files[0].endswith(".safetensors")
 
 
+def test_one_of_its_files_stands_for_the_folder(folder: Path) -> None:
+    make(folder, low_rank())
+    torch.save(low_rank(), folder / "adapter_model.bin")
+    whole = open_adapter(folder, "x")
+    for name in ("adapter_config.json", "adapter_model.safetensors"):
+        assert is_adapter(folder / name)
+        assert open_adapter(folder / name, "x") == whole
+    # Which of the two it is, is not for weft to choose where it was said.
+    found = open_adapter(folder / "adapter_model.bin", "x")
+    assert found.files[0] == str(folder / "adapter_model.bin")
+    assert found.folder == whole.folder
+
+
+def test_a_file_that_is_no_adapter(folder: Path) -> None:
+    make(folder, low_rank())
+    for name in ("adapter_model.safetensors", "other.safetensors"):
+        (folder / "adapter_model.safetensors").replace(folder / name)
+        (folder / "adapter_config.json").unlink(missing_ok=True)
+        assert not is_adapter(folder / name)
+        with pytest.raises(NotFound, match=rf"{name}: no adapter_config\.json beside it") as error:
+            open_adapter(folder / name, "x")
+        assert "folder" in str(error.value.hint)
+        (folder / name).replace(folder / "adapter_model.safetensors")
+
+
 @pytest.mark.parametrize(
     ("config", "expected"),
     [
@@ -228,7 +253,7 @@ def test_detection(folder: Path, tmp_path: Path) -> None:
     assert is_adapter(folder)
     assert [form.detect(folder) for form in formats()].count(True) == 1
     assert not is_adapter(tmp_path)
-    assert not is_adapter(folder / "adapter_config.json")
+    assert not is_adapter(tmp_path / "adapter_config.json")
     with pytest.raises(NotFound, match="no adapter in"):
         open_adapter(tmp_path, "x")
 

@@ -25,8 +25,10 @@ import torch
 from safetensors.torch import save_file
 
 import weft
+from weft import api
 from weft.cli.app import main
 from weft.core.errors import OutputError, WeftError
+from weft.formats import checkpoint
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
@@ -1260,6 +1262,50 @@ def test_input_that_is_touched_meanwhile(name: str, own: Model, tmp_path: Path) 
         merge(own, out, on_event=at_start(lambda: touch(tmp_path / name)))
     assert name in str(error.value)
     assert not out.exists()
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "base/model-00001-of-00002.safetensors",
+        "base/config.json",
+        "adapter/adapter_model.safetensors",
+        "adapter/adapter_config.json",
+    ],
+)
+def test_input_that_is_replaced_before_the_plan(
+    name: str, own: Model, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The header was that of another file, even if it reads the same."""
+    real = api.open_inputs
+
+    def open_inputs(*arguments: Any, **options: Any) -> Any:
+        opened = real(*arguments, **options)
+        rewrite(tmp_path / name)
+        return opened
+
+    monkeypatch.setattr(api, "open_inputs", open_inputs)
+    with pytest.raises(WeftError, match=f"{name} changed while it was being read"):
+        merge(own, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_headers_are_read_once(own: Model, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two readings could be of two files."""
+    read: list[str] = []
+    real = checkpoint.read_safetensors_header
+
+    def read_header(path: Path) -> Any:
+        read.append(path.name)
+        return real(path)
+
+    monkeypatch.setattr(checkpoint, "read_safetensors_header", read_header)
+    weft.plan_merge(own.base, own.adapter)
+    assert sorted(read) == [
+        "adapter_model.safetensors",
+        "model-00001-of-00002.safetensors",
+        "model-00002-of-00002.safetensors",
+    ]
 
 
 @pytest.mark.parametrize(

@@ -169,7 +169,8 @@ def _split(
         return None, list(paths)
     if len(paths) == 1:
         raise WeftError(
-            f"{paths[0]} is a base model, and no adapter is given", "weft merge BASE ADAPTER -o OUT"
+            f"{paths[0]} is no adapter (it has no adapter_config.json), and nothing else is given",
+            "weft merge BASE ADAPTER -o OUT",
         )
     return paths[0], list(paths[1:])
 

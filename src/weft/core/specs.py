@@ -12,7 +12,7 @@ import hashlib
 import math
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 if TYPE_CHECKING:
     from weft.core.selection import Selection
@@ -44,6 +44,31 @@ class TensorRef:
 # ---------------------------------------------------------------------------------------- inputs
 
 
+class Identity(NamedTuple):
+    """What tells that a file has changed, or that another one has taken its name."""
+
+    device: int
+    inode: int
+    size: int
+    modified: int
+    changed: int
+
+
+@dataclass(frozen=True, slots=True)
+class Source:
+    """A file that was read, as it was then.
+
+    Attributes:
+        path: Absolute.
+        header: SHA-256 of the part that says where the tensors are (and of the whole of a config).
+        identity: Of the open file that was read, not of what bears its name later.
+    """
+
+    path: str
+    header: str
+    identity: Identity
+
+
 @dataclass(frozen=True, slots=True)
 class Checkpoint:
     """A base model as it lies on disk.
@@ -57,6 +82,7 @@ class Checkpoint:
         config: The parsed `config.json`; empty if there is none.
         side_files: Relative paths of the files beside the weights that belong to the model.
         left_out: Relative paths of the files in the folder that do not.
+        sources: The shards and the config, as they were read.
     """
 
     given: str
@@ -67,6 +93,7 @@ class Checkpoint:
     config: dict[str, Any]
     side_files: tuple[str, ...]
     left_out: tuple[str, ...]
+    sources: tuple[Source, ...]
 
     @property
     def nbytes(self) -> int:
@@ -108,7 +135,7 @@ class Adapter:
     Attributes:
         given: What the user wrote.
         folder: The local folder that holds it.
-        files: The weight files, by absolute path.
+        sources: The weights and the config, as they were read.
         kind: The adapter method as its config spells it, such as `LORA`.
         entries: Every change, one per module parameter.
         tensors: Every tensor of the file: the ledger that the entries must use up.
@@ -122,7 +149,7 @@ class Adapter:
 
     given: str
     folder: str
-    files: tuple[str, ...]
+    sources: tuple[Source, ...]
     kind: str
     entries: tuple[AdapterEntry, ...]
     tensors: dict[str, TensorRef]
@@ -133,6 +160,11 @@ class Adapter:
     side_files: tuple[str, ...]
     left_out: tuple[str, ...]
     selection: Selection | None = None
+
+    @property
+    def files(self) -> tuple[str, ...]:
+        """The weights and the config, by absolute path."""
+        return tuple(source.path for source in self.sources)
 
 
 # ------------------------------------------------------------------------------------ expressions
@@ -219,10 +251,10 @@ class Input:
 
     Attributes:
         role: `base`, or `adapter 1` and so on.
-        header: SHA-256 of the part that says where the tensors are, if there are any.
+        header: As in `Source`; None for a file that holds no tensors and is only copied.
         content: SHA-256 of the whole file; None for the base's weights, which are large.
-        identity: Device, inode, size, and modification and change times; these do not go into the
-            plan's hash, which must be the same on another machine.
+        identity: Of the file whose header was read. It does not go into the plan's hash, which
+            must be the same on another machine.
     """
 
     role: str
@@ -230,7 +262,7 @@ class Input:
     size: int
     header: str | None
     content: str | None
-    identity: tuple[int, ...] = field(compare=False)
+    identity: Identity = field(compare=False)
 
 
 @dataclass(frozen=True)

@@ -10,13 +10,16 @@ from typing import TYPE_CHECKING, Any
 
 from weft.core.errors import FormatError, NotFound, Unsupported
 from weft.core.names import nearest
-from weft.core.specs import Checkpoint, Input, TensorRef
+from weft.core.specs import Checkpoint, Input, Source, TensorRef
 from weft.core.units import clean
+from weft.formats.identity import identify
 from weft.formats.safetensors import Header
 from weft.formats.safetensors import read_header as read_safetensors_header
 from weft.formats.side_files import beside_model
 
 if TYPE_CHECKING:
+    from collections.abc import Iterable, Iterator
+
     import numpy as np
 
 _WEIGHT_SUFFIXES = {".safetensors", ".bin", ".pt", ".pth"}
@@ -32,22 +35,37 @@ def open_checkpoint(path: Path, given: str) -> Checkpoint:
     """
     path = path.absolute()
     if path.is_file():
+        _refuse_other_files(path)
         folder, files, weight_map = path.parent, [path.name], None
         alone = [f for f in folder.iterdir() if f.suffix in _WEIGHT_SUFFIXES] == [path]
     else:
         folder, alone = path, True
         files, weight_map = _find_weights(folder)
-    tensors, metadata = _read_shards(folder, files, weight_map)
+    headers = {file: read_header(folder / file) for file in files}
+    sources = [header.source for header in headers.values()]
+    tensors = _tensors(folder, headers, weight_map)
+    _refuse_adapter(folder / files[0], tensors)
     kept, left = beside_model(folder, files) if alone else ([], [])
-    config = _read_config(folder / "config.json") if "config.json" in kept else {}
+    config: dict[str, Any] = {}
+    if "config.json" in kept:
+        config, source = _read_config(folder / "config.json")
+        sources.append(source)
     return Checkpoint(
-        given, str(folder), tensors, tuple(files), metadata, config, tuple(kept), tuple(left)
+        given=given,
+        folder=str(folder),
+        tensors=tensors,
+        shards=tuple(files),
+        metadata=headers[files[0]].metadata,
+        config=config,
+        side_files=tuple(kept),
+        left_out=tuple(left),
+        sources=tuple(sources),
     )
 
 
-def _read_config(path: Path) -> dict[str, Any]:
+def _read_config(path: Path) -> tuple[dict[str, Any], Source]:
     """`config.json`; the fields that weft uses have the type that it expects."""
-    config = read_json(path)
+    config, source = read_json_source(path)
     parts = [config, *(part for part in config.values() if isinstance(part, dict))]
     for field, form in _CONFIG_FORMS.items():
         for part in parts:
@@ -57,7 +75,7 @@ def _read_config(path: Path) -> dict[str, Any]:
     architectures = config.get("architectures") or []
     if not all(isinstance(name, str) for name in architectures):
         raise FormatError(f"{path}: architectures is not a list of names", _CORRECT)
-    return config
+    return config, source
 
 
 def has_weights(folder: Path) -> bool:
@@ -92,7 +110,7 @@ def _find_weights(folder: Path) -> tuple[list[str], dict[str, str] | None]:
     if (folder / "adapter_config.json").is_file():
         raise NotFound(f"{folder} is an adapter, not a base model", "give its base model first")
     others = sorted(f.name for f in folder.glob("*.safetensors"))
-    if "adapter_model.safetensors" in others:
+    if any(folder.glob("adapter_model.*")):
         raise NotFound(
             f"{folder} holds an adapter without adapter_config.json, which says how to scale it",
             "finish the download, or the save that was cut short",
@@ -106,11 +124,47 @@ def _find_weights(folder: Path) -> tuple[list[str], dict[str, str] | None]:
         )
     for pattern, what in (("*.gguf", "a GGUF file"), ("lit_model.pth", "a LitGPT checkpoint")):
         if any(folder.glob(pattern)):
-            raise Unsupported(
-                f"{folder} holds {what}, which weft does not read yet",
-                "give the Hugging Face checkpoint that it was made from",
-            )
+            raise _unread(folder, f"holds {what}")
     raise NotFound(f"no model in {folder}: no .safetensors and no pytorch_model.bin")
+
+
+def _refuse_other_files(path: Path) -> None:
+    """A tokenizer or a config is not a torch file that is broken: it is something else."""
+    try:
+        with path.open("rb") as file:
+            head = file.read(4)
+    except OSError as error:
+        raise FormatError(f"cannot read {path}: {error.strerror}") from None
+    if head == b"GGUF":
+        raise _unread(path, "is a GGUF file")
+    torch = head == b"PK\3\4" or head[:1] == b"\x80"  # an archive, or a pickle
+    if path.suffix not in _WEIGHT_SUFFIXES and not torch:
+        raise FormatError(
+            f"{path} is not weights: neither safetensors nor a file of torch",
+            "give the model's folder, or a .safetensors, .bin, .pt or .pth file",
+        )
+
+
+def _unread(path: Path, what: str) -> Unsupported:
+    return Unsupported(
+        f"{path} {what}, which weft does not read yet",
+        "give the Hugging Face checkpoint that it was made from",
+    )
+
+
+def _refuse_adapter(path: Path, tensors: Iterable[str]) -> None:
+    """Factors under whatever file name: as a base they would be merged into, and make no model."""
+    if not all("lora_" in name or name.startswith("base_model.model.") for name in tensors):
+        return
+    if (path.parent / "adapter_config.json").is_file():
+        raise NotFound(
+            f"{path} is adapter weights, not a base model", f"give its folder, {path.parent}"
+        )
+    raise NotFound(
+        f"{path} is adapter weights, not a base model, and no adapter_config.json beside it says "
+        "how to scale them",
+        "finish the download, or the save that was cut short: PEFT's folder has both files",
+    )
 
 
 def _read_index(path: Path) -> dict[str, str]:
@@ -145,14 +199,12 @@ def read_header(path: Path) -> Header:
     return header
 
 
-def _read_shards(
-    folder: Path, files: list[str], weight_map: dict[str, str] | None
-) -> tuple[dict[str, TensorRef], dict[str, str]]:
+def _tensors(
+    folder: Path, headers: dict[str, Header], weight_map: dict[str, str] | None
+) -> dict[str, TensorRef]:
+    """The tensors of all shards; the index decides where two have one of the same name."""
     tensors: dict[str, TensorRef] = {}
-    metadata: dict[str, str] = {}
-    for number, file in enumerate(files):
-        header = read_header(folder / file)
-        metadata = metadata if number else header.metadata
+    for file, header in headers.items():
         for ref in header.tensors:
             home = weight_map.get(ref.name, file) if weight_map else file
             if home != file:
@@ -169,8 +221,8 @@ def _read_shards(
                 f"the nearest name there is {near[0]!r}" if near else None,
             )
     if not tensors:
-        raise FormatError(f"{folder}: {', '.join(files)} hold no tensors")
-    return tensors, metadata
+        raise FormatError(f"{folder}: {', '.join(headers)} hold no tensors")
+    return tensors
 
 
 _CORRECT = "correct it there, or save or download the file again"
@@ -182,8 +234,19 @@ def read_json(path: Path) -> dict[str, Any]:
     Raises:
         FormatError: Not JSON, or not an object.
     """
+    return read_json_source(path)[0]
+
+
+def read_json_source(path: Path) -> tuple[dict[str, Any], Source]:
+    """A JSON object from `path`, and which file that was.
+
+    Raises:
+        FormatError: Not JSON, or not an object.
+    """
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        with path.open("rb") as file:
+            identity, raw = identify(file), file.read()
+        content = json.loads(raw.decode("utf-8"))
     except (ValueError, RecursionError) as error:
         raise FormatError(f"{path} is not JSON: {_what_is_wrong(error)}", _CORRECT) from None
     except OSError as error:
@@ -191,7 +254,7 @@ def read_json(path: Path) -> dict[str, Any]:
     if not isinstance(content, dict):
         what = f"{path} is a JSON {type(content).__name__}, not an object"
         raise FormatError(what, _CORRECT)
-    return content
+    return content, Source(str(path.absolute()), hashlib.sha256(raw).hexdigest(), identity)
 
 
 def _what_is_wrong(error: ValueError | RecursionError) -> str:
@@ -204,33 +267,45 @@ def _what_is_wrong(error: ValueError | RecursionError) -> str:
     return str(error)[:100]
 
 
-def describe_input(role: str, path: Path, *, beside: bool = False) -> Input:
-    """What the manifest says of an input file, and what tells later that it has changed.
+def describe_input(role: str, source: Source) -> Input:
+    """What the manifest says of a file that was read, and what tells later that it has changed.
 
-    Args:
-        role: See `Input`.
-        path: The file.
-        beside: It is copied, whatever is in it (sentence-transformers has weights among such).
+    Raises:
+        FormatError: An adapter's file is another one by now.
     """
-    weights = path.suffix in _WEIGHT_SUFFIXES and not beside
+    path, identity = Path(source.path), source.identity
+    if path.suffix not in _WEIGHT_SUFFIXES:
+        return Input(role, source.path, identity.size, None, source.header, identity)
+    # A base is too large to be hashed. Of an adapter the header is not enough: two checkpoints of
+    # one training differ in nothing else.
+    content = None if role == "base" else _digest(source)
+    return Input(role, source.path, identity.size, source.header, content, identity)
+
+
+def describe_copied(role: str, path: Path) -> Input:
+    """The same of a file that is copied, whatever is in it.
+
+    (sentence-transformers has weights among such.)
+    """
     try:
-        identity, header, content = identify(path), None, None
-        if weights:
-            header = read_header(path).sha256
-        # A base is too large to be hashed. Of an adapter the header is not enough: two checkpoints
-        # of one training differ in nothing else.
-        if role != "base" or not weights:
-            with path.open("rb") as file:
-                content = hashlib.file_digest(file, "sha256").hexdigest()
-        return Input(role, str(path.absolute()), path.stat().st_size, header, content, identity)
+        with path.open("rb") as file:
+            identity = identify(file)
+            content = hashlib.file_digest(file, "sha256").hexdigest()
     except OSError as error:
         raise FormatError(f"cannot read {path}: {error.strerror}") from None
+    return Input(role, str(path.absolute()), identity.size, None, content, identity)
 
 
-def identify(path: Path) -> tuple[int, ...]:
-    """Numbers that change when the file does."""
-    stat = path.stat()
-    return (stat.st_dev, stat.st_ino, stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns)
+def _digest(source: Source) -> str:
+    try:
+        with Path(source.path).open("rb") as file:
+            if identify(file) == source.identity:
+                return hashlib.file_digest(file, "sha256").hexdigest()
+    except OSError as error:
+        raise FormatError(f"cannot read {source.path}: {error.strerror}") from None
+    raise FormatError(
+        f"{source.path} changed while it was being read", "run the same command again"
+    )
 
 
 def same_bytes(one: TensorRef, other: TensorRef) -> bool:
@@ -241,21 +316,23 @@ def same_bytes(one: TensorRef, other: TensorRef) -> bool:
     """
     if (one.dtype, one.shape) != (other.dtype, other.shape):
         return False
-    return _digest(one) == _digest(other)
+    if (one.file, one.start) == (other.file, other.start):
+        return True
+    return all(mine == yours for mine, yours in zip(_blocks(one), _blocks(other), strict=True))
 
 
-def _digest(ref: TensorRef) -> bytes:
-    digest = hashlib.sha256()
+def _blocks(ref: TensorRef, size: int = 2**22) -> Iterator[bytes]:
+    """The tensor's bytes, a few at a time."""
     with Path(ref.file).open("rb") as file:
         file.seek(ref.start)
-        left = ref.nbytes
-        while left:
-            data = file.read(min(left, 2**22))
+        for start in range(0, ref.nbytes, size):
+            data = file.read(min(size, ref.nbytes - start))
             if not data:
-                break
-            digest.update(data)
-            left -= len(data)
-    return digest.digest()
+                raise FormatError(
+                    f"{ref.file} became shorter while it was being read",
+                    "run the same command again",
+                )
+            yield data
 
 
 def same_values(one: TensorRef, other: TensorRef) -> bool:

@@ -29,12 +29,12 @@ _PARTS = {
         *("*.bpe", "*.vocab", "normalizer.json"),
     ),
 }
-_TEMPLATE_FOLDERS = {"additional_chat_templates", "chat_templates"}
+KEPT_FOLDERS = {"additional_chat_templates", "chat_templates"}
 
-_KEPT_SUFFIXES = {
+KEPT_SUFFIXES = {
     *(".json", ".txt", ".model", ".jinja", ".py", ".tiktoken", ".bpe", ".spm", ".vocab", ".md"),
 }
-_KEPT_NAMES = {"LICENSE", "NOTICE"}
+KEPT_NAMES = {"LICENSE", "NOTICE"}
 # Written anew, and about the training and not about the model.
 _NOT_KEPT = {"README.md", "weft.json"}
 _OF_TRAINING = {"adapter_config.json", "trainer_state.json", "all_results.json"}
@@ -51,7 +51,7 @@ def part_of(name: str) -> str | None:
     """What the file `name` is a part of: TOKENIZER, TEMPLATE or PROCESSOR, if of any."""
     folder, _, inside = name.partition("/")
     if inside:  # sentence-transformers has whole models in folders, with files of their own
-        return TEMPLATE if folder in _TEMPLATE_FOLDERS else None
+        return TEMPLATE if folder in KEPT_FOLDERS else None
     return next((part for part, patterns in _PARTS.items() if _fits(name, patterns)), None)
 
 
@@ -64,7 +64,7 @@ def beside_model(folder: Path, weights: list[str]) -> tuple[list[str], list[str]
     """What belongs to the model beside its weights, and what else lies in the folder."""
     kept: list[str] = []
     left: list[str] = []
-    folders = set(_TEMPLATE_FOLDERS)
+    folders = set(KEPT_FOLDERS)
     if (folder / "modules.json").is_file():  # sentence-transformers: one folder per module
         folders |= _module_folders(folder / "modules.json")
     for path in sorted(folder.iterdir()):
@@ -79,7 +79,7 @@ def beside_model(folder: Path, weights: list[str]) -> tuple[list[str], list[str]
             continue
         elif path.name in _OF_TRAINING:
             left.append(path.name)
-        elif path.suffix in _KEPT_SUFFIXES or path.name in _KEPT_NAMES:
+        elif path.suffix in KEPT_SUFFIXES or path.name in KEPT_NAMES:
             if not path.is_file():
                 raise FormatError(f"{path} is a link to nothing", "finish the download")
             kept.append(path.name)
@@ -98,7 +98,7 @@ def beside_adapter(folder: Path) -> tuple[list[str], list[str]]:
     for path in sorted(folder.iterdir()):
         if path.name.startswith(".") or _fits(path.name, _LEFTOVERS):
             continue
-        if path.is_dir() and path.name in _TEMPLATE_FOLDERS:
+        if path.is_dir() and path.name in KEPT_FOLDERS:
             kept += _files_in(path)
         elif path.is_file() and part_of(path.name):
             kept.append(path.name)

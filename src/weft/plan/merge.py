@@ -23,7 +23,7 @@ from weft.core.specs import (
     TensorRef,
     job_bytes,
 )
-from weft.formats.checkpoint import describe_input
+from weft.formats.checkpoint import describe_copied, describe_input
 from weft.plan._named_base import other_base
 from weft.plan._side_files import side_files
 from weft.plan._targets import Change, Targets, collect
@@ -120,16 +120,15 @@ def _inputs(
     base: Checkpoint, adapters: Sequence[tuple[Adapter, float]], files: Sequence[SideFile]
 ) -> list[Input]:
     """Every file that is read for the output, or copied into it."""
-    names = [*base.shards, *(["config.json"] if base.config else [])]
-    found = [describe_input("base", Path(base.folder, name)) for name in names]
+    found = [describe_input("base", source) for source in base.sources]
     for number, (adapter, _) in enumerate(adapters, 1):
-        found += [describe_input(f"adapter {number}", Path(file)) for file in adapter.files]
+        found += [describe_input(f"adapter {number}", source) for source in adapter.sources]
     known = {entry.path for entry in found}
     owners = {a.folder: f"adapter {n}" for n, (a, _) in reversed([*enumerate(adapters, 1)])}
     for side in files:
         if side.source is not None and side.source not in known:
             role = owners.get(side.source.removesuffix(f"/{side.name}"), "base")
-            found.append(describe_input(role, Path(side.source), beside=True))
+            found.append(describe_copied(role, Path(side.source)))
     return found
 
 

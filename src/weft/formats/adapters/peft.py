@@ -23,7 +23,7 @@ from weft.formats.adapters._peft_config import (
     selection_of,
 )
 from weft.formats.adapters._peft_methods import Module, methods
-from weft.formats.checkpoint import read_header, read_json, same_bytes
+from weft.formats.checkpoint import read_header, read_json_source, same_bytes
 from weft.formats.side_files import beside_adapter
 
 if TYPE_CHECKING:
@@ -52,7 +52,12 @@ _ORIGINALS = ("token_adapter.base_layer", "base_layer", "original_module")
 
 
 def detect(path: Path) -> bool:
-    return path.is_dir() and os.path.lexists(path / CONFIG)
+    return os.path.lexists(_folder(path) / CONFIG)
+
+
+def _folder(path: Path) -> Path:
+    """The adapter's folder; one of its own files stands for it."""
+    return path.parent if path.name in (CONFIG, *_FILES) and path.is_file() else path
 
 
 def read(path: Path, given: str) -> Adapter:
@@ -64,16 +69,19 @@ def read(path: Path, given: str) -> Adapter:
         Unsupported: A kind of adapter that weft does not merge, by name.
         PlanError: Keys or shapes that contradict each other or the config; all of them.
     """
-    path = path.absolute()
-    config = read_json(path / CONFIG)
+    named = path.name
+    path = _folder(path.absolute())
+    config, source = read_json_source(path / CONFIG)
     check(config, given, path / CONFIG)
+    # PEFT, too, prefers safetensors where both are there; unless the other one was named.
     files = [path / name for name in _FILES if (path / name).is_file()]
+    files.sort(key=lambda file: file.name != named)
     if not files:
         raise NotFound(
             f"{path} has {CONFIG} and no adapter_model.safetensors or .bin",
             "finish the download, or the save that was cut short",
         )
-    header = read_header(files[0])  # PEFT, too, prefers safetensors where both are there
+    header = read_header(files[0])
     tensors = {ref.name: ref for ref in header.tensors}
     if not tensors:
         raise FormatError(f"{files[0]} holds no tensors")
@@ -99,7 +107,7 @@ def read(path: Path, given: str) -> Adapter:
     return Adapter(
         given=given,
         folder=str(path),
-        files=(str(files[0]), str(path / CONFIG)),
+        sources=(header.source, source),
         kind=str(config["peft_type"]),
         entries=tuple(entries),
         tensors=tensors,
