@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from weft.core.errors import FormatError, Problem, Unsupported
 from weft.core.selection import Modules, Selection
 from weft.core.units import clean
+from weft.formats.adapters._peft_methods import methods
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -115,9 +116,15 @@ def check(config: dict[str, Any], given: str, path: Path) -> None:
 
 def _refuse_other_kinds(config: dict[str, Any], given: str) -> None:
     kind = clean(config["peft_type"])
+    if method := methods().get(config["peft_type"]):
+        problem = getattr(method, "check", lambda config: None)(config)
+        if problem:
+            raise Unsupported(f"{given}: {problem.what}", problem.hint)
+        return
     if kind != "LORA":
+        known = ", ".join(["LORA", *methods()])
         raise Unsupported(
-            f"{given} is a {kind} adapter; this release of weft merges LORA (with DoRA and rsLoRA)",
+            f"{given} is a {kind} adapter; this release of weft merges {known}",
             "merge it with PEFT's merge_and_unload",
         )
     for field, what in _VARIANTS.items():

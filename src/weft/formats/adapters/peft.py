@@ -22,12 +22,15 @@ from weft.formats.adapters._peft_config import (
     scaling_of,
     selection_of,
 )
+from weft.formats.adapters._peft_methods import Module, methods
 from weft.formats.checkpoint import read_header, read_json, same_bytes
 from weft.formats.side_files import beside_adapter
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Mapping, Sequence
     from pathlib import Path
+
+    from weft.formats.adapters._peft_methods import PeftMethod
 
 _FILES = ("adapter_model.safetensors", "adapter_model.bin")
 _PREFIX = "base_model.model."
@@ -77,7 +80,9 @@ def read(path: Path, given: str) -> Adapter:
     entries, problems = _entries(tensors, config)
     if problems:
         raise PlanError(f"the adapter {given}", problems)
-    unknown = sorted(key for key in set(config) - KNOWN if config[key])
+    method = methods().get(config["peft_type"])
+    known = KNOWN | method.FIELDS if method else KNOWN
+    unknown = sorted(key for key in set(config) - known if config[key])
     notes = []
     if unknown:
         names = ", ".join(map(clean, unknown))
@@ -117,7 +122,13 @@ def _entries(
     problems: list[Problem] = []
     modules: dict[str, dict[str, TensorRef]] = defaultdict(dict)
     replaced: list[tuple[str, TensorRef]] = []
+    method = methods().get(config["peft_type"])
+    suffixes = _longest_first(method.SUFFIXES if method else _SUFFIXES)
+    shared_keys = getattr(method, "SHARED", {})
+    shared = {shared_keys[key]: ref for key, ref in tensors.items() if key in shared_keys}
     for key, ref in tensors.items():
+        if key in shared_keys:
+            continue
         if not key.startswith(_PREFIX):
             problems.append(
                 Problem(
@@ -135,29 +146,32 @@ def _entries(
             )
             continue
         path = key.removeprefix(_PREFIX)
-        suffix = next((s for s in _SUFFIXES if path.endswith(s)), None)
+        suffix = next((s for s in suffixes if path.endswith(s)), None)
         if suffix:
             module = path.removesuffix(suffix)
             if ".base_layer" in f".{module}.":
                 problems.append(_nested(key, ref))
-            elif _SUFFIXES[suffix] in modules[module]:
+            elif suffixes[suffix] in modules[module]:
                 problems.append(
                     Problem(f"tensor {key!r} in {ref.file} stands for one seen already")
                 )
             else:
-                modules[module][_SUFFIXES[suffix]] = ref
+                modules[module][suffixes[suffix]] = ref
         elif re.search(r"\.lora_|\.trainable_tokens_", path):
             problems.append(
                 Problem(
                     f"tensor {key!r} in {ref.file} has no ending that weft knows",
-                    f"known endings: {', '.join(_SUFFIXES)}",
+                    f"known endings: {', '.join(suffixes)}",
                 )
             )
         else:
             replaced.append((path, ref))
     entries: list[AdapterEntry] = []
     for module, roles in modules.items():
-        found, wrong = _module_entries(module, roles, config)
+        if method:
+            found, wrong = _method_entries(Module(module, roles, shared, config), method)
+        else:
+            found, wrong = _module_entries(module, roles, config)
         entries += found
         problems += wrong
     copies, wrong = _saved_twice(replaced)
@@ -166,6 +180,22 @@ def _entries(
     problems += _lost_modules(entries, config)
     problems = problems or _broken_promises(entries, config)
     return entries, problems
+
+
+def _longest_first(suffixes: Mapping[str, str]) -> dict[str, str]:
+    return dict(sorted(suffixes.items(), key=lambda item: -len(item[0])))
+
+
+def _method_entries(module: Module, method: PeftMethod) -> tuple[list[AdapterEntry], list[Problem]]:
+    read = method.read(module)
+    if isinstance(read, Problem):
+        return [], [read]
+    used = {ref for entry in read for _, ref in entry.tensors}
+    unused = [ref.name for ref in module.tensors.values() if ref not in used]
+    if unused:
+        what = f"{', '.join(unused)} in {module.file} belong to nothing that {method.PEFT_TYPE} has"
+        return [], [Problem(what, "the config and the weights are not of one save")]
+    return read, []
 
 
 def _nested(key: str, ref: TensorRef) -> Problem:
