@@ -185,12 +185,12 @@ class Kernel:
         if rest and not all(self._states[id(each)][0].ADDITIVE for each in expression.deltas):
             # Several may take W's place together (0.7 and 0.3 of two heads). Where |W| ≫ |v|, v − W
             # loses v in float32; in float64 it keeps it, and is 0 still where v equals W.
-            total = self.workspace.compute("total", *weight.shape, torch.float64).zero_()
+            rows, columns = weight.shape
+            total = self.workspace.compute("total", rows, columns, torch.float64).zero_()
             for each in expression.deltas:
-                kind, state = self._states[id(each)]
-                kind.block(state, weight, start, value)
+                self._run_kind(each, start, weight, value)
                 total.add_(value, alpha=each.weight)
-                if not kind.ADDITIVE:
+                if not self._states[id(each)][0].ADDITIVE:
                     total.sub_(weight, alpha=each.weight)
             delta.copy_(total)
             value.copy_(total.add_(weight))
