@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import json
 from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
 
 import weft
 from weft.core.selection import numbers
@@ -184,13 +182,10 @@ def test_what_no_layer_has_is_not_missed(folders: Folders) -> None:
 
 
 def test_what_is_inside_a_module_trained_in_full(folders: Folders) -> None:
-    base, adapter = folders.base(modules()), folders.adapter(SOME, target_modules=BOTH)
-    tensors = load_file(adapter / "adapter_model.safetensors")
-    tensors["base_model.model.model.layers.2.v_proj.weight"] = torch.ones(8, 8)
-    save_file(tensors, adapter / "adapter_model.safetensors")
-    config = json.loads((adapter / "adapter_config.json").read_text())
-    config["modules_to_save"] = ["layers.2.v_proj"]
-    (adapter / "adapter_config.json").write_text(json.dumps(config))
+    base = folders.base(modules())
+    whole = {"model.layers.2.v_proj.weight": torch.ones(8, 8)}
+    config = {"target_modules": BOTH, "modules_to_save": ["layers.2.v_proj"]}
+    adapter = folders.adapter(SOME, whole, **config)
     assert weft.plan_merge(base, adapter).warnings == ()
 
 

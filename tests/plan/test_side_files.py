@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
+import torch
 
 import weft
 from weft.formats.side_files import is_vocabulary, part_of
@@ -205,14 +206,9 @@ def test_an_adapter_of_weight_zero_brings_nothing(folders: Folders) -> None:
     assert not any("other.bin" in note for note in made.plan.notes)
 
 
-def test_new_rows_with_the_old_tokenizer(folders: Folders, tmp_path: Path) -> None:
-    import torch
-    from safetensors.torch import save_file
-
+@pytest.mark.parametrize(("own", "old"), [("other.jinja", True), ("spm.model", False)])
+def test_new_rows_with_the_old_tokenizer(own: str, old: bool, folders: Folders) -> None:
     base = folders.base(["embed_tokens"], files={"tokenizer.json": "{}"}, vocab_size=8)
-    for name, files in (("one", {"other.jinja": "x"}), ("two", {"spm.model": "x"})):
-        adapter = folders.adapter(name=name, files=files)
-        tensors = {"base_model.model.embed_tokens.weight": torch.ones(10, 8)}
-        save_file(tensors, adapter / "adapter_model.safetensors")
-        notes = weft.plan_merge(base, adapter).plan.notes
-        assert any("tokenizer is still the base's" in note for note in notes) == (name == "one")
+    adapter = folders.adapter([], {"embed_tokens.weight": torch.ones(10, 8)}, files={own: ""})
+    notes = weft.plan_merge(base, adapter).plan.notes
+    assert any("tokenizer is still the base's" in note for note in notes) == old

@@ -29,20 +29,16 @@ def zero(adapter: Path) -> Path:
 
 def test_order_of_notes(folders: Folders) -> None:
     """What was done to match the two, then what is odd, then whose tokenizer it is."""
-    modules = ["layers.0.q_proj", "embed"]
+    embed = {"embed.weight": torch.ones(12, 8)}
     files = {"tokenizer.json": "{}", "weights.h5": ""}
-    base = folders.base(modules, name="llama-8b-instruct", files=files, vocab_size=12)
-    tensors = load_file(base / "model.safetensors")
-    save_file(tensors | {"embed.weight": torch.ones(12, 8)}, base / "model.safetensors")
+    base = folders.base(tensors=embed, name="llama-8b-instruct", files=files, vocab_size=12)
     adapter = folders.adapter(
         ["model.layers.0.q_proj"],
+        {"model.embed.weight": torch.ones(14, 8)},
         files={"other.bin": "", "chat_template.jinja": ""},
         base_model_name_or_path="meta-llama/Llama-3.1-8B",
         some_key=5,
     )
-    tensors = load_file(adapter / "adapter_model.safetensors")
-    tensors["base_model.model.model.embed.weight"] = torch.ones(14, 8)
-    save_file(tensors, adapter / "adapter_model.safetensors")
     notes = weft.plan_merge(base, adapter).plan.notes
     parts = [
         "'model.' taken off the adapter's names",
@@ -131,13 +127,9 @@ def test_a_large_update(alpha: float, count: int, folders: Folders) -> None:
 
 def test_a_new_head_may_be_large(folders: Folders) -> None:
     """What is replaced is no update of what was there."""
-    base, adapter = folders.base(["layers.0.q_proj", "score"]), folders.adapter()
-    config = json.loads((adapter / "adapter_config.json").read_text())
-    config["modules_to_save"] = ["score"]
-    (adapter / "adapter_config.json").write_text(json.dumps(config))
-    file = adapter / "adapter_model.safetensors"
-    score = {"base_model.model.score.weight": torch.full((8, 8), 1000.0)}
-    save_file(load_file(file) | score, file)
+    base = folders.base(["layers.0.q_proj", "score"])
+    score = {"score.weight": torch.full((8, 8), 1000.0)}
+    adapter = folders.adapter(tensors=score, modules_to_save=["score"])
     report = weft.merge(base, adapter, output=folders.root / "out")
     assert report.manifest["tensors"]["score.weight"]["relative"] > 100
     assert report.warnings == ()
