@@ -101,6 +101,12 @@ def test_several_at_once(names: list[str]) -> None:
     assert found.keys in ({SOUND[0]: key}, {f"{P}{Q}.lora_A.weight": key})
 
 
+@pytest.mark.parametrize("ending", ["lora_A.bias", "lora_B.weight.weight", "lora_C.weight"])
+def test_not_guessed(ending: str) -> None:
+    key = f"{P}{Q}.{ending}"
+    assert repair([key], ENDINGS).keys == {key: key}
+
+
 def test_two_adapters_in_one_file() -> None:
     keys = [f"{P}{Q}.lora_A.{name}.weight" for name in ("one", "two")]
     (problem,) = repair(keys, ENDINGS).problems

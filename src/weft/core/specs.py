@@ -129,6 +129,26 @@ class AdapterEntry:
 
 
 @dataclass(frozen=True, slots=True)
+class Repair:
+    """A defect of an adapter's keys that has one reading, and was read so.
+
+    Attributes:
+        what: The defect and what became of it.
+        old, new: One of the keys, before and after.
+        count: How many keys.
+    """
+
+    what: str
+    old: str
+    new: str
+    count: int
+
+    def __str__(self) -> str:
+        more = f", and {self.count - 1} more" if self.count > 1 else ""
+        return f"{self.what}: {self.old} -> {self.new}{more}"
+
+
+@dataclass(frozen=True, slots=True)
 class Adapter:
     """An adapter as it lies on disk, whatever wrote it.
 
@@ -142,6 +162,7 @@ class Adapter:
         config: The parsed adapter config.
         base_model: What the config names as its base, and the revision of it.
         notes: What a reader of the file should know and no tensor shows.
+        repairs: What was wrong with the keys and is put right in `entries`.
         side_files: Relative paths of the files of a tokenizer or processor that it brings.
         left_out: Relative paths of what else lies there, leftovers of the training aside.
         selection: The modules that the config names, if it does.
@@ -160,6 +181,7 @@ class Adapter:
     side_files: tuple[str, ...]
     left_out: tuple[str, ...]
     selection: Selection | None = None
+    repairs: tuple[Repair, ...] = ()
 
     @property
     def files(self) -> tuple[str, ...]:

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from weft.core.errors import Problem
+from weft.core.specs import Repair
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping, Sequence
@@ -27,26 +28,6 @@ _TWINS = {
     "lora_down": "lora_A",
     "lora_up": "lora_B",
 }  # Kohya's and diffusers' words for the factors
-
-
-@dataclass(frozen=True, slots=True)
-class Repair:
-    """One rule and where it applied.
-
-    Attributes:
-        what: The defect and what became of it, in a line.
-        old, new: One of the keys, before and after.
-        count: How many keys.
-    """
-
-    what: str
-    old: str
-    new: str
-    count: int
-
-    def __str__(self) -> str:
-        more = f", and {self.count - 1} more" if self.count > 1 else ""
-        return f"{self.what}: {self.old} -> {self.new}{more}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -177,7 +158,7 @@ class _Grammar:
         *names, tail = found["rest"].split(".")[1:] or [""]
         if tail and f"{found['stem']}.{tail}" not in self._endings and tail != "weight":
             names, tail = [*names, tail], ""
-        if not names:
+        if not names or {"weight", "bias"} & set(names):
             return key, ""
         new = f"{found['module']}.{found['stem']}" + (f".{tail}" if tail else "")
         return new, names[0] if len(set(names)) == 1 else ".".join(names)
@@ -201,8 +182,3 @@ class _Grammar:
             return None
         module = re.sub(r"(\.base_layer)+$", "", found["module"])
         return f"{module}.{found['stem']}{found['rest']}", "'base_layer' before a factor taken out"
-
-
-def describe(repairs: Sequence[Repair]) -> list[str]:
-    """A line each, for notes."""
-    return [str(repair) for repair in repairs]

@@ -23,17 +23,17 @@ from weft.formats.adapters._peft_config import (
     selection_of,
 )
 from weft.formats.adapters._peft_methods import Module, methods
+from weft.formats.adapters._repairs import PREFIX, repair
 from weft.formats.checkpoint import read_header, read_json_source, same_bytes
 from weft.formats.side_files import beside_adapter
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Iterable, Mapping, Sequence
     from pathlib import Path
 
     from weft.formats.adapters._peft_methods import PeftMethod
 
 _FILES = ("adapter_model.safetensors", "adapter_model.bin")
-_PREFIX = "base_model.model."
 
 # suffix of a key -> role of the tensor
 _SUFFIXES = {
@@ -69,13 +69,13 @@ def read(path: Path, given: str) -> Adapter:
         Unsupported: A kind of adapter that weft does not merge, by name.
         PlanError: Keys or shapes that contradict each other or the config; all of them.
     """
-    named = path.name
+    asked = path.name
     path = _folder(path.absolute())
     config, source = read_json_source(path / CONFIG)
     check(config, given, path / CONFIG)
     # PEFT, too, prefers safetensors where both are there; unless the other one was named.
     files = [path / name for name in _FILES if (path / name).is_file()]
-    files.sort(key=lambda file: file.name != named)
+    files.sort(key=lambda file: file.name != asked)
     if not files:
         raise NotFound(
             f"{path} has {CONFIG} and no adapter_model.safetensors or .bin",
@@ -85,10 +85,15 @@ def read(path: Path, given: str) -> Adapter:
     tensors = {ref.name: ref for ref in header.tensors}
     if not tensors:
         raise FormatError(f"{files[0]} holds no tensors")
-    entries, problems = _entries(tensors, config)
+    method = methods().get(config["peft_type"])
+    repaired = repair(
+        tensors, method.SUFFIXES if method else _SUFFIXES, nested=_wraps_twice(tensors, config)
+    )
+    named = {new: tensors[old] for new, old in repaired.keys.items()}
+    entries, problems = _entries(named, config)
+    problems = [*repaired.problems, *problems]
     if problems:
         raise PlanError(f"the adapter {given}", problems)
-    method = methods().get(config["peft_type"])
     known = KNOWN | method.FIELDS if method else KNOWN
     unknown = sorted(key for key in set(config) - known if config[key])
     notes = []
@@ -118,10 +123,16 @@ def read(path: Path, given: str) -> Adapter:
         side_files=tuple(kept),
         left_out=tuple(left),
         selection=selection_of(config),
+        repairs=repaired.repairs,
     )
 
 
 # ------------------------------------------------------------------------------------ key grammar
+
+
+def _wraps_twice(keys: Iterable[str], config: dict[str, Any]) -> bool:
+    """Whether `base_layer` before a factor is PEFT's: fused experts, and attention as a whole."""
+    return bool(config.get("target_parameters")) or any(".base_layer.out_proj." in k for k in keys)
 
 
 def _entries(
@@ -137,10 +148,10 @@ def _entries(
     for key, ref in tensors.items():
         if key in shared_keys:
             continue
-        if not key.startswith(_PREFIX):
+        if not key.startswith(PREFIX):
             problems.append(
                 Problem(
-                    f"tensor {key!r} in {ref.file} does not begin with {_PREFIX!r}",
+                    f"tensor {key!r} in {ref.file} does not begin with {PREFIX!r}",
                     "every key that PEFT writes begins so: save it with PEFT, or rename the keys",
                 )
             )
@@ -153,7 +164,7 @@ def _entries(
                 )
             )
             continue
-        path = key.removeprefix(_PREFIX)
+        path = key.removeprefix(PREFIX)
         suffix = next((s for s in suffixes if path.endswith(s)), None)
         if suffix:
             module = path.removesuffix(suffix)
