@@ -297,6 +297,7 @@ class Plan:
     inputs: tuple[Input, ...]
     notes: tuple[str, ...]
     warnings: tuple[str, ...]
+    repairs: tuple[Repair, ...] = ()
 
     @property
     def nbytes(self) -> int:
