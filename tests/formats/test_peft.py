@@ -490,7 +490,7 @@ def test_module_of_which_only_the_original_was_saved(folder: Path) -> None:
 
 
 def test_repaired_keys(folder: Path) -> None:
-    """See test_repairs.py for all of them; here, that they are read and told."""
+    """See test_key_repairs.py for all of them; here, that they are read and told."""
     tensors = {
         key.removeprefix(PREFIX).replace(".weight", ".default.weight"): value
         for key, value in low_rank().items()

@@ -22,6 +22,7 @@ from weft.core.units import clean
 _COMMANDS = {
     "merge": ("weft.cli.commands:merge", "Merge adapters into a base model."),
     "inspect": ("weft.cli.commands:inspect", "Say what a file or folder is."),
+    "doctor": ("weft.cli.commands:doctor", "Examine an adapter; repair what has one reading."),
     "demo": ("weft.cli.commands:demo", "Teach a real model something new, and check the result."),
 }
 

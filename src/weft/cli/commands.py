@@ -142,6 +142,61 @@ def inspect(
     _print(show.inspection_as_dict(found) if json else show.inspection_as_text(found))
 
 
+def doctor(
+    adapter: str,
+    *,
+    base: str | None = None,
+    fix: Flag = False,
+    output: Annotated[Path | None, Parameter(name=["--output", "-o"])] = None,
+    force: Flag = False,
+    revision: str | None = None,
+    cache_dir: str | None = None,
+    json: Annotated[bool, Parameter(name="--json", negative=())] = False,
+) -> None:
+    """Say what an adapter is, whether it fits a base, and what is wrong with it.
+
+    Exit code 0: sound; 1: problems that are repaired or doubtful; 2: it cannot be merged.
+
+    Examples:
+        weft doctor ADAPTER
+        weft doctor ADAPTER --base BASE
+        weft doctor ADAPTER --base BASE --fix -o FIXED
+
+    Parameters
+    ----------
+    adapter
+        A folder, a file or org/name@revision.
+    base
+        The model that it should fit.
+    fix
+        Write a sound copy to --output: a PEFT folder that PEFT loads without a warning.
+    output
+        Folder to create.
+    force
+        Replace an adapter that is there.
+    revision
+        Branch, tag or commit of the base on the hub.
+    cache_dir
+        The hub's cache, in place of the one under HF_HOME.
+    json
+        Print one JSON object on stdout.
+    """
+    from weft import diagnosis
+
+    if fix != (output is not None):
+        raise WeftError(
+            "--fix needs a folder to write to" if fix else "-o is where --fix writes",
+            "weft doctor ADAPTER --fix -o FIXED",
+        )
+    found = diagnosis.doctor(
+        adapter, base, fix=output, force=force, revision=revision, cache_dir=cache_dir
+    )
+    _print(show.diagnosis_as_dict(found) if json else show.diagnosis_as_text(found))
+    if output is not None:
+        console.say("note", f"{output} holds the sound copy")
+    sys.exit(["sound", "problems", "unusable"].index(found.verdict))
+
+
 def demo(
     *,
     output: Annotated[Path | None, Parameter(name=["--output", "-o"])] = None,

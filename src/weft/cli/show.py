@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter, defaultdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,6 +16,7 @@ if TYPE_CHECKING:
 
     from weft.api import MergePlan, MergeReport
     from weft.demo import Demo
+    from weft.diagnosis import Diagnosis
 
 SCHEMA = 1
 
@@ -186,6 +188,39 @@ def inspection_as_dict(found: Checkpoint | Adapter) -> dict[str, Any]:
         "scalings": sorted(_scalings(found)),
         "modules": {entry.target: entry.kind for entry in found.entries},
         "notes": list(found.notes),
+    }
+
+
+def diagnosis_as_text(found: Diagnosis) -> str:
+    """What `weft doctor` prints: the adapter, what was found, and the verdict last."""
+    lines = []
+    if found.adapter is not None:
+        lines += [inspection_as_text(replace(found.adapter, notes=())), ""]
+    for finding in found.findings:
+        lines.append(f"{finding.level:8}  {clean(finding.what)}")
+        if finding.cure:
+            lines.append(f"{'':8}  -> {clean(finding.cure)}")
+    fit = ""
+    if found.base is not None and found.adapter is not None:
+        fit = f", and {'fits' if found.plan else 'does not fit'} {found.base}"
+    verdict = {
+        "sound": f"{found.given} is sound{fit}",
+        "problems": f"{found.given} can be merged{fit}; see above",
+        "unusable": f"{found.given} cannot be merged{fit}",
+    }[found.verdict]
+    return "\n".join([*lines, *([""] if found.findings else []), verdict])
+
+
+def diagnosis_as_dict(found: Diagnosis) -> dict[str, Any]:
+    """`weft doctor --json`."""
+    return {
+        "schema": SCHEMA,
+        "given": found.given,
+        "verdict": found.verdict,
+        "base": found.base,
+        "fits": None if found.base is None else found.plan is not None,
+        "findings": [asdict(finding) for finding in found.findings],
+        "adapter": None if found.adapter is None else inspection_as_dict(found.adapter),
     }
 
 

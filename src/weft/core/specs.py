@@ -163,6 +163,7 @@ class Adapter:
         base_model: What the config names as its base, and the revision of it.
         notes: What a reader of the file should know and no tensor shows.
         repairs: What was wrong with the keys and is put right in `entries`.
+        keys: The key that PEFT would have written -> the one in the file.
         side_files: Relative paths of the files of a tokenizer or processor that it brings.
         left_out: Relative paths of what else lies there, leftovers of the training aside.
         selection: The modules that the config names, if it does.
@@ -182,6 +183,7 @@ class Adapter:
     left_out: tuple[str, ...]
     selection: Selection | None = None
     repairs: tuple[Repair, ...] = ()
+    keys: dict[str, str] = field(default_factory=dict)
 
     @property
     def files(self) -> tuple[str, ...]:

@@ -100,12 +100,6 @@ def read(path: Path, given: str) -> Adapter:
     if unknown:
         names = ", ".join(map(clean, unknown))
         notes.append(f"{CONFIG} has keys that weft does not know and ignores: {names}")
-    biases = any(e.parameter == "bias" and e.kind == "replace" for e in entries)
-    if config.get("bias") in ("all", "lora_only") and not biases:
-        notes.append(
-            f"bias={config['bias']!r}, and no bias is in the file: PEFT 0.7 to 0.20 did not save "
-            "those of lora_only"
-        )
     kept, left = beside_adapter(path)
     base = config.get("base_model_name_or_path")
     revision = config.get("revision")
@@ -124,6 +118,7 @@ def read(path: Path, given: str) -> Adapter:
         left_out=tuple(left),
         selection=selection_of(config),
         repairs=repaired.repairs,
+        keys=repaired.keys,
     )
 
 
