@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -13,6 +14,7 @@ import pytest
 
 import weft
 from weft.cli.app import main
+from weft.core.specs import Checkpoint
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -204,6 +206,69 @@ def test_json_of_inspect() -> None:
         code, out, err = program("inspect", GOOD / name, "--json")
         assert (code, err) == (0, "")
         assert one_object(out)["kind"] == kind
+
+
+def test_inspect_of_what_weft_wrote(here: Path) -> None:
+    """From what, when, by which version, and how much of the update is in it."""
+    assert program("merge", GOOD / "base", GOOD / "adapter", GOOD / "adapter", "-o", "out")[0] == 0
+    manifest = json.loads((here / "out/weft.json").read_text())
+    survival = manifest["totals"]["survival"]
+    text = program("inspect", "out")[1].splitlines()[-2:]
+    assert text[0].startswith(f"merged by  weft 0.1.0 at {manifest['created']}, survival ")
+    assert text[1] == f"from       {GOOD}/base + {GOOD}/adapter + {GOOD}/adapter"
+    for path in ("out", "out/model.safetensors"):
+        assert json.loads(program("inspect", path, "--json")[1])["origin"] == {
+            "version": "0.1.0",
+            "created": manifest["created"],
+            "base": str(GOOD / "base"),
+            "adapters": [str(GOOD / "adapter")] * 2,
+            "survival": survival,
+            "command": manifest["command"],
+        }
+    assert json.loads(program("inspect", GOOD / "base", "--json")[1])["origin"] is None
+
+
+BROKEN = [
+    *("", "[]", "null", "{}", "{", '{"tensors": []}', '{"tensors": {}}', "[" * 100_000),
+    '{"tensors": {"layer.weight": 1, "other": 2}}',
+]
+
+
+@pytest.mark.parametrize("content", BROKEN, ids=lambda content: content[:50] or "nothing")
+def test_manifest_that_says_nothing(content: str, here: Path) -> None:
+    """Of another program, or broken: the model is what it is without it."""
+    shutil.copytree(GOOD / "base", here / "base")
+    (here / "base/weft.json").write_text(content)
+    found = weft.inspect(here / "base")
+    assert isinstance(found, Checkpoint)
+    assert found.origin is None
+
+
+@pytest.mark.parametrize(
+    ("place", "value"),
+    [
+        *(("tensors", {}), ("inputs", []), ("inputs", [1]), ("inputs", 1)),
+        *(("totals", None), ("totals", {"survival": "much"}), ("totals", {"survival": []})),
+        ("inputs", [{"role": [], "file": "x"}]),
+        ("inputs", [{"role": "base", "file": 1}]),
+    ],
+)
+def test_manifest_that_was_edited(place: str, value: object, here: Path) -> None:
+    weft.merge(GOOD / "base", GOOD / "adapter", output=here / "out")
+    path = here / "out/weft.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {place: value}))
+    found = weft.inspect(here / "out")
+    assert isinstance(found, Checkpoint)
+    assert found.origin is None
+
+
+def test_manifest_of_other_tensors(here: Path) -> None:
+    """Somebody has put other weights into the folder: they are not what weft merged."""
+    weft.merge(GOOD / "base", GOOD / "adapter", output=here / "out", dtype="bfloat16")
+    (here / "out/model.safetensors").write_bytes((GOOD / "base/model.safetensors").read_bytes())
+    found = weft.inspect(here / "out")
+    assert isinstance(found, Checkpoint)
+    assert found.origin is None
 
 
 @pytest.mark.parametrize("name", ["adapter_model.safetensors", "adapter_config.json"])

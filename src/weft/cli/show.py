@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter, defaultdict
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -176,6 +177,7 @@ def inspection_as_dict(found: Checkpoint | Adapter) -> dict[str, Any]:
             "shards": list(found.shards),
             "tied": found.config.get("tie_word_embeddings"),
             "side_files": list(found.side_files),
+            "origin": asdict(found.origin) if found.origin else None,
         }
     return {
         "kind": "adapter",
@@ -210,6 +212,19 @@ def _checkpoint_rows(found: Checkpoint) -> list[tuple[str, str]]:
         ("quantised", str(quantised.get("quant_method", "yes")) if quantised else ""),
         ("beside", ", ".join(found.side_files)),
         ("left out", ", ".join(found.left_out)),
+        *_origin_rows(found),
+    ]
+
+
+def _origin_rows(found: Checkpoint) -> list[tuple[str, str]]:
+    made = found.origin
+    if made is None:
+        return []
+    when = f" at {made.created}" if made.created else ""
+    kept = "" if made.survival is None else f", survival {show_share(made.survival)}"
+    return [
+        ("merged by", f"weft {made.version}{when}{kept}"),
+        ("from", " + ".join([made.base, *made.adapters])),
     ]
 
 

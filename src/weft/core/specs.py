@@ -67,6 +67,27 @@ class Source:
 
 
 @dataclass(frozen=True, slots=True)
+class Origin:
+    """How weft made a checkpoint, as the manifest beside it says.
+
+    Attributes:
+        version: Of weft.
+        created: When, in UTC; None in manifests that do not say it.
+        base: The folder of the base.
+        adapters: The folders of the adapters.
+        survival: Of the whole update; None without one.
+        command: As typed.
+    """
+
+    version: str
+    created: str | None
+    base: str
+    adapters: tuple[str, ...]
+    survival: float | None
+    command: str
+
+
+@dataclass(frozen=True, slots=True)
 class Checkpoint:
     """A base model as it lies on disk.
 
@@ -80,6 +101,7 @@ class Checkpoint:
         side_files: Relative paths of the files beside the weights that belong to the model.
         left_out: Relative paths of the files in the folder that do not.
         sources: The shards and the config, as they were read.
+        origin: Where weft wrote it, from what; only `inspect` looks.
     """
 
     given: str
@@ -91,6 +113,7 @@ class Checkpoint:
     side_files: tuple[str, ...]
     left_out: tuple[str, ...]
     sources: tuple[Source, ...]
+    origin: Origin | None = None
 
     @property
     def nbytes(self) -> int:

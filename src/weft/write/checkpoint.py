@@ -23,11 +23,11 @@ from weft.core.units import show_size
 from weft.formats.safetensors import build_header
 from weft.write._journal import NAME as JOURNAL
 from weft.write._journal import Journal
+from weft.write.manifest import NAME as MANIFEST
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Sequence
 
-MANIFEST = "weft.json"
 INDEX = "model.safetensors.index.json"
 _CHUNK = 2**24  # bytes, where the kernel cannot copy between the two file systems by itself
 
