@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 import time
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -43,7 +43,7 @@ class MergePlan:
     """What `merge` would do: the plan, its size, and what the adapters' numbers give rise to."""
 
     inputs: Inputs
-    plan: Plan
+    plan: Plan = field(repr=False)
     work: Work
     warnings: tuple[str, ...]
 
@@ -65,7 +65,7 @@ class MergeReport:
     totals: Totals
     seconds: float
     resumed: int
-    manifest: dict[str, Any]
+    manifest: dict[str, Any] = field(repr=False)
     warnings: tuple[str, ...]
 
 

@@ -374,3 +374,16 @@ def test_as_a_library_and_as_a_program(here: Path) -> None:
     assert one.read_bytes() == other.read_bytes()
     report = weft.merge(GOOD / "base", GOOD / "adapter", output=here / "again")
     assert report.totals.changed == 1
+
+
+def test_reprs_are_short(here: Path) -> None:
+    """For a notebook's last line: what it is, and not every tensor of it."""
+    report = weft.merge(GOOD / "base", GOOD / "adapter", output=here / "out")
+    plan = weft.plan_merge(GOOD / "base", GOOD / "adapter")
+    for found in (report, plan, plan.plan, weft.inspect(here / "out"), plan.inputs.adapters[0][0]):
+        text = repr(found).replace(str(GOOD), "").replace(str(here), "")
+        assert len(text) < 800
+        assert "TensorRef(" not in text
+        assert "'dtype'" not in text  # of the manifest
+    assert "survival=" in repr(report)
+    assert "Checkpoint(given=" in repr(plan)

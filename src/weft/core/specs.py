@@ -1,5 +1,7 @@
 """The nouns of Weft as frozen records: plain data, hashable, JSON-able, with no file open inside.
 
+What is long stays out of their reprs, which people read in notebooks and tracebacks.
+
 A **checkpoint** maps tensor names to byte ranges; an **adapter** maps module paths to deltas. A
 **plan** says for every output tensor what it is: an **expression** whose leaves are byte ranges.
 An executor evaluates expressions and hands blocks to a sink; each finished tensor leaves a
@@ -106,13 +108,13 @@ class Checkpoint:
 
     given: str
     folder: str
-    tensors: dict[str, TensorRef]
-    shards: tuple[str, ...]
-    metadata: dict[str, str]
-    config: dict[str, Any]
-    side_files: tuple[str, ...]
-    left_out: tuple[str, ...]
-    sources: tuple[Source, ...]
+    tensors: dict[str, TensorRef] = field(repr=False)
+    shards: tuple[str, ...] = field(repr=False)
+    metadata: dict[str, str] = field(repr=False)
+    config: dict[str, Any] = field(repr=False)
+    side_files: tuple[str, ...] = field(repr=False)
+    left_out: tuple[str, ...] = field(repr=False)
+    sources: tuple[Source, ...] = field(repr=False)
     origin: Origin | None = None
 
     @property
@@ -167,15 +169,15 @@ class Adapter:
 
     given: str
     folder: str
-    sources: tuple[Source, ...]
+    sources: tuple[Source, ...] = field(repr=False)
     kind: str
-    entries: tuple[AdapterEntry, ...]
-    tensors: dict[str, TensorRef]
-    config: dict[str, Any]
+    entries: tuple[AdapterEntry, ...] = field(repr=False)
+    tensors: dict[str, TensorRef] = field(repr=False)
+    config: dict[str, Any] = field(repr=False)
     base_model: str | None
     revision: str | None
-    notes: tuple[str, ...]
-    side_files: tuple[str, ...]
+    notes: tuple[str, ...] = field(repr=False)
+    side_files: tuple[str, ...] = field(repr=False)
 
     @property
     def files(self) -> tuple[str, ...]:
@@ -285,10 +287,10 @@ class Input:
 class Plan:
     """Everything that a run will do; made from headers and configs alone."""
 
-    jobs: tuple[TensorJob, ...]
-    metadata: tuple[tuple[str, str], ...]
-    side_files: tuple[SideFile, ...]
-    inputs: tuple[Input, ...]
+    jobs: tuple[TensorJob, ...] = field(repr=False)
+    metadata: tuple[tuple[str, str], ...] = field(repr=False)
+    side_files: tuple[SideFile, ...] = field(repr=False)
+    inputs: tuple[Input, ...] = field(repr=False)
     notes: tuple[str, ...]
     warnings: tuple[str, ...]
 
