@@ -8,7 +8,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import pytest
 
@@ -193,7 +193,7 @@ def test_hints_name_the_command_that_was_given(command: str) -> None:
 # -------------------------------------------------------------------------------- stdout and stderr
 
 
-def one_object(out: str) -> dict[str, object]:
+def one_object(out: str) -> dict[str, Any]:
     """The only thing on stdout."""
     found = json.loads(out)  # raises if anything comes before or after it
     assert isinstance(found, dict)
@@ -286,10 +286,11 @@ def test_a_file_of_the_adapter_stands_for_it(name: str, here: Path) -> None:
 def test_json_of_merge(here: Path) -> None:
     code, out, err = program(*MERGE, "--json")
     assert (code, err) == (0, "")
-    found, written = one_object(out), json.loads((here / "out/weft.json").read_text())
-    for content in (found, written):
-        content.pop("seconds")
-    assert written.items() <= found.items()
+    found = one_object(out)
+    assert set(found) == {"schema", "output", "seconds", "resumed", "manifest"}
+    assert (found["output"], found["resumed"]) == ("out", 0)
+    assert found["manifest"] == json.loads((here / "out/weft.json").read_text())
+    assert found["seconds"] >= found["manifest"]["seconds"]
 
 
 def test_json_of_dry_run(here: Path) -> None:
@@ -302,9 +303,9 @@ def test_json_of_dry_run(here: Path) -> None:
 
 def test_dry_run_and_merge_are_of_one_plan() -> None:
     planned = one_object(program(*MERGE, "--json", "--dry-run")[1])
-    done = one_object(program(*MERGE, "--json")[1])
+    done = one_object(program(*MERGE, "--json")[1])["manifest"]
     assert planned["plan"] == done["plan"]
-    assert set(planned["tensors"]) == set(done["tensors"])  # type: ignore[call-overload]
+    assert set(planned["tensors"]) == set(done["tensors"])
 
 
 def test_notes_and_quiet(here: Path) -> None:
@@ -315,9 +316,14 @@ def test_notes_and_quiet(here: Path) -> None:
     code, out, err = program(*command, "loud")
     assert code == 0
     assert "note: " in err
-    code, quiet, err = program(*command, "quiet", "-q")
-    assert (code, err) == (0, "")
-    assert len(quiet.splitlines()) == len(out.splitlines())
+    assert len(out.splitlines()) == 3
+    assert program(*command, "quiet", "-q") == (0, "", "")
+    assert (here / "quiet/weft.json").exists()
+    assert program(*command, "checked", "-q", "--dry-run") == (0, "", "")
+    for more in ([], ["--dry-run"]):
+        code, out, err = program(*command, "json", "-q", "--json", *more, "--force")
+        assert (code, err) == (0, "")
+        assert one_object(out)
 
 
 def test_quiet_keeps_warnings(here: Path) -> None:
@@ -329,8 +335,8 @@ def test_quiet_keeps_warnings(here: Path) -> None:
     base.mkdir()
     (base / "model.safetensors").write_bytes(header + struct.pack("<20f", *[1e30] * 20))
     command = ["merge", base, GOOD / "adapter", "-q"]
-    code, _, err = program(*command, "-o", "out")
-    assert code == 0
+    code, out, err = program(*command, "-o", "out")
+    assert (code, out) == (0, "")
     assert "warning: the output equals the base" in err
     assert "note: " not in err
 

@@ -40,12 +40,13 @@ def report_as_text(report: MergeReport) -> str:
 
 
 def report_as_dict(report: MergeReport) -> dict[str, Any]:
-    """`weft merge --json`: `weft.json`, with the seconds of the whole work and the folder."""
-    return report.manifest | {
-        "seconds": round(report.seconds, 3),
+    """`weft merge --json`: what is true of this run alone, and `weft.json` as it was written."""
+    return {
+        "schema": SCHEMA,
         "output": str(report.output),
+        "seconds": round(report.seconds, 3),
         "resumed": report.resumed,
-        "warnings": list(report.warnings),
+        "manifest": report.manifest,
     }
 
 
