@@ -154,6 +154,8 @@ def merge(
         sink.commit({"README.md": readme, NAME: to_text(content)}, lambda: _unchanged(plan))
     finally:
         sink.close()
+    for folder in sink.leftovers():
+        on_event(events.Noted(f"{folder} is left of a model that was replaced: remove it"))
     return MergeReport(Path(output), sums, time.perf_counter() - begin, resumed, content, warnings)
 
 

@@ -23,6 +23,7 @@ from weft.core.units import show_size
 from weft.formats.safetensors import build_header
 from weft.write._journal import NAME as JOURNAL
 from weft.write._journal import Journal
+from weft.write._replace import put_in_place, replaced, sync
 from weft.write.manifest import NAME as MANIFEST
 
 if TYPE_CHECKING:
@@ -51,6 +52,7 @@ class CheckpointSink:
         """
         self.plan = plan
         self.out, self.partial = _places(out)
+        self._force = force
         self._sources: dict[str, int] = {}
         self._shards: dict[str, int] = {}
         self._lock = threading.Lock()
@@ -149,12 +151,18 @@ class CheckpointSink:
             if list(self._jobs) != ["model.safetensors"]:
                 self._write_text(INDEX, self._index())
             for path in [*self.partial.rglob("*"), self.partial]:
-                _sync(path)
+                sync(path)
             (self.partial / JOURNAL).unlink()
-            self._rename()
+            put_in_place(self.partial, self.out)
+            if self._force:
+                self._clear_replaced()
         except OSError as error:
             raise _output_error(error, self.partial) from None
         self.close()
+
+    def leftovers(self) -> list[Path]:
+        """What is left of models that had the output's name, and is not deleted."""
+        return replaced(self.out)
 
     def close(self) -> None:
         """Let go of every file; without `commit`, the partial folder stays for a resumed run."""
@@ -213,19 +221,14 @@ class CheckpointSink:
         }
         return json.dumps(content, indent=2) + "\n"
 
-    def _rename(self) -> None:
-        old = self.out.with_name(f"{self.out.name}.replaced-{os.getpid()}")
-        if self.out.exists():
-            self.out.rename(old)
-        try:
-            self.partial.rename(self.out)
-        except OSError:
-            if old.exists():
-                old.rename(self.out)
-            raise
-        if old.exists():
-            shutil.rmtree(old)
-        _sync(self.out.parent)
+    def _clear_replaced(self) -> None:
+        """Finish what killed runs were about to do, now that there is a whole model in the place.
+
+        What is left of a model that was half deleted may be anything: the user is told of it.
+        """
+        for folder in replaced(self.out):
+            if _is_model(folder):
+                shutil.rmtree(folder, ignore_errors=True)
 
 
 class _Flusher:
@@ -409,15 +412,6 @@ def _copy_by_hand(source: int, target: int, start: int, offset: int, count: int)
             raise OSError(errno.ENODATA, "the input ended while it was being copied")
         _write_all(target, memoryview(data), offset)
         start, offset, count = start + len(data), offset + len(data), count - len(data)
-
-
-def _sync(path: Path) -> None:
-    """Make a file durable, or the names in a folder."""
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
 
 
 def _output_error(error: OSError, partial: Path, *, begun: bool = True) -> OutputError:
