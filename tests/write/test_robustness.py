@@ -8,6 +8,7 @@ import io
 import json
 import os
 import random
+import resource
 import shutil
 import signal
 import subprocess
@@ -1059,6 +1060,31 @@ def test_input_without_permission(
     (folder / name).chmod(0o000)
     assert nursery.run(model.command(folder / "out"), become) == 2, nursery.stderr
     assert_refused((2, nursery.stderr), str(folder / name))
+
+
+# -------------------------------------------------------------------------------------- many files
+
+
+@pytest.fixture(scope="module")
+def many(tmp_path_factory: pytest.TempPathFactory) -> Model:
+    """A base in three hundred shards."""
+    return make_model(tmp_path_factory.mktemp("many"), layers=150, width=8, shards=300)
+
+
+def test_more_shards_than_open_files(many: Model, nursery: Nursery, tmp_path: Path) -> None:
+    """`ulimit -n 256`, as macOS has it: a limit that a program may raise by itself."""
+    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if 0 <= hard < 2000:
+        pytest.skip("the system allows too few files")
+    limit = "import resource\nresource.setrlimit(resource.RLIMIT_NOFILE, (256, {}))\n"
+    out = tmp_path / "out"
+    assert nursery.run(many.command(out), limit.format(hard)) == 0, nursery.stderr
+    assert_whole(out, many)
+    for more in ([], ["--dry-run"]):
+        assert nursery.run(many.command(tmp_path / "other", *more), limit.format(256)) == 2
+        says = ("300 shards take", "the system allows 256", "ulimit -n", "--max-shard-size")
+        assert_refused((2, nursery.stderr), *says)
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
 
 # ------------------------------------------------------------------------------------ what is there

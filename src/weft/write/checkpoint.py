@@ -23,6 +23,7 @@ from weft.core.units import show_size
 from weft.formats.safetensors import build_header
 from weft.write._journal import NAME as JOURNAL
 from weft.write._journal import Journal
+from weft.write._open_files import allow_open_files
 from weft.write._replace import put_in_place, replaced, sync
 from weft.write.manifest import NAME as MANIFEST
 
@@ -297,12 +298,13 @@ def aligned(jobs: Sequence[TensorJob]) -> list[TensorJob]:
 
 
 def check_output(out: Path, plan: Plan, *, force: bool, resume: bool) -> None:
-    """Whether a run of `plan` may write to `out`; looks, and touches nothing.
+    """Whether a run of `plan` can write to `out`; looks, and touches nothing on the disk.
 
     Raises:
-        OutputError: It may not, and why.
+        OutputError: It cannot or must not, and why.
     """
     try:
+        allow_open_files(plan)
         _check_output(*_places(out), plan, force=force, resume=resume)
     except OSError as error:
         raise _output_error(error, out, begun=False) from None
