@@ -1,6 +1,6 @@
 """`python -m weft`."""
 
-from weft.cli.app import main
+from weft.cli.app import run
 
 if __name__ == "__main__":
-    main()
+    run()

@@ -23,9 +23,9 @@ from weft.formats.hub import resolve
 from weft.formats.identity import identify
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Mapping, Sequence
 
-    from weft.core.specs import Adapter, Checkpoint, Plan
+    from weft.core.specs import Adapter, Checkpoint, Plan, Receipt
     from weft.plan.preflight import Work
     from weft.write.manifest import Totals
 
@@ -139,7 +139,7 @@ def merge(
             raise
         command = command or _call(made.inputs, output, dtype, max_shard_size, revision)
         sums = totals(plan, sink.receipts)
-        warnings = (*made.warnings, *_weak(sums, plan))
+        warnings = (*made.warnings, *_doubtful(sums, plan, sink.receipts))
         content = manifest(
             plan,
             sink.receipts,
@@ -191,8 +191,8 @@ def plan_merge(
     inputs = open_inputs(base, adapters, revision=revision, cache_dir=cache_dir)
     problems: list[Problem] = []
     warnings: list[str] = []
-    for adapter, _ in inputs.adapters:
-        found, said = examine(adapter)
+    for adapter, weight in inputs.adapters:
+        found, said = examine(adapter, weight)
         problems += found
         warnings += said
     made: Plan | None = None
@@ -315,19 +315,48 @@ def _unchanged(plan: Plan) -> None:
             )
 
 
-def _weak(sums: Totals, plan: Plan) -> list[str]:
+def _doubtful(sums: Totals, plan: Plan, receipts: Mapping[str, Receipt]) -> list[str]:
     """Warnings that only the result can give cause for."""
     warnings = []
-    if sums.targeted and not sums.changed:
+    if not sums.changed and not any(job.operation == "cast" for job in plan.jobs):
         warnings.append("the output equals the base: no element of any tensor changed")
-    if sums.survival is not None and sums.survival < 0.5:
-        narrow = ", ".join(sorted({job.dtype for job in plan.jobs if not job.is_copy}))
-        left = units.show_share(max(sums.survival, 0.0))
+    warnings += _too_large(plan, receipts)
+    narrow = ", ".join(sorted({job.dtype for job in plan.jobs if not job.is_copy}))
+    if sums.survival is not None and sums.survival < 0:
         warnings.append(
-            f"only {left} of the update is left after rounding to {narrow}: "
-            "--dtype float32 keeps all of it"
+            f"the update is smaller than the rounding of the weights themselves: writing them as "
+            f"{narrow} moves them {1 - sums.survival:.3g} times as far; --dtype float32 keeps all "
+            "of it"
+        )
+    elif sums.survival is not None and sums.survival < 0.5:
+        warnings.append(
+            f"only {units.show_survival(sums.survival)} of the update is left after rounding to "
+            f"{narrow}: --dtype float32 keeps all of it"
         )
     return warnings
+
+
+# A new head, a trained bias or token may well outweigh what was there.
+_MAY_OUTWEIGH = {"replace", "trainable_tokens", "lora_bias"}
+
+
+def _too_large(plan: Plan, receipts: Mapping[str, Receipt]) -> list[str]:
+    """Updates that outweigh what they update, as no training makes them."""
+    found = [
+        (receipts[job.name].relative or 0.0, job.name)
+        for job in plan.jobs
+        if _MAY_OUTWEIGH.isdisjoint(job.operation.split(" + "))
+    ]
+    found = [(relative, name) for relative, name in found if relative > 1]
+    if not found:
+        return []
+    share, name = max(found)
+    others = f" and over 100 % in {len(found) - 1} more" if len(found) > 1 else ""
+    warning = (
+        f"‖ΔW‖ is {units.show_share(share)} of ‖W‖ in {name}{others}: more than training does; "
+        "check lora_alpha and r, the weight given to the adapter, and that this is its base"
+    )
+    return [warning]
 
 
 def _call(inputs: Inputs, output: str | Path, *options: str | int | None) -> str:

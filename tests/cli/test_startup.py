@@ -311,7 +311,9 @@ def test_dry_run_and_merge_are_of_one_plan() -> None:
 def test_notes_and_quiet(here: Path) -> None:
     base = here / "base"
     base.mkdir()
-    (base / "model.safetensors").write_bytes((GOOD / "base/model.safetensors").read_bytes())
+    for name in ("model.safetensors", "config.json"):
+        (base / name).write_bytes((GOOD / "base" / name).read_bytes())
+    (base / "training.log").write_text("left out, which a note says")
     command = ["merge", base, GOOD / "adapter", "-o"]
     code, out, err = program(*command, "loud")
     assert code == 0

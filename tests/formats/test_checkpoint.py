@@ -15,6 +15,7 @@ from safetensors.torch import load_file, save_file
 import weft
 from weft.core.errors import FormatError, NotFound, Unsupported
 from weft.formats.checkpoint import (
+    describe_copied,
     describe_input,
     has_weights,
     open_checkpoint,
@@ -397,9 +398,11 @@ def test_no_config(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("content", "says"),
     [
-        (b"", "is not JSON"),
-        (b"{", "is not JSON"),
-        (b"\xff\xfe{}", "is not JSON"),
+        (b"", "is not JSON: it is empty"),
+        (b"{", "is not JSON: line 1, column 2: Expecting property name"),
+        (b'{"a": 1,\n "b": 2\n "c": 3}', "is not JSON: line 3, column 2: Expecting ','"),
+        (b"<html>", "is not JSON: line 1, column 1: Expecting value"),
+        (b'{"a": "\xff"}', "is not JSON: byte 7 is not UTF-8"),
         (b"[]", "is a JSON list"),
         (b"7", "is a JSON int"),
         (b"null", "is a JSON NoneType"),
@@ -413,12 +416,24 @@ def test_read_json(content: bytes, says: str, tmp_path: Path) -> None:
         read_json(tmp_path / "it.json")
     assert "it.json" in str(error.value)
     assert len(str(error.value).splitlines()) == 1
+    assert error.value.hint == "correct it there, or save or download the file again"
 
 
 def test_read_json_that_is_not_there(tmp_path: Path) -> None:
     for path in (tmp_path, tmp_path / "nowhere.json"):
         with pytest.raises(FormatError, match="cannot read"):
             read_json(path)
+
+
+@pytest.mark.parametrize("broken", ["base/config.json", "adapter/adapter_config.json"])
+def test_broken_configs(broken: str, tmp_path: Path) -> None:
+    """Where in the file, and what to do."""
+    LAYOUTS["safetensors"](tmp_path / "base")
+    (tmp_path / "adapter").mkdir()
+    (tmp_path / broken).write_text('{\n  "r": 8,\n}')
+    with pytest.raises(FormatError, match=rf"{broken} is not JSON: line \d, column \d") as error:
+        weft.inspect((tmp_path / broken).parent)
+    assert "download the file again" in str(error.value.hint)
 
 
 def change_time(path: Path) -> None:
@@ -469,7 +484,8 @@ def test_describe_input(tmp_path: Path) -> None:
     assert (entry.role, entry.path) == ("base", str(folder / "model.safetensors"))
     assert entry.size == (folder / "model.safetensors").stat().st_size
     assert entry.content is None
-    assert describe_input("adapter 1", config).content == config.header  # of the whole file, both
+    assert describe_input("base", config).content == config.header  # of the whole file
+    assert describe_input("base", config).header is None
     change_content(folder / "model.safetensors")
     as_json(folder / "config.json", CONFIG | {"vocab_size": 17})
     again = open_checkpoint(folder, "given").sources
@@ -479,9 +495,9 @@ def test_describe_input(tmp_path: Path) -> None:
     assert not {source.identity for source in sources} & {source.identity for source in again}
 
 
-@pytest.mark.parametrize("name", ["model.safetensors", "config.json"])
-def test_an_adapters_file_that_changed_is_not_hashed(name: str, tmp_path: Path) -> None:
+def test_an_adapters_file_that_changed_is_not_hashed(tmp_path: Path) -> None:
     """Its hash would be of other values than those of the header that was read."""
+    name = "model.safetensors"
     folder = LAYOUTS["safetensors"](tmp_path / "base")
     sources = {Path(s.path).name: s for s in open_checkpoint(folder, "given").sources}
     time.sleep(0.02)
@@ -559,3 +575,13 @@ def test_same_bytes_of_a_file_that_became_shorter(tmp_path: Path) -> None:
     os.truncate(tmp_path / "x.safetensors", 100)
     with pytest.raises(FormatError, match="became shorter while it was being read"):
         same_bytes(refs["one"], refs["other"])
+
+
+def test_describe_input_that_is_copied(tmp_path: Path) -> None:
+    """Whatever is in it: all of it counts."""
+    folder = LAYOUTS["safetensors"](tmp_path / "base")
+    before = describe_copied("base", folder / "model.safetensors")
+    change_content(folder / "model.safetensors")
+    after = describe_copied("base", folder / "model.safetensors")
+    assert before.header is None
+    assert before.content != after.content

@@ -6,6 +6,7 @@ of weft, 130 interrupted; 1 is kept for commands that check something, and find 
 
 from __future__ import annotations
 
+import gc
 import io
 import os
 import sys
@@ -41,6 +42,19 @@ def build(arguments: list[str]) -> App:
     for name, (path, line) in _COMMANDS.items():
         app.command(path, name=name, help=None if name in arguments[:1] else line)
     return app
+
+
+def run() -> None:
+    """`weft` as a process: `main`, without half a second in the garbage collector.
+
+    Importing torch makes a million objects that live until the end; looking through them again and
+    again, and once more on the way out, finds nothing.
+    """
+    gc.set_threshold(50_000)
+    try:
+        main()
+    finally:
+        gc.freeze()
 
 
 def main(arguments: list[str] | None = None) -> None:

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from weft.core.specs import Adapter, AddDeltas, Checkpoint, TensorJob, job_bytes
-from weft.core.units import clean, show_count, show_share, show_size, show_time
+from weft.core.units import clean, show_count, show_share, show_size, show_survival, show_time
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
@@ -33,8 +33,8 @@ def report_as_text(report: MergeReport) -> str:
     ]
     if sums.survival is not None and sums.worst:
         lines.append(
-            f"‖ΔW‖/‖W‖ {show_share(sums.relative)}, survival {show_share(sums.survival)}, "
-            f"worst {show_share(sums.worst[1])} in {sums.worst[0]}"
+            f"‖ΔW‖/‖W‖ {show_share(sums.relative)}, survival {show_survival(sums.survival)}, "
+            f"worst {show_survival(sums.worst[1])} in {sums.worst[0]}"
         )
     return "\n".join(lines)
 
@@ -93,7 +93,7 @@ def plan_as_text(made: MergePlan, output: Path) -> str:
     for job in plan.jobs:
         shards[job.shard] += job_bytes(job)
     rows += [
-        ("read", f"{show_size(work.read)} from {len({e.path for e in plan.inputs})} files"),
+        ("read", f"{show_size(work.read)} from {_count(work.files, 'file')}"),
         ("write", f"{show_size(work.written)} in {_count(len(shards), 'shard')} to {output}"),
         ("change", f"{work.changed} of {work.tensors} tensors"),
         ("memory", f"about {show_size(work.memory)} at most"),
@@ -222,7 +222,7 @@ def _origin_rows(found: Checkpoint) -> list[tuple[str, str]]:
     if made is None:
         return []
     when = f" at {made.created}" if made.created else ""
-    kept = "" if made.survival is None else f", survival {show_share(made.survival)}"
+    kept = "" if made.survival is None else f", survival {show_survival(made.survival)}"
     return [
         ("merged by", f"weft {made.version}{when}{kept}"),
         ("from", " + ".join([made.base, *made.adapters])),
@@ -252,6 +252,7 @@ def _adapter_rows(found: Adapter) -> list[tuple[str, str]]:
         ("layers", f"{len(layers)} ({min(layers)} to {max(layers)})" if layers else ""),
         ("written by", f"PEFT {config['peft_version']}" if config.get("peft_version") else ""),
         ("beside", ", ".join(found.side_files)),
+        ("left out", ", ".join(found.left_out)),
         *(("note", note) for note in found.notes),
     ]
 

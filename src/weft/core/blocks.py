@@ -7,12 +7,15 @@ import math
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from weft.core.specs import Shape, TensorJob
+    from weft.core.specs import Shape
 
 # A block is what one thread works on at a time; its float32 buffers stay near the core.
 BLOCK = {"cpu": 2**19, "cuda": 2**24}  # elements
-# A strip is what one thread takes from the queue; sums are added per strip, in order.
-STRIP = {"cpu": 2**22, "cuda": 2**26}  # elements
+# A strip is what one thread takes from the queue and writes at once, large enough for any disk;
+# sums are added per strip, in order.
+STRIP = {"cpu": 2**22, "cuda": 2**24}  # elements
+WORKERS = 2  # for each thread that may compute: the other writes, or waits for the disk
+PAGE = 4096  # bytes; files are written past the page cache in whole ones
 COPY = 2**25  # bytes of unchanged tensors, moved at a time
 # From 16 rows on, a matrix product's bits do not depend on how many rows are taken at once.
 MIN_ROWS = 16
@@ -23,18 +26,15 @@ def rows_and_columns(shape: Shape) -> tuple[int, int]:
     return (shape[0], math.prod(shape[1:])) if shape else (1, 1)
 
 
-def matrix(job: TensorJob) -> tuple[int, int]:
-    """How a job's tensor is cut: by rows, or anywhere where each element stands for itself."""
-    from weft.core.specs import Load
+def cut(
+    start: int, stop: int, columns: int, elements: int, together: int = 1
+) -> list[tuple[int, int]]:
+    """Rows `start` to `stop` in even pieces of about `elements`, never a thin last one.
 
-    rows, columns = rows_and_columns(job.shape)
-    return (rows * columns, 1) if isinstance(job.expression, Load) else (rows, columns)
-
-
-def cut(start: int, stop: int, columns: int, elements: int) -> list[tuple[int, int]]:
-    """Rows `start` to `stop` in even pieces of about `elements`, never a thin last one."""
-    rows = stop - start
-    size = max(elements // max(columns, 1), 2 * MIN_ROWS)
-    pieces = max(1, -(-rows // size))
-    edges = [start + rows * n // pieces for n in range(pieces + 1)]
+    Pieces begin at multiples of `together` from `start` on.
+    """
+    units = -(-(stop - start) // together)
+    size = max(elements // max(columns * together, 1), -(-2 * MIN_ROWS // together))
+    pieces = max(1, -(-units // size))
+    edges = [min(start + units * n // pieces * together, stop) for n in range(pieces + 1)]
     return list(itertools.pairwise(edges))

@@ -14,7 +14,10 @@ import hashlib
 import math
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+if TYPE_CHECKING:
+    from weft.core.selection import Selection
 
 Shape = tuple[int, ...]
 Param = bool | int | float | str | tuple[int, ...]
@@ -151,6 +154,26 @@ class AdapterEntry:
 
 
 @dataclass(frozen=True, slots=True)
+class Repair:
+    """A defect of an adapter's keys that has one reading, and was read so.
+
+    Attributes:
+        what: The defect and what became of it.
+        old, new: One of the keys, before and after.
+        count: How many keys.
+    """
+
+    what: str
+    old: str
+    new: str
+    count: int
+
+    def __str__(self) -> str:
+        more = f", and {self.count - 1} more" if self.count > 1 else ""
+        return f"{self.what}: {self.old} -> {self.new}{more}"
+
+
+@dataclass(frozen=True, slots=True)
 class Adapter:
     """An adapter as it lies on disk, whatever wrote it.
 
@@ -164,7 +187,10 @@ class Adapter:
         config: The parsed adapter config.
         base_model: What the config names as its base, and the revision of it.
         notes: What a reader of the file should know and no tensor shows.
-        side_files: Relative paths of the tokenizer and chat-template files that it brings.
+        repairs: What was wrong with the keys and is put right in `entries`.
+        side_files: Relative paths of the files of a tokenizer or processor that it brings.
+        left_out: Relative paths of what else lies there, leftovers of the training aside.
+        selection: The modules that the config names, if it does.
     """
 
     given: str
@@ -178,6 +204,9 @@ class Adapter:
     revision: str | None
     notes: tuple[str, ...] = field(repr=False)
     side_files: tuple[str, ...] = field(repr=False)
+    left_out: tuple[str, ...] = field(repr=False)
+    selection: Selection | None = field(default=None, repr=False)
+    repairs: tuple[Repair, ...] = field(default=(), repr=False)
 
     @property
     def files(self) -> tuple[str, ...]:
@@ -269,8 +298,8 @@ class Input:
 
     Attributes:
         role: `base`, or `adapter 1` and so on.
-        header: As in `Source`.
-        content: SHA-256 of the whole file, for adapters, which are small; else None.
+        header: As in `Source`; None for a file that holds no tensors and is only copied.
+        content: SHA-256 of the whole file; None for the base's weights, which are large.
         identity: Of the file whose header was read. It does not go into the plan's hash, which
             must be the same on another machine.
     """
@@ -278,7 +307,7 @@ class Input:
     role: str
     path: str
     size: int
-    header: str
+    header: str | None
     content: str | None
     identity: Identity = field(compare=False)
 

@@ -1,26 +1,38 @@
 """Adapter kind -> how it changes a block of W: one file per kind, the file's name is the kind's.
 
-W is seen as a matrix of `rows × columns`: dimension 0, and all others flattened. A kind says what
-it does to a block of rows; that is all the executor needs to stream it.
+W is seen as a matrix of `rows × columns`: dimension 0, and all others flattened, unless the kind
+sees it otherwise. A kind says what it does to a block of rows; that is all the executor needs to
+stream it.
 """
 
 from __future__ import annotations
 
 import importlib
+import math
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol, cast
+
+from weft.core.blocks import rows_and_columns
+from weft.core.specs import AddDeltas, Load
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping
 
     from torch import Tensor
 
-    from weft.core.specs import Delta, Param, Shape
+    from weft.core.specs import Delta, Expression, Param, Shape, TensorJob
 
     Blocks = Callable[[], Iterator[tuple[int, Tensor]]]
 
 
 class Source(Protocol):
-    """The tensors of one delta, widened to the arithmetic dtype and on the device."""
+    """The tensors of one delta, widened to the arithmetic dtype and on the device.
+
+    Attributes:
+        shape: Of W: (outputs, inputs) where W is a matrix, also if it is stored transposed.
+    """
+
+    shape: Shape
 
     def whole(self, role: str) -> Tensor:
         """The tensor of `role`; for factors, which are small."""
@@ -35,8 +47,14 @@ class DeltaKind(Protocol):
     # True: `block` gives ΔW. False: it gives the new weight, of which ΔW is the distance to W.
     ADDITIVE: bool
 
-    # A kind may also define `square(state) -> float`: ‖ΔW‖² of the whole tensor in closed form,
-    # which saves the executor a pass over it.
+    # A kind may also define
+    # - `square(state) -> float`: ‖ΔW‖² of the whole tensor in closed form, which saves the executor
+    #   a pass over it;
+    # - `together(shape, params) -> int`: that only so many rows at once, from a multiple of it on,
+    #   can be computed (0: only all of them);
+    # - `matrix(shape) -> (rows, columns)`: that it sees W otherwise;
+    # - `TRANSPOSES = True`: that it deals with `transposed` itself. Else W is handed to it as
+    #   (outputs, inputs), all of it at once.
 
     def orientations(
         self, shapes: Mapping[str, Shape], params: Mapping[str, Param], weight: Shape
@@ -53,3 +71,45 @@ class DeltaKind(Protocol):
 def kind(name: str) -> DeltaKind:
     """The kind called `name`."""
     return cast("DeltaKind", importlib.import_module(f"{__name__}.{name}"))
+
+
+def transposes(name: str) -> bool:
+    """Whether the kind takes W as it is stored, and turns its own tensors instead."""
+    return getattr(kind(name), "TRANSPOSES", False)
+
+
+@dataclass(frozen=True, slots=True)
+class Layout:
+    """How a job's tensor is cut.
+
+    Attributes:
+        rows, columns: The matrix that it is seen as.
+        together: How many rows must stay in one piece; pieces begin at multiples of it.
+    """
+
+    rows: int
+    columns: int
+    together: int
+
+
+def layout(job: TensorJob) -> Layout:
+    """By rows, as its deltas see it; or anywhere, where each element stands for itself."""
+    rows, columns = rows_and_columns(job.shape)
+    if isinstance(job.expression, Load):
+        return Layout(rows * columns, 1, 1)
+    together = 1
+    for delta in _deltas(job.expression):
+        own = kind(delta.kind)
+        if hasattr(own, "matrix"):
+            rows, columns = own.matrix(job.shape)
+        if delta.param("transposed", False) and not transposes(delta.kind):
+            together = 0
+        elif hasattr(own, "together"):
+            together = math.lcm(together, own.together(job.shape, dict(delta.params)))
+    return Layout(rows, columns, together or max(rows, 1))
+
+
+def _deltas(expression: Expression) -> Iterator[Delta]:
+    if isinstance(expression, AddDeltas):
+        yield from _deltas(expression.base)
+        yield from expression.deltas

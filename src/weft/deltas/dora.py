@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from weft.deltas import Blocks, Source
 
 ADDITIVE = False
+TRANSPOSES = True
 
 
 @dataclass(frozen=True, slots=True)

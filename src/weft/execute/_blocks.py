@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from weft.core.blocks import PAGE
 from weft.core.errors import FormatError
 
 if TYPE_CHECKING:
@@ -52,6 +53,14 @@ class Files:
             return self._handles[file]
 
 
+def _pages(nbytes: int, *, pin: bool) -> tuple[Tensor, memoryview]:
+    """Host memory from the beginning of a page on."""
+    tensor = torch.empty(nbytes + PAGE, dtype=torch.uint8, device="cpu", pin_memory=pin)
+    tensor = tensor[-tensor.data_ptr() % PAGE :][:nbytes]
+    raw = (ctypes.c_char * nbytes).from_address(tensor.data_ptr())
+    return tensor, memoryview(raw).cast("B")
+
+
 def _new_stream(device: torch.device) -> torch.cuda.Stream:
     return torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
 
@@ -69,15 +78,16 @@ class Workspace(threading.local):
         self._host: dict[str, tuple[Tensor, memoryview]] = {}
         self._compute: dict[tuple[str, torch.dtype], Tensor] = {}
 
-    def host(self, slot: str, nbytes: int) -> tuple[Tensor, memoryview]:
-        """`nbytes` of host memory, as a tensor and as a buffer of the same bytes."""
-        if slot not in self._host or self._host[slot][0].numel() < nbytes:
-            pin = self.stream is not None
-            tensor = torch.empty(nbytes, dtype=torch.uint8, device="cpu", pin_memory=pin)
-            raw = (ctypes.c_char * nbytes).from_address(tensor.data_ptr())
-            self._host[slot] = (tensor, memoryview(raw).cast("B"))
+    def host(self, slot: str, nbytes: int, offset: int = 0) -> tuple[Tensor, memoryview]:
+        """`nbytes` of host memory, as a tensor and as a buffer of the same bytes.
+
+        They lie in the memory's pages as bytes from `offset` on lie in a file's.
+        """
+        if slot not in self._host or self._host[slot][0].numel() < nbytes + PAGE:
+            self._host[slot] = _pages(nbytes + PAGE, pin=self.stream is not None)
         tensor, view = self._host[slot]
-        return tensor[:nbytes], view[:nbytes]
+        begin = offset % PAGE
+        return tensor[begin : begin + nbytes], view[begin : begin + nbytes]
 
     def compute(self, slot: str, rows: int, columns: int, dtype: torch.dtype) -> Tensor:
         """An uninitialised (rows, columns) matrix on the device."""
@@ -108,15 +118,12 @@ class Workspace(threading.local):
         else:
             out.copy_(host)
 
-    def narrow(self, values: Tensor, dtype: torch.dtype) -> tuple[Tensor, memoryview]:
-        """Round `values` once, to `dtype`: on the device, and as bytes on the host."""
-        tensor, view = self.host("out", values.numel() * dtype.itemsize)
-        host = tensor.view(dtype).view(values.shape)
+    def narrow(self, values: Tensor, out: Tensor) -> Tensor:
+        """Round `values` once, to the dtype of `out` on the host; -> the same on the device."""
         if self.stream is None:
-            host.copy_(values)
-            return host, view
-        rounded = self.compute("rounded", values.shape[0], values.shape[1], dtype)
+            return out.copy_(values)
+        rounded = self.compute("rounded", values.shape[0], values.shape[1], out.dtype)
         rounded.copy_(values)
-        host.copy_(rounded, non_blocking=True)
+        out.copy_(rounded, non_blocking=True)
         self.stream.synchronize()
-        return rounded, view
+        return rounded

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 from weft import deltas
-from weft.core.blocks import BLOCK, cut, matrix, rows_and_columns
+from weft.core.blocks import BLOCK, cut, rows_and_columns
 from weft.core.errors import NumericsError
 from weft.core.specs import AddDeltas, Delta, Expression, Load, TensorJob, leaves
 
@@ -44,6 +45,7 @@ class _Source:
     """The tensors of one delta, read and widened on demand (see `weft.deltas.Source`)."""
 
     def __init__(self, kernel: Kernel, delta: Delta) -> None:
+        self.shape = kernel.job.shape[:: -1 if _turned(delta) else 1]
         self._kernel = kernel
         self._refs = dict(delta.tensors)
 
@@ -74,7 +76,7 @@ class Kernel:
         self.workspace = workspace
         wide = {ref.dtype for ref in leaves(job.expression)} | {job.dtype}
         self.dtype = torch.float64 if "float64" in wide else torch.float32
-        self.rows, self.columns = matrix(job)
+        self.layout = deltas.layout(job)
         self._states: dict[int, tuple[DeltaKind, Any]] = {}
         self._prepare(job.expression)
         self._square = self._square_of(job.expression)
@@ -86,38 +88,47 @@ class Kernel:
         """What is known of the whole tensor without its blocks, and missing from their sums."""
         return Sums(delta=self._square or 0.0)
 
-    def run(self, start: int, stop: int) -> Iterator[tuple[int, memoryview, Sums | None]]:
-        """Rows `start` to `stop`: for each block its first row, its bytes, and its sums.
+    def run(self, start: int, stop: int, offset: int) -> tuple[memoryview, Sums | None]:
+        """Rows `start` to `stop`: their bytes, for the place `offset` of a file, and their sums.
 
-        The bytes stay valid until the next block is asked for.
+        The bytes stay valid until this thread runs again.
 
         Raises:
             NumericsError: NaN or infinity, or an overflow of the output dtype.
         """
-        out_dtype = getattr(torch, self.job.dtype)
+        dtype = getattr(torch, self.job.dtype)
+        count = (stop - start) * self.layout.columns * dtype.itemsize
+        host, raw = self.workspace.host("out", count, offset)
+        out = host.view(dtype).view(stop - start, self.layout.columns)
+        total: Sums | None = None
         for first, last in self._cut(start, stop):
-            shape = (last - first, self.columns)
-            weight = self.workspace.compute("weight", *shape, self.dtype)
-            if isinstance(self.job.expression, Load):
-                self._evaluate(self.job.expression, first, last, weight)
-                rounded, raw = self.workspace.narrow(weight, out_dtype)
-                self._check_cast(weight, rounded)
-                yield first, raw, None
-                continue
-            delta = self.workspace.compute("delta", *shape, self.dtype)
-            value = self.workspace.compute("value", *shape, self.dtype)
-            self._evaluate(self.job.expression.base, first, last, weight)
-            self._add_deltas(self.job.expression, first, weight, delta, value)
-            rounded, raw = self.workspace.narrow(value, out_dtype)
-            yield first, raw, self._sums(weight, delta, value, rounded)
+            sums = self._block(first, last, out[first - start : last - start])
+            total = total + sums if total and sums else sums
+        return raw, total
+
+    def _block(self, start: int, stop: int, out: Tensor) -> Sums | None:
+        """Rows `start` to `stop`, rounded into `out` on the host."""
+        shape = (stop - start, self.layout.columns)
+        weight = self.workspace.compute("weight", *shape, self.dtype)
+        if isinstance(self.job.expression, Load):
+            self._evaluate(self.job.expression, start, stop, weight)
+            self._check_cast(weight, self.workspace.narrow(weight, out))
+            return None
+        delta = self.workspace.compute("delta", *shape, self.dtype)
+        value = self.workspace.compute("value", *shape, self.dtype)
+        self._evaluate(self.job.expression.base, start, stop, weight)
+        self._add_deltas(self.job.expression, start, weight, delta, value)
+        return self._sums(weight, delta, value, self.workspace.narrow(value, out))
 
     def bytes_read(self, rows: int) -> int:
         """What `rows` rows of the output cost to read, the small factors aside."""
-        large = [r for r in leaves(self.job.expression) if r.numel == self.rows * self.columns]
-        return sum(rows * r.nbytes // max(self.rows, 1) for r in large)
+        count = self.layout.rows * self.layout.columns
+        large = [ref for ref in leaves(self.job.expression) if ref.numel == count]
+        return sum(rows * ref.nbytes // max(self.layout.rows, 1) for ref in large)
 
     def _cut(self, start: int, stop: int) -> list[tuple[int, int]]:
-        return cut(start, stop, self.columns, BLOCK[self.workspace.device.type])
+        layout, elements = self.layout, BLOCK[self.workspace.device.type]
+        return cut(start, stop, layout.columns, elements, layout.together)
 
     # ------------------------------------------------------------------------------- expressions
 
@@ -126,15 +137,17 @@ class Kernel:
             return
         self._prepare(expression.base)
 
-        def blocks() -> Iterator[tuple[int, Tensor]]:
-            for first, last in self._cut(0, self.rows):
-                out = self.workspace.compute("weight", last - first, self.columns, self.dtype)
+        def blocks(turned: bool) -> Iterator[tuple[int, Tensor]]:
+            columns = self.layout.columns
+            for first, last in self._cut(0, self.layout.rows):
+                out = self.workspace.compute("weight", last - first, columns, self.dtype)
                 self._evaluate(expression.base, first, last, out)
-                yield first, out
+                yield first, out.T if turned else out
 
         for delta in expression.deltas:
             kind = deltas.kind(delta.kind)
-            self._states[id(delta)] = (kind, kind.prepare(delta, _Source(self, delta), blocks))
+            state = kind.prepare(delta, _Source(self, delta), partial(blocks, _turned(delta)))
+            self._states[id(delta)] = (kind, state)
 
     def _square_of(self, expression: Expression) -> float | None:
         """‖ΔW‖² in closed form, where there is one."""
@@ -160,10 +173,27 @@ class Kernel:
     ) -> None:
         """`value` = W + ΣwᵢΔWᵢ and `delta` = ΣwᵢΔWᵢ for the block `weight`."""
         first, *rest = expression.deltas
-        kind, state = self._states[id(first)]
+        kind, _state = self._states[id(first)]
         if not rest and first.weight == 1 and not kind.ADDITIVE:
-            kind.block(state, weight, start, value)
+            self._run_kind(first, start, weight, value)
             torch.sub(value, weight, out=delta)
+            return
+        if expression is self.job.expression and self._square == 0:
+            delta.zero_()
+            value.copy_(weight)  # and not W + 0, which makes +0 of −0
+            return
+        if rest and not all(self._states[id(each)][0].ADDITIVE for each in expression.deltas):
+            # Several may take W's place together (0.7 and 0.3 of two heads). Where |W| ≫ |v|, v − W
+            # loses v in float32; in float64 it keeps it, and is 0 still where v equals W.
+            rows, columns = weight.shape
+            total = self.workspace.compute("total", rows, columns, torch.float64).zero_()
+            for each in expression.deltas:
+                self._run_kind(each, start, weight, value)
+                total.add_(value, alpha=each.weight)
+                if not self._states[id(each)][0].ADDITIVE:
+                    total.sub_(weight, alpha=each.weight)
+            delta.copy_(total)
+            value.copy_(total.add_(weight))
             return
         self._add_one(first, start, weight, delta)
         if first.weight != 1:
@@ -174,10 +204,15 @@ class Kernel:
         torch.add(weight, delta, out=value)
 
     def _add_one(self, delta: Delta, start: int, weight: Tensor, out: Tensor) -> None:
-        kind, state = self._states[id(delta)]
-        kind.block(state, weight, start, out)
-        if not kind.ADDITIVE:
+        self._run_kind(delta, start, weight, out)
+        if not deltas.kind(delta.kind).ADDITIVE:
             out.sub_(weight)
+
+    def _run_kind(self, delta: Delta, start: int, weight: Tensor, out: Tensor) -> None:
+        kind, state = self._states[id(delta)]
+        if _turned(delta):
+            weight, out = weight.T, out.T
+        kind.block(state, weight, start, out)
 
     # ---------------------------------------------------------------------------------- the proof
 
@@ -215,6 +250,11 @@ class Kernel:
                 f"{self.job.name} overflows {self.job.dtype}: it reaches {largest:.4g}",
                 "write --dtype bfloat16 or --dtype float32",
             )
+
+
+def _turned(delta: Delta) -> bool:
+    """W is stored (inputs, outputs), and the kind wants it the other way round."""
+    return bool(delta.param("transposed", False)) and not deltas.transposes(delta.kind)
 
 
 def _square(values: Tensor) -> float:

@@ -1,9 +1,9 @@
 """The executor on one machine: threads that share a queue of pieces.
 
 Torch and the kernel's I/O release the interpreter's lock, so reading, arithmetic and writing
-overlap. A piece is a strip of rows of one tensor, or a range of bytes that is only copied. Strips
-do not depend on the number of threads, and their sums are added in their order: the output and the
-receipts are the same for any number.
+overlap: while `threads` workers compute, the others write. A piece is a strip of rows of one
+tensor, or a range of bytes that is only copied. Strips do not depend on the number of threads, and
+their sums are added in their order: output and receipts are the same for any number.
 """
 
 from __future__ import annotations
@@ -19,7 +19,8 @@ from typing import TYPE_CHECKING, Protocol
 
 import torch
 
-from weft.core.blocks import COPY, STRIP, cut, matrix
+from weft import deltas
+from weft.core.blocks import COPY, STRIP, WORKERS, cut
 from weft.core.errors import WeftError
 from weft.core.events import Moved, OnEvent
 from weft.core.specs import Load, Receipt, TensorJob
@@ -140,6 +141,7 @@ def run(
     groups = list(_group(jobs, sink, STRIP[device.type]))
     queue = iter([(group, n) for group in groups for n in range(len(group.pieces))])
     lock = threading.Lock()
+    cores = threading.Semaphore(threads)
     stop = threading.Event()
     files = Files()
     workspace = Workspace(device)
@@ -151,12 +153,13 @@ def run(
                     item = next(queue, None)
                 if item is None:
                     return
-                _run_piece(*item, sink, files, workspace, on_event)
+                _run_piece(*item, sink, files, workspace, cores, on_event)
 
-    pool = ThreadPoolExecutor(threads, thread_name_prefix="weft")
+    workers = WORKERS * threads
+    pool = ThreadPoolExecutor(workers, thread_name_prefix="weft")
     try:
         with _one_torch_thread():
-            futures = [pool.submit(work) for _ in range(threads)]
+            futures = [pool.submit(work) for _ in range(workers)]
             done, _ = wait(futures, return_when=FIRST_EXCEPTION)
             stop.set()
             for future in done:
@@ -198,8 +201,8 @@ def _group(jobs: Sequence[TensorJob], sink: Sink, strip: int) -> Iterator[_Group
             yield _copies(run_of_copies)
         run_of_copies = [job] if job.is_copy else []
         if not job.is_copy:
-            rows, columns = matrix(job)
-            pieces = cut(0, rows, columns, strip)
+            layout = deltas.layout(job)
+            pieces = cut(0, layout.rows, layout.columns, strip, layout.together)
             yield _Group([job], pieces, left=len(pieces))
     if run_of_copies:
         yield _copies(run_of_copies)
@@ -228,7 +231,13 @@ def _copies(jobs: list[TensorJob]) -> _Group:
 
 
 def _run_piece(
-    group: _Group, number: int, sink: Sink, files: Files, workspace: Workspace, on_event: OnEvent
+    group: _Group,
+    number: int,
+    sink: Sink,
+    files: Files,
+    workspace: Workspace,
+    cores: threading.Semaphore,
+    on_event: OnEvent,
 ) -> None:
     start, stop = group.pieces[number]
     job = group.jobs[0]
@@ -238,14 +247,14 @@ def _run_piece(
         sink.copy(job, sink.offset(job.name) + start - ref.start, ref.file, start, stop - start)
         on_event(Moved(stop - start, stop - start))
     else:
-        with group.lock:
+        with group.lock, cores:
             kernel = group.kernel = group.kernel or Kernel(job, files, workspace)
-        sums: Sums | None = None
-        row = kernel.columns * getattr(torch, job.dtype).itemsize
-        for first, data, part in kernel.run(start, stop):
-            sink.write(job, sink.offset(job.name) + first * row, data)
-            on_event(Moved(kernel.bytes_read(len(data) // max(row, 1)), len(data)))
-            sums = sums + part if sums and part else part
+        row = kernel.layout.columns * getattr(torch, job.dtype).itemsize
+        offset = sink.offset(job.name) + start * row
+        with cores:
+            data, sums = kernel.run(start, stop, offset)
+        sink.write(job, offset, data)
+        on_event(Moved(kernel.bytes_read(stop - start), len(data)))
         if sums:
             group.sums[number] = sums
             group.closed_form = kernel.closed_form

@@ -15,29 +15,13 @@ from weft.core.units import clean
 from weft.formats.identity import identify
 from weft.formats.safetensors import Header
 from weft.formats.safetensors import read_header as read_safetensors_header
+from weft.formats.side_files import beside_model
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
 
     import numpy as np
 
-KEPT_SUFFIXES = {
-    ".json",
-    ".txt",
-    ".model",
-    ".jinja",
-    ".py",
-    ".tiktoken",
-    ".bpe",
-    ".spm",
-    ".vocab",
-    ".md",
-}
-KEPT_NAMES = {"LICENSE", "NOTICE"}
-# Written anew, and about the training and not about the model.
-_NOT_KEPT = {"README.md", "weft.json"}
-_OF_TRAINING = {"adapter_config.json", "trainer_state.json", "all_results.json"}
-KEPT_FOLDERS = {"additional_chat_templates", "chat_templates"}
 _WEIGHT_SUFFIXES = {".safetensors", ".bin", ".pt", ".pth"}
 
 
@@ -61,7 +45,7 @@ def open_checkpoint(path: Path, given: str) -> Checkpoint:
     sources = [header.source for header in headers.values()]
     tensors = _tensors(folder, headers, weight_map)
     _refuse_adapter(folder / files[0], tensors)
-    kept, left = _side_files(folder, files) if alone else ([], [])
+    kept, left = beside_model(folder, files) if alone else ([], [])
     config: dict[str, Any] = {}
     if "config.json" in kept:
         config, source = _read_config(folder / "config.json")
@@ -86,10 +70,11 @@ def _read_config(path: Path) -> tuple[dict[str, Any], Source]:
     for field, form in _CONFIG_FORMS.items():
         for part in parts:
             if part.get(field) is not None and not isinstance(part[field], form):
-                raise FormatError(f"{path}: {field} is {clean(repr(part[field]))[:60]}")
+                shown = clean(repr(part[field]))[:60]
+                raise FormatError(f"{path}: {field} is {shown}, not a {form.__name__}", _CORRECT)
     architectures = config.get("architectures") or []
     if not all(isinstance(name, str) for name in architectures):
-        raise FormatError(f"{path}: architectures is not a list of names")
+        raise FormatError(f"{path}: architectures is not a list of names", _CORRECT)
     return config, source
 
 
@@ -240,40 +225,7 @@ def _tensors(
     return tensors
 
 
-def _side_files(folder: Path, weights: list[str]) -> tuple[list[str], list[str]]:
-    """What belongs to the model beside its weights, and what else lies in the folder."""
-    kept: list[str] = []
-    left: list[str] = []
-    folders = set(KEPT_FOLDERS)
-    if (folder / "modules.json").is_file():  # sentence-transformers: one folder per module
-        folders |= _module_folders(folder / "modules.json")
-    for path in sorted(folder.iterdir()):
-        if path.name.startswith(".") or path.name in weights or path.name.endswith(".index.json"):
-            continue
-        if path.is_dir():
-            if path.name in folders:
-                kept += [str(f.relative_to(folder)) for f in sorted(path.rglob("*")) if f.is_file()]
-            else:
-                left.append(path.name + "/")
-        elif path.name in _NOT_KEPT:
-            continue
-        elif path.name in _OF_TRAINING:
-            left.append(path.name)
-        elif path.suffix in KEPT_SUFFIXES or path.name in KEPT_NAMES:
-            if not path.is_file():
-                raise FormatError(f"{path} is a link to nothing", "finish the download")
-            kept.append(path.name)
-        else:
-            left.append(path.name)
-    return kept, left
-
-
-def _module_folders(path: Path) -> set[str]:
-    try:
-        modules = json.loads(path.read_text(encoding="utf-8"))
-        return {m["path"] for m in modules if m["path"]}
-    except (ValueError, TypeError, KeyError, RecursionError):
-        raise FormatError(f"{path} is not a list of modules with their paths") from None
+_CORRECT = "correct it there, or save or download the file again"
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -296,12 +248,23 @@ def read_json_source(path: Path) -> tuple[dict[str, Any], Source]:
             identity, raw = identify(file), file.read()
         content = json.loads(raw.decode("utf-8"))
     except (ValueError, RecursionError) as error:
-        raise FormatError(f"{path} is not JSON: {str(error)[:100]}") from None
+        raise FormatError(f"{path} is not JSON: {_what_is_wrong(error)}", _CORRECT) from None
     except OSError as error:
         raise FormatError(f"cannot read {path}: {error.strerror}") from None
     if not isinstance(content, dict):
-        raise FormatError(f"{path} is a JSON {type(content).__name__}, not an object")
+        what = f"{path} is a JSON {type(content).__name__}, not an object"
+        raise FormatError(what, _CORRECT)
     return content, Source(str(path.absolute()), hashlib.sha256(raw).hexdigest(), identity)
+
+
+def _what_is_wrong(error: ValueError | RecursionError) -> str:
+    if isinstance(error, json.JSONDecodeError):
+        if not error.doc.strip():
+            return "it is empty"
+        return f"line {error.lineno}, column {error.colno}: {error.msg}"
+    if isinstance(error, UnicodeDecodeError):
+        return f"byte {error.start} is not UTF-8"
+    return str(error)[:100]
 
 
 def describe_input(role: str, source: Source) -> Input:
@@ -310,10 +273,27 @@ def describe_input(role: str, source: Source) -> Input:
     Raises:
         FormatError: An adapter's file is another one by now.
     """
-    # Two checkpoints of one training differ in nothing but their values; the base's are too many.
+    path, identity = Path(source.path), source.identity
+    if path.suffix not in _WEIGHT_SUFFIXES:
+        return Input(role, source.path, identity.size, None, source.header, identity)
+    # A base is too large to be hashed. Of an adapter the header is not enough: two checkpoints of
+    # one training differ in nothing else.
     content = None if role == "base" else _digest(source)
-    size = source.identity.size
-    return Input(role, source.path, size, source.header, content, source.identity)
+    return Input(role, source.path, identity.size, source.header, content, identity)
+
+
+def describe_copied(role: str, path: Path) -> Input:
+    """The same of a file that is copied, whatever is in it.
+
+    (sentence-transformers has weights among such.)
+    """
+    try:
+        with path.open("rb") as file:
+            identity = identify(file)
+            content = hashlib.file_digest(file, "sha256").hexdigest()
+    except OSError as error:
+        raise FormatError(f"cannot read {path}: {error.strerror}") from None
+    return Input(role, str(path.absolute()), identity.size, None, content, identity)
 
 
 def _digest(source: Source) -> str:

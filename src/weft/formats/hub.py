@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 
 from weft.core.errors import NotFound, WeftError
 from weft.core.units import clean
-from weft.formats.checkpoint import KEPT_FOLDERS, KEPT_NAMES, KEPT_SUFFIXES
+from weft.formats.side_files import KEPT_FOLDERS, KEPT_NAMES, KEPT_SUFFIXES
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -22,6 +22,11 @@ if TYPE_CHECKING:
 _ID = re.compile(
     r"(?P<repo>[\w.-]+/[\w.-]+)(?:/(?P<subfolder>[\w./-]+?))?(?:@(?P<revision>[\w./-]+))?"
 )
+_CACHED = re.compile(r"(?:^|[/\\])models--(?P<repo>[\w.-]+)(?:[/\\]|$)")
+_FOLDERS = {
+    *("model", "models", "base_models", "pretrained", "weights", "checkpoints", "ckpt", "ckpts"),
+    *("output", "outputs", "results", "runs", "saves", "data", "home", "mnt", "workspace"),
+}
 _PICKLES = re.compile(r"(pytorch|adapter)_model.*\.bin")
 
 
@@ -31,12 +36,7 @@ def resolve(given: str, *, revision: str | None = None, cache_dir: str | None = 
     Raises:
         NotFound: Neither a path nor, as far as can be reached, a repository on the hub.
     """
-    try:
-        path = Path(given).expanduser()
-        there = bool(given) and path.exists()
-    except (OSError, RuntimeError, ValueError):  # too long, no such user, a NUL
-        there = False
-    if there:
+    if path := _local(given):
         return _snapshot_of(path, revision) if path.name.startswith("models--") else path
     match = _ID.fullmatch(given)
     if match is None or given.startswith((".", "/", "~")):
@@ -46,6 +46,28 @@ def resolve(given: str, *, revision: str | None = None, cache_dir: str | None = 
     revision = match["revision"] or revision
     folder = _download(match["repo"], match["subfolder"], revision, cache_dir)
     return folder / match["subfolder"] if match["subfolder"] else folder
+
+
+def _local(given: str) -> Path | None:
+    """The path that `given` is on this machine, if it is one."""
+    try:
+        path = Path(given).expanduser()
+        return path if given and path.exists() else None
+    except (OSError, RuntimeError, ValueError):  # too long, no such user, a NUL
+        return None
+
+
+def repository(text: str) -> str | None:
+    """`org/name` of an id, or of a path into the hub's cache; None for what is neither.
+
+    `models/llama` is both an id and a path on somebody's machine: by its first part it is a path.
+    """
+    if cached := _CACHED.search(text):
+        return cached["repo"].replace("--", "/")
+    match = _ID.fullmatch(text)
+    if match is None or text.startswith((".", "/", "~")) or _local(text):
+        return None
+    return None if match["repo"].partition("/")[0].lower() in _FOLDERS else match["repo"]
 
 
 def _snapshot_of(path: Path, revision: str | None) -> Path:

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from weft.core.blocks import PAGE
 from weft.core.dtypes import CODES, NAMES, itemsize
 from weft.core.errors import FormatError, NotFound
 from weft.core.specs import Shape, Source, TensorRef
@@ -81,8 +82,8 @@ def build_header(
     """The head of a file with `tensors` (name, dtype, shape), laid out in the order given.
 
     Returns:
-        The bytes before the data, and each tensor's offset in the file. The data begins at a
-        multiple of 8, as readers that map the file need it.
+        The bytes before the data, and each tensor's offset in the file. The data begins with
+        a page, as files written past the page cache need it (readers ask for a multiple of 8).
     """
     content: dict[str, Any] = {"__metadata__": metadata}
     offsets: dict[str, int] = {}
@@ -93,7 +94,7 @@ def build_header(
         content[name] = {"dtype": CODES[dtype], "shape": shape, "data_offsets": (offset, end)}
         offset = end
     raw = json.dumps(content, separators=(",", ":"), ensure_ascii=False).encode()
-    raw += b" " * (-len(raw) % 8)
+    raw += b" " * (-(8 + len(raw)) % PAGE)
     head = len(raw).to_bytes(8, "little") + raw
     return head, {name: len(head) + start for name, start in offsets.items()}
 

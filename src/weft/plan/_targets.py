@@ -12,6 +12,7 @@ from weft.core.errors import Problem
 from weft.core.names import Match, match, nearest
 from weft.core.specs import Adapter, AdapterEntry, Checkpoint, Delta, Shape, TensorRef
 from weft.formats.checkpoint import same_values
+from weft.plan._coverage import doubts
 from weft.plan.preflight import config_value
 
 if TYPE_CHECKING:
@@ -44,6 +45,7 @@ class Targets:
     changes: dict[str, Change] = field(default_factory=dict)
     added: dict[str, TensorRef] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
+    warnings: list[str] = field(default_factory=list)
     problems: list[Problem] = field(default_factory=list)
     near: dict[str, list[str]] = field(default_factory=dict)
 
@@ -69,6 +71,7 @@ def collect(
     placed: list[_Placed] = []
     for number, (adapter, weight) in enumerate(adapters):
         names = _match(base, adapter, head, targets)
+        targets.warnings += doubts(base, adapter, names) if weight else []
         for entry in adapter.entries if weight else ():
             name = names.get(entry.target)
             if name is None:

@@ -6,7 +6,7 @@ import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from weft.core.blocks import BLOCK, rows_and_columns
+from weft.core.blocks import BLOCK, STRIP, WORKERS, rows_and_columns
 from weft.core.dtypes import WEIGHTS, itemsize
 from weft.core.errors import Problem
 from weft.core.specs import AddDeltas, Checkpoint, Plan, job_bytes, leaves
@@ -68,9 +68,19 @@ def dominant_dtype(sizes: Iterable[tuple[str, int]]) -> str | None:
 
 @dataclass(frozen=True, slots=True)
 class Work:
-    """The size of a plan: bytes, tensors, and an estimate of peak resident memory in bytes."""
+    """The size of a plan: bytes, tensors, and an estimate of peak resident memory in bytes.
+
+    Attributes:
+        read: Bytes of the tensors that are read.
+        files: That hold them.
+        written: Bytes of the output's tensors.
+        tensors: In the output.
+        changed: Of which have a delta.
+        memory: An estimate.
+    """
 
     read: int
+    files: int
     written: int
     tensors: int
     changed: int
@@ -85,16 +95,20 @@ def measure(plan: Plan, threads: int) -> Work:
         if job.is_copy:
             continue
         rows, columns = rows_and_columns(job.shape)
-        elements = min(rows * columns, max(BLOCK["cpu"], 32 * columns))
-        # Three float32 matrices, the narrow input and the narrow output.
-        blocks = max(blocks, elements * (3 * 4 + 4 + itemsize(job.dtype)))
+        block, strip = (
+            min(rows * columns, max(elements, 32 * columns))
+            for elements in (BLOCK["cpu"], STRIP["cpu"])
+        )
+        # Four float32 matrices and the narrow input; the narrow output of a whole strip.
+        blocks = max(blocks, block * (4 * 4 + 4) + strip * itemsize(job.dtype))
         if isinstance(job.expression, AddDeltas):
             small = [r for r in leaves(job.expression) if r.shape != job.shape]
             factors = max(factors, sum(4 * math.prod(ref.shape) for ref in small))
     return Work(
         read=sum(ref.nbytes for ref in refs.values()),
+        files=len({ref.file for ref in refs.values()}),
         written=sum(job_bytes(job) for job in plan.jobs),
         tensors=len(plan.jobs),
         changed=sum(isinstance(job.expression, AddDeltas) for job in plan.jobs),
-        memory=_RUNTIME + threads * (blocks + factors),
+        memory=_RUNTIME + threads * (WORKERS * blocks + factors),
     )

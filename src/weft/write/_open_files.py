@@ -12,16 +12,17 @@ _SPARE = 32  # journal, folders, what torch and Python open on the way
 
 
 def allow_open_files(plan: Plan) -> None:
-    """Raise this process's own limit to what `plan` takes: a handle per shard, two per input.
+    """Raise this process's own limit to what `plan` takes: two handles per shard and per input.
 
-    (Inputs are read for the arithmetic by one, and for what is copied by the other.)
+    A shard is written through the page cache by one and past it by the other; an input is read by
+    one for the arithmetic, and by the other for what is copied.
 
     Raises:
         OutputError: The system does not allow that many.
     """
     shards = {job.shard for job in plan.jobs}
     inputs = {ref.file for job in plan.jobs for ref in leaves(job.expression)}
-    needed = _open_now() + len(shards) + 2 * len(inputs) + _SPARE
+    needed = _open_now() + 2 * (len(shards) + len(inputs)) + _SPARE
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     if soft == resource.RLIM_INFINITY or needed <= soft:
         return

@@ -25,13 +25,13 @@ from weft.write._journal import NAME as JOURNAL
 from weft.write._journal import Journal
 from weft.write._open_files import allow_open_files
 from weft.write._replace import put_in_place, replaced, sync
+from weft.write._shard_file import Flusher, ShardFile
 from weft.write.manifest import NAME as MANIFEST
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Sequence
 
 INDEX = "model.safetensors.index.json"
-_CHUNK = 2**24  # bytes, where the kernel cannot copy between the two file systems by itself
 
 
 class CheckpointSink:
@@ -55,10 +55,9 @@ class CheckpointSink:
         self.out, self.partial = _places(out)
         self._force = force
         self._sources: dict[str, int] = {}
-        self._shards: dict[str, int] = {}
+        self._shards: dict[str, ShardFile] = {}
         self._lock = threading.Lock()
-        self._flusher = _Flusher()
-        self._copy = _copy_in_kernel if hasattr(os, "copy_file_range") else _copy_by_hand
+        self._flusher = Flusher()
         self._headers: dict[str, bytes] = {}
         self._offsets: dict[str, int] = {}
         by_shard: dict[str, list[TensorJob]] = defaultdict(list)
@@ -86,10 +85,8 @@ class CheckpointSink:
         return self._offsets[name]
 
     def write(self, job: TensorJob, offset: int, data: memoryview) -> None:
-        handle = self._shards[job.shard]
         try:
-            _write_all(handle, data, offset)
-            self._flusher.wrote(handle, len(data))
+            self._shards[job.shard].write(data, offset)
         except OSError as error:
             raise _output_error(error, self.partial) from None
 
@@ -101,13 +98,9 @@ class CheckpointSink:
                 except OSError as error:
                     raise FormatError(f"cannot read {file}: {error.strerror}") from None
         try:
-            self._copy(self._sources[file], self._shards[job.shard], start, offset, count)
-            self._flusher.wrote(self._shards[job.shard], count)
+            self._shards[job.shard].copy(self._sources[file], start, offset, count)
         except OSError as error:
-            if self._copy is _copy_by_hand or error.errno not in _NO_KERNEL_COPY:
-                raise _output_error(error, self.partial) from None
-            self._copy = _copy_by_hand  # other file systems, an old kernel
-            self.copy(job, offset, file, start, count)
+            raise _output_error(error, self.partial) from None
 
     def finish(self, receipts: Sequence[Receipt]) -> None:
         try:
@@ -168,7 +161,9 @@ class CheckpointSink:
     def close(self) -> None:
         """Let go of every file; without `commit`, the partial folder stays for a resumed run."""
         self._flusher.stop()
-        for handle in (*self._shards.values(), *self._sources.values()):
+        for shard in self._shards.values():
+            shard.close()
+        for handle in self._sources.values():
             os.close(handle)
         self._shards, self._sources = {}, {}
         with contextlib.suppress(OSError):
@@ -187,10 +182,7 @@ class CheckpointSink:
                 size = len(header) + sum(job_bytes(job) for job in jobs)
                 if not path.exists() or path.stat().st_size != size:
                     self._journal.forget([job.name for job in jobs])
-                handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
-                self._shards[shard] = handle
-                os.ftruncate(handle, size)
-                _write_all(handle, memoryview(header), 0)
+                self._shards[shard] = ShardFile(path, header, size, self._flusher)
         except BaseException:
             self.close()
             raise
@@ -198,8 +190,8 @@ class CheckpointSink:
     def _make_durable(self) -> None:
         try:
             self._flusher.check()
-            for handle in self._shards.values():
-                os.fsync(handle)
+            for shard in self._shards.values():
+                shard.sync()
         except OSError:
             # The system forgets what it could not write: none of it may count for a resumed run.
             self._journal.forget([job.name for job in self.plan.jobs])
@@ -230,61 +222,6 @@ class CheckpointSink:
         for folder in replaced(self.out):
             if _is_model(folder):
                 shutil.rmtree(folder, ignore_errors=True)
-
-
-class _Flusher:
-    """Sends what is written on to the disk while the rest is computed.
-
-    Durability needs an fsync before the rename; this leaves it little to do.
-    """
-
-    _STEP = 2**28  # bytes
-
-    def __init__(self) -> None:
-        self._error: OSError | None = None
-        self._dirty: dict[int, int] = {}
-        self._wake = threading.Condition()
-        self._stopped = False
-        self._thread: threading.Thread | None = None
-
-    def wrote(self, handle: int, count: int) -> None:
-        """`count` more bytes wait to be flushed; every `_STEP` of them the thread is woken."""
-        with self._wake:
-            if self._thread is None and not self._stopped:
-                self._thread = threading.Thread(target=self._run, name="weft-flush", daemon=True)
-                self._thread.start()
-            self._dirty[handle] = self._dirty.get(handle, 0) + count
-            if self._dirty[handle] >= self._STEP:
-                self._wake.notify()
-
-    def stop(self) -> None:
-        """Leave the rest to fsync."""
-        with self._wake:
-            self._stopped = True
-            self._wake.notify()
-        if self._thread is not None:
-            self._thread.join()
-
-    def check(self) -> None:
-        """Raise what the thread met: the system reports it once, and a later fsync would not."""
-        if self._error is not None:
-            raise self._error
-
-    def _run(self) -> None:
-        while True:
-            with self._wake:
-                self._wake.wait_for(
-                    lambda: self._stopped or max(self._dirty.values(), default=0) >= self._STEP
-                )
-                if self._stopped:
-                    return
-                handle = max(self._dirty, key=lambda h: self._dirty[h])
-                self._dirty[handle] = 0
-            try:
-                os.fdatasync(handle) if hasattr(os, "fdatasync") else os.fsync(handle)
-            except OSError as error:
-                self._error = error
-                return
 
 
 def aligned(jobs: Sequence[TensorJob]) -> list[TensorJob]:
@@ -380,40 +317,6 @@ def _clear(partial: Path, keep: Iterable[str]) -> None:
 
 def _existing(folder: Path) -> Path:
     return folder if folder.exists() else _existing(folder.parent)
-
-
-_NO_KERNEL_COPY = {
-    errno.EXDEV,
-    errno.ENOSYS,
-    errno.EINVAL,
-    errno.EOPNOTSUPP,
-    errno.EPERM,
-    errno.EIO,
-}
-
-
-def _write_all(handle: int, data: memoryview, offset: int) -> None:
-    while data:
-        done = os.pwrite(handle, data, offset)
-        data, offset = data[done:], offset + done
-
-
-def _copy_in_kernel(source: int, target: int, start: int, offset: int, count: int) -> None:
-    """Bytes between two files without passing through this process; a reflink where there are."""
-    while count:
-        moved = os.copy_file_range(source, target, count, start, offset)
-        if not moved:
-            raise OSError(errno.EIO, "the input ended while it was being copied")
-        start, offset, count = start + moved, offset + moved, count - moved
-
-
-def _copy_by_hand(source: int, target: int, start: int, offset: int, count: int) -> None:
-    while count:
-        data = os.pread(source, min(count, _CHUNK), start)
-        if not data:
-            raise OSError(errno.ENODATA, "the input ended while it was being copied")
-        _write_all(target, memoryview(data), offset)
-        start, offset, count = start + len(data), offset + len(data), count - len(data)
 
 
 def _output_error(error: OSError, partial: Path, *, begun: bool = True) -> OutputError:

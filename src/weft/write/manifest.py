@@ -139,12 +139,10 @@ def origin(found: Checkpoint) -> Origin | None:
 
 
 def _input(entry: Input) -> dict[str, Any]:
-    return {
-        "role": entry.role,
-        "file": entry.path,
-        "bytes": entry.size,
-        "header_sha256": entry.header,
-    } | ({"sha256": entry.content} if entry.content else {})
+    digests = {"header_sha256": entry.header, "sha256": entry.content}
+    return {"role": entry.role, "file": entry.path, "bytes": entry.size} | {
+        name: digest for name, digest in digests.items() if digest
+    }
 
 
 def _tensor(job: TensorJob, plan: Plan, receipt: Receipt) -> dict[str, Any]:

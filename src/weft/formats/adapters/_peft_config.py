@@ -7,7 +7,9 @@ import re
 from typing import TYPE_CHECKING, Any
 
 from weft.core.errors import FormatError, Problem, Unsupported
+from weft.core.selection import Modules, Selection
 from weft.core.units import clean
+from weft.formats.adapters._peft_methods import methods
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -72,7 +74,7 @@ def _is_patterns(value: Any) -> bool:
     if not isinstance(value, dict) or not all(map(_is_number, value.values())):
         return False
     try:
-        return all(re.compile(pattern) for pattern in value)
+        return all(re.compile(_anywhere(pattern)) for pattern in value)
     except re.error:
         return False
 
@@ -107,15 +109,22 @@ def check(config: dict[str, Any], given: str, path: Path) -> None:
     for field, (fits, form) in _FORMS.items():
         if field in config and not fits(config[field]):
             shown = clean(repr(config[field]))[:60]
-            hint = "without it the scaling is unknown" if field == "lora_alpha" else None
+            hint = "correct it there, or save the adapter again"
+            hint = "without it the scaling is unknown" if field == "lora_alpha" else hint
             raise FormatError(f"{path}: {field} = {shown}, and must be {form}", hint)
 
 
 def _refuse_other_kinds(config: dict[str, Any], given: str) -> None:
     kind = clean(config["peft_type"])
+    if method := methods().get(config["peft_type"]):
+        problem = getattr(method, "check", lambda config: None)(config)
+        if problem:
+            raise Unsupported(f"{given}: {problem.what}", problem.hint)
+        return
     if kind != "LORA":
+        known = ", ".join(["LORA", *methods()])
         raise Unsupported(
-            f"{given} is a {kind} adapter; this release of weft merges LORA (with DoRA and rsLoRA)",
+            f"{given} is a {kind} adapter; this release of weft merges {known}",
             "merge it with PEFT's merge_and_unload",
         )
     for field, what in _VARIANTS.items():
@@ -144,10 +153,43 @@ def _refuse_other_kinds(config: dict[str, Any], given: str) -> None:
             )
 
 
+def selection_of(config: dict[str, Any]) -> Selection | None:
+    """The modules that the config names; None where it does not say, or not as PEFT would."""
+    targets = _modules(config.get("target_modules"))
+    excluded = _modules(config.get("exclude_modules") or [])
+    layers = config.get("layers_to_transform")
+    layers = [] if layers is None else layers if isinstance(layers, list) else [layers]
+    if not targets or excluded is None or not all(type(layer) is int for layer in layers):
+        return None
+    return Selection(
+        targets=targets,
+        others=tuple(map(_anywhere, config.get("rank_pattern") or {})),
+        excluded=excluded,
+        whole=frozenset(config.get("modules_to_save") or []),
+        layers=frozenset(layers),
+        tied=bool(config.get("ensure_weight_tying")),
+    )
+
+
+def _modules(value: Any) -> Modules | None:
+    if not isinstance(value, str):
+        return frozenset(value) if value and _is_names(value) else frozenset()
+    try:
+        re.compile(value)
+    except re.error:
+        return None
+    return None if value.lower() == "all-linear" else value  # which is a name for many
+
+
 def _matching(patterns: Any, module: str) -> list[Any]:
     """Values of the patterns that PEFT would find to match `module`, in the file's order."""
     patterns = patterns or {}
-    return [value for p, value in patterns.items() if re.match(rf"(.*\.)?({p})$", module)]
+    return [value for p, value in patterns.items() if re.match(_anywhere(p), module)]
+
+
+def _anywhere(pattern: str) -> str:
+    """A regular expression for whole paths of modules that end so."""
+    return rf"(.*\.)?({pattern})$"
 
 
 def rank_problem(module: str, A: TensorRef, config: dict[str, Any]) -> Problem | None:

@@ -14,17 +14,26 @@ from typing import TYPE_CHECKING, Any
 from weft.core.errors import FormatError, NotFound, PlanError, Problem
 from weft.core.specs import Adapter, AdapterEntry, Param, TensorRef
 from weft.core.units import clean
-from weft.formats.adapters._peft_config import CONFIG, KNOWN, check, rank_problem, scaling_of
+from weft.formats.adapters._peft_config import (
+    CONFIG,
+    KNOWN,
+    check,
+    rank_problem,
+    scaling_of,
+    selection_of,
+)
+from weft.formats.adapters._peft_methods import Module, methods
+from weft.formats.adapters._repairs import PREFIX, repair
 from weft.formats.checkpoint import read_header, read_json_source, same_bytes
+from weft.formats.side_files import beside_adapter
 
 if TYPE_CHECKING:
+    from collections.abc import Iterable, Mapping, Sequence
     from pathlib import Path
 
-if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from weft.formats.adapters._peft_methods import PeftMethod
 
 _FILES = ("adapter_model.safetensors", "adapter_model.bin")
-_PREFIX = "base_model.model."
 
 # suffix of a key -> role of the tensor
 _SUFFIXES = {
@@ -40,15 +49,6 @@ _SUFFIXES = {
 
 # Where a module that is wrapped keeps the weight that it had before.
 _ORIGINALS = ("token_adapter.base_layer", "base_layer", "original_module")
-# The files that make a tokenizer; a vocabulary among them makes it complete.
-TOKENIZER_VOCABULARIES = {
-    *("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model"),
-    *("sentencepiece.bpe.model", "tekken.json"),
-}
-TOKENIZER_FILES = TOKENIZER_VOCABULARIES | {
-    *("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "merges.txt"),
-    *("chat_template.jinja", "chat_template.json"),
-}
 
 
 def detect(path: Path) -> bool:
@@ -69,13 +69,13 @@ def read(path: Path, given: str) -> Adapter:
         Unsupported: A kind of adapter that weft does not merge, by name.
         PlanError: Keys or shapes that contradict each other or the config; all of them.
     """
-    named = path.name
+    asked = path.name
     path = _folder(path.absolute())
     config, source = read_json_source(path / CONFIG)
     check(config, given, path / CONFIG)
     # PEFT, too, prefers safetensors where both are there; unless the other one was named.
     files = [path / name for name in _FILES if (path / name).is_file()]
-    files.sort(key=lambda file: file.name != named)
+    files.sort(key=lambda file: file.name != asked)
     if not files:
         raise NotFound(
             f"{path} has {CONFIG} and no adapter_model.safetensors or .bin",
@@ -85,10 +85,17 @@ def read(path: Path, given: str) -> Adapter:
     tensors = {ref.name: ref for ref in header.tensors}
     if not tensors:
         raise FormatError(f"{files[0]} holds no tensors")
-    entries, problems = _entries(tensors, config)
+    method = methods().get(config["peft_type"])
+    repaired = repair(
+        tensors, method.SUFFIXES if method else _SUFFIXES, nested=_wraps_twice(tensors, config)
+    )
+    named = {new: tensors[old] for new, old in repaired.keys.items()}
+    entries, problems = _entries(named, config)
+    problems = [*repaired.problems, *problems]
     if problems:
         raise PlanError(f"the adapter {given}", problems)
-    unknown = sorted(key for key in set(config) - KNOWN if config[key])
+    known = KNOWN | method.FIELDS if method else KNOWN
+    unknown = sorted(key for key in set(config) - known if config[key])
     notes = []
     if unknown:
         names = ", ".join(map(clean, unknown))
@@ -99,6 +106,7 @@ def read(path: Path, given: str) -> Adapter:
             f"bias={config['bias']!r}, and no bias is in the file: PEFT 0.7 to 0.20 did not save "
             "those of lora_only"
         )
+    kept, left = beside_adapter(path)
     base = config.get("base_model_name_or_path")
     revision = config.get("revision")
     return Adapter(
@@ -112,11 +120,19 @@ def read(path: Path, given: str) -> Adapter:
         base_model=clean(base) if base else None,
         revision=revision or None,
         notes=tuple(notes),
-        side_files=tuple(sorted(f for f in TOKENIZER_FILES if (path / f).is_file())),
+        side_files=tuple(kept),
+        left_out=tuple(left),
+        selection=selection_of(config),
+        repairs=repaired.repairs,
     )
 
 
 # ------------------------------------------------------------------------------------ key grammar
+
+
+def _wraps_twice(keys: Iterable[str], config: dict[str, Any]) -> bool:
+    """Whether `base_layer` before a factor is PEFT's: fused experts, and attention as a whole."""
+    return bool(config.get("target_parameters")) or any(".base_layer.out_proj." in k for k in keys)
 
 
 def _entries(
@@ -125,11 +141,17 @@ def _entries(
     problems: list[Problem] = []
     modules: dict[str, dict[str, TensorRef]] = defaultdict(dict)
     replaced: list[tuple[str, TensorRef]] = []
+    method = methods().get(config["peft_type"])
+    suffixes = _longest_first(method.SUFFIXES if method else _SUFFIXES)
+    shared_keys = getattr(method, "SHARED", {})
+    shared = {shared_keys[key]: ref for key, ref in tensors.items() if key in shared_keys}
     for key, ref in tensors.items():
-        if not key.startswith(_PREFIX):
+        if key in shared_keys:
+            continue
+        if not key.startswith(PREFIX):
             problems.append(
                 Problem(
-                    f"tensor {key!r} in {ref.file} does not begin with {_PREFIX!r}",
+                    f"tensor {key!r} in {ref.file} does not begin with {PREFIX!r}",
                     "every key that PEFT writes begins so: save it with PEFT, or rename the keys",
                 )
             )
@@ -142,30 +164,33 @@ def _entries(
                 )
             )
             continue
-        path = key.removeprefix(_PREFIX)
-        suffix = next((s for s in _SUFFIXES if path.endswith(s)), None)
+        path = key.removeprefix(PREFIX)
+        suffix = next((s for s in suffixes if path.endswith(s)), None)
         if suffix:
             module = path.removesuffix(suffix)
             if ".base_layer" in f".{module}.":
                 problems.append(_nested(key, ref))
-            elif _SUFFIXES[suffix] in modules[module]:
+            elif suffixes[suffix] in modules[module]:
                 problems.append(
                     Problem(f"tensor {key!r} in {ref.file} stands for one seen already")
                 )
             else:
-                modules[module][_SUFFIXES[suffix]] = ref
+                modules[module][suffixes[suffix]] = ref
         elif re.search(r"\.lora_|\.trainable_tokens_", path):
             problems.append(
                 Problem(
                     f"tensor {key!r} in {ref.file} has no ending that weft knows",
-                    f"known endings: {', '.join(_SUFFIXES)}",
+                    f"known endings: {', '.join(suffixes)}",
                 )
             )
         else:
             replaced.append((path, ref))
     entries: list[AdapterEntry] = []
     for module, roles in modules.items():
-        found, wrong = _module_entries(module, roles, config)
+        if method:
+            found, wrong = _method_entries(Module(module, roles, shared, config), method)
+        else:
+            found, wrong = _module_entries(module, roles, config)
         entries += found
         problems += wrong
     copies, wrong = _saved_twice(replaced)
@@ -174,6 +199,22 @@ def _entries(
     problems += _lost_modules(entries, config)
     problems = problems or _broken_promises(entries, config)
     return entries, problems
+
+
+def _longest_first(suffixes: Mapping[str, str]) -> dict[str, str]:
+    return dict(sorted(suffixes.items(), key=lambda item: -len(item[0])))
+
+
+def _method_entries(module: Module, method: PeftMethod) -> tuple[list[AdapterEntry], list[Problem]]:
+    read = method.read(module)
+    if isinstance(read, Problem):
+        return [], [read]
+    used = {ref for entry in read for _, ref in entry.tensors}
+    unused = [ref.name for ref in module.tensors.values() if ref not in used]
+    if unused:
+        what = f"{', '.join(unused)} in {module.file} belong to nothing that {method.PEFT_TYPE} has"
+        return [], [Problem(what, "the config and the weights are not of one save")]
+    return read, []
 
 
 def _nested(key: str, ref: TensorRef) -> Problem:
