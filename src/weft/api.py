@@ -80,6 +80,7 @@ def merge(
     device: str = "cpu",
     force: bool = False,
     resume: bool = False,
+    strict: bool = False,
     revision: str | None = None,
     cache_dir: str | None = None,
     command: str | None = None,
@@ -97,6 +98,7 @@ def merge(
         device: `cpu`, `cuda` or `cuda:1`, where the arithmetic is done.
         force: Replace an output that is there already.
         resume: Finish an interrupted run.
+        strict: Refuse adapters whose keys need repair, in place of reading them as they were meant.
         revision: Of the base on the hub.
         cache_dir: The hub's cache, in place of HF_HOME's.
         command: What the card and the manifest quote; None writes the Python call.
@@ -120,6 +122,7 @@ def merge(
         max_shard_size=max_shard_size,
         threads=count,
         device=device,
+        strict=strict,
         revision=revision,
         cache_dir=cache_dir,
     )
@@ -170,6 +173,7 @@ def plan_merge(
     device: str = "cpu",
     force: bool = False,
     resume: bool = False,
+    strict: bool = False,
     revision: str | None = None,
     cache_dir: str | None = None,
 ) -> MergePlan:
@@ -200,6 +204,9 @@ def plan_merge(
         made = plan(inputs.base, inputs.adapters, dtype=kind, max_shard_size=size)
     except PlanError as error:
         problems += error.problems
+    if strict and made is not None:
+        hint = "without --strict it is read so; weft doctor --fix writes it so"
+        problems += [Problem(f"{repair}", hint) for repair in made.repairs]
     if problems or made is None:
         subject = " + ".join([inputs.base.given, *(a.given for a, _ in inputs.adapters)])
         raise PlanError(subject, problems)

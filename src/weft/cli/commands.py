@@ -31,6 +31,7 @@ def merge(
     dry_run: Flag = False,
     force: Flag = False,
     resume: Flag = False,
+    strict: Flag = False,
     json: Annotated[bool, Parameter(name="--json", negative=())] = False,
     quiet: Quiet = False,
 ) -> None:
@@ -68,6 +69,8 @@ def merge(
         Replace an output that is there, or start over an interrupted one.
     resume
         Finish an interrupted run.
+    strict
+        Refuse an adapter whose keys need repair, in place of reading it as it was meant.
     json
         Print one JSON object on stdout: output, seconds, resumed, and weft.json as manifest.
     quiet
@@ -85,6 +88,7 @@ def merge(
             device=device,
             force=force,
             resume=resume,
+            strict=strict,
             revision=revision,
             cache_dir=cache_dir,
         )
@@ -103,6 +107,7 @@ def merge(
             device=device,
             force=force,
             resume=resume,
+            strict=strict,
             revision=revision,
             cache_dir=cache_dir,
             command=shlex.join(["weft", *sys.argv[1:]]),

@@ -322,6 +322,7 @@ class Plan:
     inputs: tuple[Input, ...] = field(repr=False)
     notes: tuple[str, ...]
     warnings: tuple[str, ...]
+    repairs: tuple[Repair, ...] = ()
 
     @property
     def nbytes(self) -> int:

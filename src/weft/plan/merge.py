@@ -72,13 +72,15 @@ def plan_merge(
         base, adapters, dtype=written, cast=dtype is not None, rows=rows, untied=untied
     )
     notes, warnings = _said(base, adapters, targets, beside)
+    repairs = (*(r for a, weight in adapters if weight for r in a.repairs), *targets.repairs)
     return Plan(
         jobs=tuple(jobs),
         metadata=tuple(sorted({**base.metadata, "format": "pt"}.items())),
         side_files=tuple(files),
         inputs=tuple(_inputs(base, adapters, files)),
-        notes=tuple(notes),
+        notes=(*(f"repaired: {repair}" for repair in repairs), *notes),
         warnings=tuple(warnings),
+        repairs=repairs,
     )
 
 

@@ -87,6 +87,7 @@ def manifest(
         "plan": plan.hash,
         "seconds": round(seconds, 3),
         "inputs": [_input(entry) for entry in plan.inputs],
+        "repairs": [str(repair) for repair in plan.repairs],
         "notes": list(plan.notes),
         "warnings": list(warnings),
         "totals": {
