@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -43,7 +43,7 @@ class MergePlan:
     """What `merge` would do: the plan, its size, and what the adapters' numbers give rise to."""
 
     inputs: Inputs
-    plan: Plan
+    plan: Plan = field(repr=False)
     work: Work
     warnings: tuple[str, ...]
 
@@ -65,7 +65,7 @@ class MergeReport:
     totals: Totals
     seconds: float
     resumed: int
-    manifest: dict[str, Any]
+    manifest: dict[str, Any] = field(repr=False)
     warnings: tuple[str, ...]
 
 
@@ -109,8 +109,8 @@ def merge(
     """
     from weft.execute import threads as executor
     from weft.write.card import card
-    from weft.write.checkpoint import MANIFEST, CheckpointSink
-    from weft.write.manifest import manifest, to_text, totals
+    from weft.write.checkpoint import CheckpointSink
+    from weft.write.manifest import NAME, manifest, to_text, totals
 
     begin = time.perf_counter()
     place = executor.pick_device(device)
@@ -154,9 +154,11 @@ def merge(
         )
         inputs = made.inputs
         readme = card(inputs.base, inputs.adapters, sums, command=command, version=version("weft"))
-        sink.commit({"README.md": readme, MANIFEST: to_text(content)}, lambda: _unchanged(plan))
+        sink.commit({"README.md": readme, NAME: to_text(content)}, lambda: _unchanged(plan))
     finally:
         sink.close()
+    for folder in sink.leftovers():
+        on_event(events.Noted(f"{folder} is left of a model that was replaced: remove it"))
     return MergeReport(Path(output), sums, time.perf_counter() - begin, resumed, content, warnings)
 
 
@@ -275,13 +277,18 @@ def inspect(
 ) -> Checkpoint | Adapter:
     """What a file or folder is: a base model or an adapter, from its headers and configs.
 
+    Of a model that weft wrote, `origin` says from what, if its manifest is of these tensors.
+
     Raises:
         WeftError: Neither, or malformed.
     """
     folder = resolve(str(path), revision=revision, cache_dir=cache_dir)
     if is_adapter(folder) and not checkpoints.has_weights(folder):
         return open_adapter(folder, str(path))
-    return checkpoints.open_checkpoint(folder, str(path))
+    from weft.write.manifest import origin
+
+    found = checkpoints.open_checkpoint(folder, str(path))
+    return replace(found, origin=origin(found))
 
 
 def _named_base(adapters: Sequence[tuple[Adapter, float]]) -> str:

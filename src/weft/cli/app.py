@@ -1,7 +1,7 @@
 """The command line: commands by import path, so that `weft --help` imports none of them.
 
-The one door to cyclopts, with `commands.py`. Exit codes: 0 done, 1 the check ran and the answer is
-no, 2 the user can fix it, 3 a defect of weft, 130 interrupted.
+The one door to cyclopts, with `commands.py`. Exit codes: 0 done, 2 the user can fix it, 3 a defect
+of weft, 130 interrupted; 1 is kept for commands that check something, and find it wanting.
 """
 
 from __future__ import annotations

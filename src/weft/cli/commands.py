@@ -72,9 +72,9 @@ def merge(
     strict
         Refuse an adapter whose keys need repair, in place of reading it as it was meant.
     json
-        Print one JSON object on stdout, the content of weft.json.
+        Print one JSON object on stdout: output, seconds, resumed, and weft.json as manifest.
     quiet
-        No notes and no progress; errors and warnings remain.
+        Nothing but warnings and errors, and what --json prints.
     """
     base, adapters = _split(paths, revision, cache_dir)
     if dry_run:
@@ -92,7 +92,8 @@ def merge(
             revision=revision,
             cache_dir=cache_dir,
         )
-        _print(show.plan_as_dict(made) if json else show.plan_as_text(made, output))
+        if json or not quiet:
+            _print(show.plan_as_dict(made) if json else show.plan_as_text(made, output))
         _warn(made.warnings)
         return
     with console.progress(quiet=quiet or json) as on_event:
@@ -112,7 +113,8 @@ def merge(
             command=shlex.join(["weft", *sys.argv[1:]]),
             on_event=on_event,
         )
-    _print(show.report_as_dict(report) if json else show.report_as_text(report))
+    if json or not quiet:
+        _print(show.report_as_dict(report) if json else show.report_as_text(report))
     _warn(report.warnings)
 
 

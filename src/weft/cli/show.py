@@ -41,12 +41,13 @@ def report_as_text(report: MergeReport) -> str:
 
 
 def report_as_dict(report: MergeReport) -> dict[str, Any]:
-    """`weft merge --json`: `weft.json`, with the seconds of the whole work and the folder."""
-    return report.manifest | {
-        "seconds": round(report.seconds, 3),
+    """`weft merge --json`: what is true of this run alone, and `weft.json` as it was written."""
+    return {
+        "schema": SCHEMA,
         "output": str(report.output),
+        "seconds": round(report.seconds, 3),
         "resumed": report.resumed,
-        "warnings": list(report.warnings),
+        "manifest": report.manifest,
     }
 
 
@@ -178,6 +179,7 @@ def inspection_as_dict(found: Checkpoint | Adapter) -> dict[str, Any]:
             "shards": list(found.shards),
             "tied": found.config.get("tie_word_embeddings"),
             "side_files": list(found.side_files),
+            "origin": asdict(found.origin) if found.origin else None,
         }
     return {
         "kind": "adapter",
@@ -245,6 +247,19 @@ def _checkpoint_rows(found: Checkpoint) -> list[tuple[str, str]]:
         ("quantised", str(quantised.get("quant_method", "yes")) if quantised else ""),
         ("beside", ", ".join(found.side_files)),
         ("left out", ", ".join(found.left_out)),
+        *_origin_rows(found),
+    ]
+
+
+def _origin_rows(found: Checkpoint) -> list[tuple[str, str]]:
+    made = found.origin
+    if made is None:
+        return []
+    when = f" at {made.created}" if made.created else ""
+    kept = "" if made.survival is None else f", survival {show_survival(made.survival)}"
+    return [
+        ("merged by", f"weft {made.version}{when}{kept}"),
+        ("from", " + ".join([made.base, *made.adapters])),
     ]
 
 

@@ -1,5 +1,7 @@
 """The nouns of Weft as frozen records: plain data, hashable, JSON-able, with no file open inside.
 
+What is long stays out of their reprs, which people read in notebooks and tracebacks.
+
 A **checkpoint** maps tensor names to byte ranges; an **adapter** maps module paths to deltas. A
 **plan** says for every output tensor what it is: an **expression** whose leaves are byte ranges.
 An executor evaluates expressions and hands blocks to a sink; each finished tensor leaves a
@@ -70,6 +72,27 @@ class Source:
 
 
 @dataclass(frozen=True, slots=True)
+class Origin:
+    """How weft made a checkpoint, as the manifest beside it says.
+
+    Attributes:
+        version: Of weft.
+        created: When, in UTC; None in manifests that do not say it.
+        base: The folder of the base.
+        adapters: The folders of the adapters.
+        survival: Of the whole update; None without one.
+        command: As typed.
+    """
+
+    version: str
+    created: str | None
+    base: str
+    adapters: tuple[str, ...]
+    survival: float | None
+    command: str
+
+
+@dataclass(frozen=True, slots=True)
 class Checkpoint:
     """A base model as it lies on disk.
 
@@ -83,17 +106,19 @@ class Checkpoint:
         side_files: Relative paths of the files beside the weights that belong to the model.
         left_out: Relative paths of the files in the folder that do not.
         sources: The shards and the config, as they were read.
+        origin: Where weft wrote it, from what; only `inspect` looks.
     """
 
     given: str
     folder: str
-    tensors: dict[str, TensorRef]
-    shards: tuple[str, ...]
-    metadata: dict[str, str]
-    config: dict[str, Any]
-    side_files: tuple[str, ...]
-    left_out: tuple[str, ...]
-    sources: tuple[Source, ...]
+    tensors: dict[str, TensorRef] = field(repr=False)
+    shards: tuple[str, ...] = field(repr=False)
+    metadata: dict[str, str] = field(repr=False)
+    config: dict[str, Any] = field(repr=False)
+    side_files: tuple[str, ...] = field(repr=False)
+    left_out: tuple[str, ...] = field(repr=False)
+    sources: tuple[Source, ...] = field(repr=False)
+    origin: Origin | None = None
 
     @property
     def nbytes(self) -> int:
@@ -171,19 +196,19 @@ class Adapter:
 
     given: str
     folder: str
-    sources: tuple[Source, ...]
+    sources: tuple[Source, ...] = field(repr=False)
     kind: str
-    entries: tuple[AdapterEntry, ...]
-    tensors: dict[str, TensorRef]
-    config: dict[str, Any]
+    entries: tuple[AdapterEntry, ...] = field(repr=False)
+    tensors: dict[str, TensorRef] = field(repr=False)
+    config: dict[str, Any] = field(repr=False)
     base_model: str | None
     revision: str | None
-    notes: tuple[str, ...]
-    side_files: tuple[str, ...]
-    left_out: tuple[str, ...]
-    selection: Selection | None = None
-    repairs: tuple[Repair, ...] = ()
-    keys: dict[str, str] = field(default_factory=dict)
+    notes: tuple[str, ...] = field(repr=False)
+    side_files: tuple[str, ...] = field(repr=False)
+    left_out: tuple[str, ...] = field(repr=False)
+    selection: Selection | None = field(default=None, repr=False)
+    repairs: tuple[Repair, ...] = field(default=(), repr=False)
+    keys: dict[str, str] = field(default_factory=dict, repr=False)
 
     @property
     def files(self) -> tuple[str, ...]:
@@ -293,10 +318,10 @@ class Input:
 class Plan:
     """Everything that a run will do; made from headers and configs alone."""
 
-    jobs: tuple[TensorJob, ...]
-    metadata: tuple[tuple[str, str], ...]
-    side_files: tuple[SideFile, ...]
-    inputs: tuple[Input, ...]
+    jobs: tuple[TensorJob, ...] = field(repr=False)
+    metadata: tuple[tuple[str, str], ...] = field(repr=False)
+    side_files: tuple[SideFile, ...] = field(repr=False)
+    inputs: tuple[Input, ...] = field(repr=False)
     notes: tuple[str, ...]
     warnings: tuple[str, ...]
     repairs: tuple[Repair, ...] = ()

@@ -62,13 +62,12 @@ def _lost_biases(base: Checkpoint, adapter: Adapter, names: Mapping[str, str]) -
     biases = [n for w in weights if (n := w.removesuffix("weight") + "bias") in base.tensors]
     if trained not in ("all", "lora_only") or saved or not biases:
         return []
-    return [
-        (
-            f"{adapter.given} says bias={trained!r}, {base.given} has {len(biases)} of these biases, and "
-            "none is in the file: PEFT 0.7 to 0.20 trained them and did not save them; the merged model "
-            "has the base's"
-        )
-    ]
+    warning = (
+        f"{adapter.given} says bias={trained!r}, {base.given} has {len(biases)} of these biases, "
+        "and none is in the file: PEFT 0.7 to 0.20 trained them and did not save them; the merged "
+        "model has the base's"
+    )
+    return [warning]
 
 
 def _lost(base: Checkpoint, selection: Selection, placed: Mapping[str, str]) -> list[str]:
