@@ -15,6 +15,7 @@ import weft
 from weft.core.errors import FormatError, NotFound, NumericsError, PlanError, Unsupported, WeftError
 from weft.execute.health import examine
 from weft.formats.adapters import _peft_config as variants
+from weft.formats.adapters import _peft_lora as lora
 from weft.formats.adapters import formats, is_adapter, open_adapter
 from weft.formats.adapters import peft as reader
 from weft.plan import preflight
@@ -289,7 +290,7 @@ def test_every_variant_has_a_test() -> None:
     assert set(MOVED) == set(variants._MOVED_INIT)
     assert set(QUANTISED) == {*preflight._QUANTISED_NAMES}
     assert {key.removeprefix(PREFIX + "m.") for key in ENDINGS} == {
-        ending.removeprefix(".") for ending in reader._SUFFIXES
+        ending.removeprefix(".") for ending in lora.SUFFIXES
     }
 
 
@@ -507,8 +508,10 @@ def shaped(A: tuple[int, ...], B: tuple[int, ...]) -> dict[str, Tensor]:
         ((16,), (16,), "are not two matrices"),
         ((), (8, 2), "are not two matrices"),
         ((2, 8), (8, 2, 1), "are not two matrices"),
-        ((2, 8, 3), (8, 2, 1), "LoRA on a convolution"),
-        ((2, 8, 3, 3), (8, 2, 1, 1), "LoRA on a convolution"),
+        ((2, 8, 3), (8, 2, 3), "are not two matrices"),
+        ((2, 8, 3), (8, 2), "are not two matrices"),
+        ((2, 8, 3), (8, 1, 1), "is a convolution of 2 groups"),
+        ((2, 8, 3, 3), (8, 3, 1, 1), "do not share a rank (2 rows of A, 3 columns of B)"),
         ((2, 8), (8, 3), "do not share a rank (2 rows of A, 3 columns of B)"),
         ((8, 2), (2, 8), "has rank 8, and adapter_config.json says r = 2"),
         ((3, 8), (8, 3), "has rank 3, and adapter_config.json says r = 2"),

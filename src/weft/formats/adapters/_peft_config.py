@@ -11,7 +11,7 @@ from weft.core.units import clean
 from weft.formats.adapters._peft_methods import methods
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Mapping
     from pathlib import Path
 
     from weft.core.specs import TensorRef
@@ -157,7 +157,7 @@ def _matching(patterns: Any, module: str) -> list[Any]:
     return [value for p, value in patterns.items() if re.match(rf"(.*\.)?({p})$", module)]
 
 
-def rank_problem(module: str, A: TensorRef, config: dict[str, Any]) -> Problem | None:
+def rank_problem(module: str, A: TensorRef, config: Mapping[str, Any]) -> Problem | None:
     rank = A.shape[0]
     allowed = _matching(config.get("rank_pattern"), module) or [config.get("r")]
     if rank in allowed:
@@ -169,7 +169,7 @@ def rank_problem(module: str, A: TensorRef, config: dict[str, Any]) -> Problem |
     )
 
 
-def scaling_of(module: str, rank: int, config: dict[str, Any]) -> float | Problem:
+def scaling_of(module: str, rank: int, config: Mapping[str, Any]) -> float | Problem:
     """Alpha / r, or alpha / √r for rsLoRA (arXiv:2312.03732); r is that of the tensors."""
     alphas = _matching(config.get("alpha_pattern"), module) or [config.get("lora_alpha")]
     alpha = alphas[0]

@@ -1,0 +1,193 @@
+"""The key grammar of PEFT's LoRA: what the factors of a module are called, and what they change."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from weft.core.errors import Problem
+from weft.core.specs import AdapterEntry, Param, TensorRef
+from weft.formats.adapters._peft_config import CONFIG, rank_problem, scaling_of
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+
+# suffix of a key -> role of the tensor
+SUFFIXES = {
+    ".lora_A.weight": "A",
+    ".lora_B.weight": "B",
+    ".lora_B.bias": "B_bias",
+    ".lora_embedding_A": "embedding_A",
+    ".lora_embedding_B": "embedding_B",
+    ".lora_magnitude_vector": "magnitude",
+    ".lora_magnitude_vector.weight": "magnitude",
+    ".token_adapter.trainable_tokens_delta": "rows",
+}
+# How PEFT names what a wrapper wraps, inside another one: the projection of attention's output.
+_OUT_PROJ = ".base_layer.out_proj"
+
+Roles = dict[str, TensorRef]
+Read = tuple[list[AdapterEntry], list[Problem]]
+
+
+def read(modules: Mapping[str, Roles], config: Mapping[str, Any]) -> Read:
+    """The entries of all modules (path -> role -> tensor); together they use every tensor."""
+    entries: list[AdapterEntry] = []
+    problems: list[Problem] = []
+    # nn.MultiheadAttention: only there is a layer named inside what another one wraps.
+    attention = {path.removesuffix(_OUT_PROJ) for path in modules if path.endswith(_OUT_PROJ)}
+    for path, roles in modules.items():
+        if path in attention:
+            found, wrong = _in_proj(path, roles, config)
+        elif path.endswith(_OUT_PROJ) and path.removesuffix(_OUT_PROJ) in modules:
+            found, wrong = _module(path.replace(_OUT_PROJ, ".out_proj"), roles, config)
+        elif ".base_layer." in f"{path}.":
+            found, wrong = [], [_nested(ref) for ref in roles.values()]
+        else:
+            found, wrong = _module(path, roles, config)
+        entries += found
+        problems += wrong
+    return entries, problems
+
+
+def notes(entries: Sequence[AdapterEntry]) -> list[str]:
+    """What is merged otherwise than a user of PEFT may expect."""
+    if not any(entry.parameter == "in_proj_weight" for entry in entries):
+        return []
+    text = (
+        "nn.MultiheadAttention: ΔW of out_proj is added once, as LoRA says; PEFT (0.21) adds it "
+        "twice, when it merges and when it trains"
+    )
+    return [text]
+
+
+def _nested(ref: TensorRef) -> Problem:
+    return Problem(
+        f"tensor {ref.name!r} in {ref.file} wraps a layer twice, and {CONFIG} names no "
+        "target_parameters that would do so",
+        "the config and the weights are not of one save",
+    )
+
+
+def _in_proj(module: str, roles: Roles, config: Mapping[str, Any]) -> Read:
+    """Queries, keys and values of nn.MultiheadAttention, which are one parameter."""
+    if bias := roles.get("B_bias"):
+        return [], [
+            Problem(
+                f"tensor {bias.name!r} in {bias.file} is a bias of lora_B for the in_proj of "
+                "nn.MultiheadAttention, which PEFT trains and uses nowhere",
+                "train it with lora_bias=False",
+            )
+        ]
+    return _module(module, roles, config, "in_proj_weight")
+
+
+def _module(
+    module: str, roles: Roles, config: Mapping[str, Any], parameter: str = "weight"
+) -> Read:
+    entries: list[AdapterEntry] = []
+    problems: list[Problem] = []
+    roles = dict(roles)
+    if rows := roles.pop("rows", None):
+        entry = _trainable_tokens(module, rows, config)
+        (problems if isinstance(entry, Problem) else entries).append(entry)  # type: ignore[arg-type]
+    if not roles:
+        return entries, problems
+    factors = _factors(module, roles)
+    if isinstance(factors, Problem):
+        return entries, [*problems, factors]
+    A, B = factors
+    wrong = _factor_shapes(module, A, B) or rank_problem(module, A, config)
+    scaling = scaling_of(module, A.shape[0], config) if not wrong else Problem("")
+    if wrong or isinstance(scaling, Problem):
+        problems.append(wrong or scaling)  # type: ignore[arg-type]
+        return entries, problems
+    tensors = [("A", A), ("B", B)]
+    embedding = "embedding_A" in roles
+    params: tuple[tuple[str, Param], ...] = (("transposed", True),) if embedding else ()
+    kind = "lora"
+    magnitude = roles.get("magnitude")
+    if bool(config.get("use_dora")) != (magnitude is not None):
+        problems.append(
+            Problem(
+                f"module {module!r} in {A.file} has {'a' if magnitude else 'no'} "
+                f"lora_magnitude_vector, and use_dora is {bool(config.get('use_dora'))}",
+                "the config and the weights are not of one save",
+            )
+        )
+    elif magnitude:
+        kind = "dora"
+        tensors.append(("magnitude", magnitude))
+    entries.append(AdapterEntry(module, parameter, kind, tuple(tensors), scaling, params))
+    if bias := roles.get("B_bias"):
+        entries.append(AdapterEntry(module, "bias", "lora_bias", (("bias", bias),), scaling))
+    return entries, problems
+
+
+def _factors(module: str, roles: Roles) -> tuple[TensorRef, TensorRef] | Problem:
+    """A and B, of a matrix or of an embedding."""
+    file = next(iter(roles.values())).file
+    embedding = "embedding_A" in roles or "embedding_B" in roles
+    wanted = ("embedding_A", "embedding_B") if embedding else ("A", "B")
+    if missing := [role for role in wanted if role not in roles]:
+        names = " and ".join(f"lora_{role}" for role in missing)
+        there = ", ".join(ref.name for ref in roles.values())
+        return Problem(
+            f"module {module!r} in {file} has {there} and lacks {names}",
+            "the file lost tensors: save or download the adapter again",
+        )
+    if embedding and {"A", "B", "B_bias"} & set(roles):
+        return Problem(f"module {module!r} in {file} has both kinds of factors")
+    return roles[wanted[0]], roles[wanted[1]]
+
+
+def _factor_shapes(module: str, A: TensorRef, B: TensorRef) -> Problem | None:
+    """A (r, in) and B (out, r); for a convolution A (r, in, kernel…) and B (out, r, 1…)."""
+    shapes = f"lora_A {list(A.shape)}, lora_B {list(B.shape)}"
+    convolution = 2 < len(A.shape) == len(B.shape) and set(B.shape[2:]) == {1}
+    if not convolution and (len(A.shape) != 2 or len(B.shape) != 2):
+        return Problem(
+            f"module {module!r} in {A.file}: {shapes} are not two matrices",
+            "flat factors are what FSDP leaves when it saves without gathering: save it again",
+        )
+    if convolution and A.shape[0] > B.shape[1] and A.shape[0] % B.shape[1] == 0:
+        return Problem(
+            f"module {module!r} in {A.file} is a convolution of {A.shape[0] // B.shape[1]} groups "
+            f"({shapes})",
+            "its lora_A reads all channels and its weight only those of a group: no merged weight "
+            "does the same",
+        )
+    if A.shape[0] != B.shape[1]:
+        return Problem(
+            f"module {module!r} in {A.file}: {shapes} do not share a rank "
+            f"({A.shape[0]} rows of A, {B.shape[1]} columns of B)"
+        )
+    return None
+
+
+def _trainable_tokens(
+    module: str, rows: TensorRef, config: Mapping[str, Any]
+) -> AdapterEntry | Problem:
+    indices = config.get("trainable_token_indices")
+    if isinstance(indices, dict):
+        found = [v for k, v in indices.items() if module == k or module.endswith("." + k)]
+        # The head that is tied to the one embedding named has the same rows trained.
+        found = found or (list(indices.values()) if len(indices) == 1 else [])
+        indices = found[0] if len(found) == 1 else None
+    if not isinstance(indices, list) or not all(type(i) is int and i >= 0 for i in indices):
+        return Problem(
+            f"module {module!r} in {rows.file} has trained token rows, and trainable_token_indices "
+            f"in {CONFIG} does not say which"
+        )
+    # PEFT keeps the rows in the order of the list, and drops repeated indices when it wraps.
+    if len(set(indices)) != len(indices) or len(rows.shape) != 2 or rows.shape[0] != len(indices):
+        return Problem(
+            f"module {module!r} in {rows.file} has token rows of shape {list(rows.shape)}, and "
+            f"trainable_token_indices in {CONFIG} names {len(set(indices))} tokens"
+        )
+    return AdapterEntry(
+        module,
+        "weight",
+        "trainable_tokens",
+        (("rows", rows),),
+        params=(("indices", tuple(indices)),),
+    )
