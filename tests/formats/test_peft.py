@@ -278,7 +278,6 @@ VARIANTS = {
     "monteclora_config": ({"samples": 4}, "MonteCLoRA"),
     "velora_config": ({"groups": 4}, "VeLoRA"),
     "layer_replication": ([[0, 2], [1, 3]], "layer_replication"),
-    "target_parameters": (["experts.gate_up_proj"], "target_parameters"),
     "megatron_config": ({"tp": 2}, "Megatron"),
     "alora_invocation_tokens": ([1, 2], "aLoRA"),
     "arrow_config": ({"top_k": 2}, "Arrow"),

@@ -26,7 +26,6 @@ _VARIANTS = {
     "monteclora_config": "MonteCLoRA",
     "velora_config": "VeLoRA",
     "layer_replication": "layer_replication (a deeper model that shares weights)",
-    "target_parameters": "target_parameters (fused experts)",
     "megatron_config": "Megatron parallel layers",
     "alora_invocation_tokens": "aLoRA, which is active after some tokens only: no merged weight",
     "arrow_config": "Arrow, which routes each token to another adapter: no merged weight",
@@ -46,7 +45,7 @@ KNOWN = {
     *("init_lora_weights", "layers_to_transform", "layers_pattern", "rank_pattern"),
     *("alpha_pattern", "megatron_core", "trainable_token_indices", "loftq_config", "eva_config"),
     *("corda_config", "lora_ga_config", "use_dora", "qalora_group_size", "runtime_config"),
-    *("lora_bias", "ensure_weight_tying", *_VARIANTS),
+    *("lora_bias", "ensure_weight_tying", "target_parameters", "lora_B_layout", *_VARIANTS),
 }
 
 
@@ -60,6 +59,10 @@ def _is_number(value: Any) -> bool:
 
 def _is_names(value: Any) -> bool:
     return value is None or (isinstance(value, list) and all(isinstance(v, str) for v in value))
+
+
+def _is_layout(value: Any) -> bool:
+    return value is None or value in ("rank_major", "grouped_by_expert")
 
 
 def _is_text(value: Any) -> bool:
@@ -90,6 +93,8 @@ _FORMS: dict[str, tuple[Callable[[Any], bool], str]] = {
     "fan_in_fan_out": (_is_flag, "true or false"),
     "ensure_weight_tying": (_is_flag, "true or false"),
     "modules_to_save": (_is_names, "a list of names"),
+    "target_parameters": (_is_names, "a list of names"),
+    "lora_B_layout": (_is_layout, "rank_major or grouped_by_expert"),
     "rank_pattern": (_is_patterns, "a mapping of regular expressions to numbers"),
     "alpha_pattern": (_is_patterns, "a mapping of regular expressions to numbers"),
 }
@@ -157,9 +162,14 @@ def _matching(patterns: Any, module: str) -> list[Any]:
     return [value for p, value in patterns.items() if re.match(rf"(.*\.)?({p})$", module)]
 
 
+def ranks_of(module: str, config: Mapping[str, Any]) -> list[int]:
+    """What the config says of r: one value, or those of the patterns that match."""
+    return _matching(config.get("rank_pattern"), module) or [config.get("r")]
+
+
 def rank_problem(module: str, A: TensorRef, config: Mapping[str, Any]) -> Problem | None:
     rank = A.shape[0]
-    allowed = _matching(config.get("rank_pattern"), module) or [config.get("r")]
+    allowed = ranks_of(module, config)
     if rank in allowed:
         return None
     says = " or ".join(str(value) for value in allowed)

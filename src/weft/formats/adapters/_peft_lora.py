@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from weft.core.errors import Problem
 from weft.core.specs import AdapterEntry, Param, TensorRef
+from weft.formats.adapters import _peft_experts as _experts
 from weft.formats.adapters._peft_config import CONFIG, rank_problem, scaling_of
 
 if TYPE_CHECKING:
@@ -33,20 +36,50 @@ def read(modules: Mapping[str, Roles], config: Mapping[str, Any]) -> Read:
     """The entries of all modules (path -> role -> tensor); together they use every tensor."""
     entries: list[AdapterEntry] = []
     problems: list[Problem] = []
+    levels: dict[str, list[Roles]] = defaultdict(list)  # of one module, outermost first
+    for path in sorted(modules, key=len):
+        levels[_unwrapped(path)].append(modules[path])
     # nn.MultiheadAttention: only there is a layer named inside what another one wraps.
     attention = {path.removesuffix(_OUT_PROJ) for path in modules if path.endswith(_OUT_PROJ)}
     for path, roles in modules.items():
+        module = _unwrapped(path)
         if path in attention:
             found, wrong = _in_proj(path, roles, config)
         elif path.endswith(_OUT_PROJ) and path.removesuffix(_OUT_PROJ) in modules:
             found, wrong = _module(path.replace(_OUT_PROJ, ".out_proj"), roles, config)
-        elif ".base_layer." in f"{path}.":
+        elif names := _experts.parameters(module, config):
+            sets = levels.pop(module, None)
+            if sets is None:
+                continue  # done, with the set of factors that came first
+            found, wrong = _parameters(module, sets[::-1], names, config)
+        elif path != module or ".base_layer." in path:
             found, wrong = [], [_nested(ref) for ref in roles.values()]
         else:
             found, wrong = _module(path, roles, config)
         entries += found
         problems += wrong
     return entries, problems
+
+
+def _unwrapped(path: str) -> str:
+    while path.endswith(".base_layer"):
+        path = path.removesuffix(".base_layer")
+    return path
+
+
+def _parameters(
+    module: str, levels: Sequence[Roles], names: Sequence[str], config: Mapping[str, Any]
+) -> Read:
+    """The sets of factors of a module of which `target_parameters` names parameters, or may."""
+    if len(levels) == 1 and not set(levels[0]) <= {"A", "B"}:
+        return _module(module, levels[0], config)
+    found, wrong = _experts.readings(module, levels, names, config)
+    if len(levels) == 1:  # may as well be an ordinary layer: a bare name fits every module
+        plain, problems = _module(module, levels[0], config)
+        if not found:
+            return (plain, []) if plain else ([], wrong or problems)
+        found = [replace(found[0], alternatives=(*found[0].alternatives, *plain))]
+    return found, wrong
 
 
 def notes(entries: Sequence[AdapterEntry]) -> list[str]:
