@@ -272,11 +272,6 @@ def test_other_kinds(kind: str, folder: Path) -> None:
 
 # Each variant of LoRA that is known and not merged, as PEFT would write it, and its name.
 VARIANTS = {
-    "use_qalora": (True, "QA-LoRA"),
-    "use_bdlora": ({"nblocks": 2}, "BD-LoRA"),
-    "kasa_config": ({"beta": 0.1}, "KaSA"),
-    "monteclora_config": ({"samples": 4}, "MonteCLoRA"),
-    "velora_config": ({"groups": 4}, "VeLoRA"),
     "layer_replication": ([[0, 2], [1, 3]], "layer_replication"),
     "megatron_config": ({"tp": 2}, "Megatron"),
     "alora_invocation_tokens": ([1, 2], "aLoRA"),
@@ -332,7 +327,7 @@ def test_initialisation_that_is_not_known(folder: Path) -> None:
         read(folder, init_lora_weights="brand_new")
 
 
-@pytest.mark.parametrize("value", [True, False, None, "gaussian", "eva", "orthogonal"])
+@pytest.mark.parametrize("value", [True, False, None, "gaussian", "eva", "orthogonal", "mica"])
 def test_initialisations_that_did_not(value: Any, folder: Path) -> None:
     assert len(read(folder, init_lora_weights=value).entries) == 1
 
@@ -364,6 +359,7 @@ ENDINGS = {
     f"{PREFIX}m.lora_B.bias": (8,),
     f"{PREFIX}m.lora_embedding_A": (2, 8),
     f"{PREFIX}m.lora_embedding_B": (8, 2),
+    f"{PREFIX}m.lora_diag": (2,),
     f"{PREFIX}m.lora_magnitude_vector": (8,),
     f"{PREFIX}m.lora_magnitude_vector.weight": (8,),
     f"{PREFIX}m.token_adapter.trainable_tokens_delta": (2, 8),

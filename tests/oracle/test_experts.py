@@ -7,7 +7,6 @@ files on the hub are; a base may hold either. Adapters come in both forms as wel
 from __future__ import annotations
 
 import json
-
 import shutil
 from typing import TYPE_CHECKING, Any
 
@@ -17,7 +16,6 @@ from helpers import (
     EXPERTS,
     VOCABULARY,
     WARNINGS,
-    
     load,
     logits,
     peft,
@@ -216,9 +214,7 @@ def test_one_rounding(lab: Lab, tmp_path: Path, form: str) -> None:
     trained = train(base, target_parameters=BOTH)
     trained.save_pretrained(tmp_path / "adapter")
     merged = load(weft_merge(base, tmp_path / "adapter", tmp_path / "merged"))
-    wide = load(
-        weft_merge(base, tmp_path / "adapter", tmp_path / "wide", dtype="float32")
-    )
+    wide = load(weft_merge(base, tmp_path / "adapter", tmp_path / "wide", dtype="float32"))
     assert any(not same_bytes(merged[n], v) for n, v in load(base).items())
     assert [n for n in merged if not same_bytes(merged[n], wide[n].bfloat16())] == []
 
@@ -318,9 +314,7 @@ def exchange(folder: Path, out: Path, experts: int = 4, **config: Any) -> Path:
     return out
 
 
-@pytest.mark.parametrize(
-    ("model", "form"), [f for f in FORMS if f[0] not in ("gpt-oss", "llama4")]
-)
+@pytest.mark.parametrize(("model", "form"), [f for f in FORMS if f[0] not in ("gpt-oss", "llama4")])
 def test_as_peft_0_17_wrote_it(lab: Lab, tmp_path: Path, model: str, form: str) -> None:
     """By shape; where the weight is square, by the release that the config names."""
     base, adapter = expert_adapter(lab, model, form)
@@ -344,9 +338,7 @@ def test_as_peft_0_17_wrote_it(lab: Lab, tmp_path: Path, model: str, form: str) 
         ("gpt-oss", None, True),
     ],
 )
-def test_square(
-    lab: Lab, tmp_path: Path, model: str, version: str | None, same: bool
-) -> None:
+def test_square(lab: Lab, tmp_path: Path, model: str, version: str | None, same: bool) -> None:
     """`down_proj` of these is square: its reading is that of the release of PEFT."""
     base, adapter = expert_adapter(lab, model, "fused")
     want = load(weft_merge(base, adapter, tmp_path / "want"))
@@ -376,7 +368,7 @@ def test_square_of_which_nothing_is_known(lab: Lab, tmp_path: Path, missing: str
         weft.plan_merge(tmp_path / "base", tmp_path / "adapter")
 
 
-# --------------------------------------------------------- single experts in, fused ones on the disk
+# ---------------------------------------------------------- single experts in, fused ones on disk
 
 
 @pytest.mark.parametrize(("model", "names"), [("mixtral", "mixtral"), ("qwen2-moe", "qwen2-moe")])
@@ -423,7 +415,7 @@ def convert(base: Path, adapter: Path, folder: Path) -> Any:
 @pytest.mark.parametrize("form", ["hub", "fused"])
 @pytest.mark.parametrize("stabilised", [False, True])
 def test_converted_by_peft(lab: Lab, tmp_path: Path, form: str, stabilised: bool) -> None:
-    """What was trained; what PEFT's conversion computes, with rsLoRA √2 too much; what Weft writes."""
+    """What was trained; what PEFT computes, √2 too much with rsLoRA; what Weft writes."""
     hub = lab.make("moe-mixtral-hub", lambda f: save_base("mixtral", "hub", "float32", f))
     base = lab.make(f"moe-mixtral-{form}", lambda f: save_base("mixtral", form, "float32", f))
     adapter = write_expert_adapter(hub, tmp_path / "adapter", names=EXPERTS["mixtral"])
@@ -474,7 +466,9 @@ def test_rank_that_the_config_does_not_say(lab: Lab, tmp_path: Path) -> None:
     base, adapter = expert_adapter(lab)
     shutil.copytree(adapter, tmp_path / "adapter")
     edit(tmp_path / "adapter", r=3)
-    with pytest.raises(PlanError, match="has 16 rows, and adapter_config.json says r = 3 for each"):
+    with pytest.raises(
+        PlanError, match=r"has 16 rows, and adapter_config\.json says r = 3 for each"
+    ):
         weft.plan_merge(base, tmp_path / "adapter")
 
 
@@ -492,5 +486,3 @@ def test_wrapped_twice_without_parameters(lab: Lab, tmp_path: Path) -> None:
     edit(tmp_path / "adapter", target_parameters=None)
     with pytest.raises(PlanError, match="names no target_parameters that would do so"):
         weft.plan_merge(base, tmp_path / "adapter")
-
-

@@ -48,12 +48,12 @@ class Stack:
         return self.scaling**2 * total
 
 
-def of_A(A: Tensor, experts: int) -> Tensor:
+def down(A: Tensor, experts: int) -> Tensor:
     """A (E · r, in), which has the rows of an expert together -> (E, r, in)."""
     return A.view(experts, A.shape[0] // experts, A.shape[1])
 
 
-def of_B(B: Tensor, experts: int, *, grouped: bool) -> Tensor:
+def up(B: Tensor, experts: int, *, grouped: bool) -> Tensor:
     """B (out, r · E) -> (E, out, r).
 
     Where it is `grouped` the columns of an expert lie together; else the expert runs fastest.

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from weft.deltas._experts import of_B
+from weft.deltas._experts import up
 from weft.deltas._low_rank import Factors
 
 if TYPE_CHECKING:
@@ -41,7 +41,7 @@ def prepare(delta: Delta, source: Source, blocks: Blocks) -> Factors:
     assert isinstance(expert, int)
     assert isinstance(first, int)
     grouped = bool(delta.param("grouped", False))
-    left = of_B(source.shared("B"), experts, grouped=grouped)[expert]
+    left = up(source.shared("B"), experts, grouped=grouped)[expert]
     right = source.whole("A")
     if delta.param("exchanged", False):
         left, right = right.T, left.T

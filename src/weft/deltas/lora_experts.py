@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from weft.deltas._experts import Stack, matrix, of_A, of_B, together
+from weft.deltas._experts import Stack, down, matrix, together, up
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -35,7 +35,7 @@ def prepare(delta: Delta, source: Source, blocks: Blocks) -> Stack:
     experts = delta.param("experts", 0)
     assert isinstance(experts, int)
     grouped = bool(delta.param("grouped", False))
-    A, B = of_A(source.whole("A"), experts), of_B(source.whole("B"), experts, grouped=grouped)
+    A, B = down(source.whole("A"), experts), up(source.whole("B"), experts, grouped=grouped)
     if delta.param("exchanged", False):
         A, B = B.transpose(1, 2), A.transpose(1, 2)
     return Stack(B.contiguous(), A.contiguous(), delta.scaling)

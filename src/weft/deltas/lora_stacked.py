@@ -51,7 +51,9 @@ def prepare(delta: Delta, source: Source, blocks: Blocks) -> Stack:
     ranks: dict[tuple[int, int], int] = {}
     for n, place in enumerate(zip(places[::2], places[1::2], strict=True)):
         ranks[int(place[0]), int(place[1])] = shapes[f"A.{n}"][0]
-    widest = [max((r for (_, p), r in ranks.items() if p == part), default=0) for part in range(parts)]
+    widest = [
+        max((r for (_, p), r in ranks.items() if p == part), default=0) for part in range(parts)
+    ]
     edges = [sum(widest[:part]) for part in range(parts + 1)]
     outer, inner = shapes["B.0"][0], shapes["A.0"][1]
     left = source.whole("A.0").new_zeros(source.shape[0], outer * parts, edges[-1])

@@ -113,9 +113,7 @@ class Kernel:
     Blocks may then run in any order and in any thread; each uses its own buffers of `workspace`.
     """
 
-    def __init__(
-        self, job: TensorJob, files: Files, workspace: Workspace, shared: Shared
-    ) -> None:
+    def __init__(self, job: TensorJob, files: Files, workspace: Workspace, shared: Shared) -> None:
         self.job = job
         self.files = files
         self.workspace = workspace

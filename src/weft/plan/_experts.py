@@ -52,8 +52,10 @@ def localise(
         adapter: As it was read.
         layout: How `lora_B` of fused experts is laid out, whatever the adapter's config says.
     """
-    if not any(e.alternatives or e.kind == "lora_experts" or ONE_EXPERT.match(e.module)
-               for e in adapter.entries):
+    if not any(
+        e.alternatives or e.kind == "lora_experts" or ONE_EXPERT.match(e.module)
+        for e in adapter.entries
+    ):
         return adapter, []
     known = Base(base)
     adapter = _rename(adapter, known)
@@ -228,9 +230,9 @@ def _parts(
             for name in names
         )
         refs = [ref for _, several in found for ref in several]
-        if all(ref is not None and len(ref.shape) == 2 for ref in refs):
-            if len({ref.shape for ref in refs if ref}) == 1:
-                return found  # type: ignore[return-value]
+        matrices = all(ref is not None and len(ref.shape) == 2 for ref in refs)
+        if matrices and len({ref.shape for ref in refs if ref}) == 1:
+            return found  # type: ignore[return-value]
     return ()
 
 
@@ -262,7 +264,7 @@ def _form(
 def _split(
     place: _Place, params: tuple[tuple[str, Param], ...], exchanged: bool
 ) -> list[AdapterEntry]:
-    """An entry for every expert and part: its rows of A, and all of B, which it takes a slice of."""
+    """An entry for every expert and part: its rows of A, and all of B, of which it takes a part."""
     entry = place.entry
     tensors = dict(entry.tensors)
     A, B = tensors["A"], tensors["B"]

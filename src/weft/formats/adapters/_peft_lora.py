@@ -12,7 +12,7 @@ from weft.formats.adapters import _peft_experts as _experts
 from weft.formats.adapters._peft_config import CONFIG, rank_problem, scaling_of
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Iterable, Mapping, Sequence
 
 # suffix of a key -> role of the tensor
 SUFFIXES = {
@@ -23,7 +23,13 @@ SUFFIXES = {
     ".lora_embedding_B": "embedding_B",
     ".lora_magnitude_vector": "magnitude",
     ".lora_magnitude_vector.weight": "magnitude",
+    ".lora_diag": "diag",
     ".token_adapter.trainable_tokens_delta": "rows",
+}
+# What some variants need for training, and nothing afterwards: field of the config -> in the key.
+_FOR_TRAINING = {
+    "monteclora_config": ".lora_monteclora_sampler.",
+    "velora_config": ".lora_velora_embed",
 }
 # How PEFT names what a wrapper wraps, inside another one: the projection of attention's output.
 _OUT_PROJ = ".base_layer.out_proj"
@@ -61,6 +67,11 @@ def read(modules: Mapping[str, Roles], config: Mapping[str, Any]) -> Read:
     return entries, problems
 
 
+def only_for_training(path: str, config: Mapping[str, Any]) -> bool:
+    """Whether the tensor has no part in the merged weight."""
+    return any(config.get(field) and part in path for field, part in _FOR_TRAINING.items())
+
+
 def _unwrapped(path: str) -> str:
     while path.endswith(".base_layer"):
         path = path.removesuffix(".base_layer")
@@ -82,15 +93,21 @@ def _parameters(
     return found, wrong
 
 
-def notes(entries: Sequence[AdapterEntry]) -> list[str]:
+def notes(
+    entries: Sequence[AdapterEntry], tensors: Iterable[str], config: Mapping[str, Any]
+) -> list[str]:
     """What is merged otherwise than a user of PEFT may expect."""
-    if not any(entry.parameter == "in_proj_weight" for entry in entries):
-        return []
-    text = (
-        "nn.MultiheadAttention: ΔW of out_proj is added once, as LoRA says; PEFT (0.21) adds it "
-        "twice, when it merges and when it trains"
-    )
-    return [text]
+    found = []
+    if any(entry.parameter == "in_proj_weight" for entry in entries):
+        found.append(
+            "nn.MultiheadAttention: ΔW of out_proj is added once, as LoRA says; PEFT (0.21) adds "
+            "it twice, when it merges and when it trains"
+        )
+    if unused := sum(only_for_training(name, config) for name in tensors):
+        found.append(f"{unused} tensors serve training alone and have no part in the merged weight")
+    if any(entry.kind == "qalora" for entry in entries):
+        found.append("QA-LoRA is trained on a quantised base: another one gives other results")
+    return found
 
 
 def _nested(ref: TensorRef) -> Problem:
@@ -129,31 +146,67 @@ def _module(
     if isinstance(factors, Problem):
         return entries, [*problems, factors]
     A, B = factors
-    wrong = _factor_shapes(module, A, B) or rank_problem(module, A, config)
+    variant = _variant(module, roles, config)
+    if isinstance(variant, Problem):
+        return entries, [*problems, variant]
+    kind, params = variant
+    wrong = _factor_shapes(module, A, B, dict(params)) or rank_problem(module, A, config)
     scaling = scaling_of(module, A.shape[0], config) if not wrong else Problem("")
     if wrong or isinstance(scaling, Problem):
         problems.append(wrong or scaling)  # type: ignore[arg-type]
         return entries, problems
-    tensors = [("A", A), ("B", B)]
-    embedding = "embedding_A" in roles
-    params: tuple[tuple[str, Param], ...] = (("transposed", True),) if embedding else ()
-    kind = "lora"
-    magnitude = roles.get("magnitude")
-    if bool(config.get("use_dora")) != (magnitude is not None):
-        problems.append(
-            Problem(
-                f"module {module!r} in {A.file} has {'a' if magnitude else 'no'} "
-                f"lora_magnitude_vector, and use_dora is {bool(config.get('use_dora'))}",
-                "the config and the weights are not of one save",
-            )
-        )
-    elif magnitude:
-        kind = "dora"
-        tensors.append(("magnitude", magnitude))
-    entries.append(AdapterEntry(module, parameter, kind, tuple(tensors), scaling, params))
+    extra = tuple((role, roles[role]) for role in ("magnitude", "diag") if role in roles)
+    tensors = (("A", A), ("B", B), *extra)
+    entries.append(AdapterEntry(module, parameter, kind, tensors, scaling, params))
     if bias := roles.get("B_bias"):
         entries.append(AdapterEntry(module, "bias", "lora_bias", (("bias", bias),), scaling))
     return entries, problems
+
+
+def _variant(
+    module: str, roles: Roles, config: Mapping[str, Any]
+) -> tuple[str, tuple[tuple[str, Param], ...]] | Problem:
+    """The kind of delta that the module has, and its params."""
+    file = next(iter(roles.values())).file
+    for role, name, field in (
+        ("magnitude", "lora_magnitude_vector", "use_dora"),
+        ("diag", "lora_diag", "kasa_config"),
+    ):
+        if bool(config.get(field)) != (role in roles):
+            said = bool(config.get(field)) if field == "use_dora" else config.get(field)
+            return Problem(
+                f"module {module!r} in {file} has {'a' if role in roles else 'no'} {name}, and "
+                f"{field} is {said}",
+                "the config and the weights are not of one save",
+            )
+    if "diag" in roles:
+        return "kasa", ()
+    if config.get("use_qalora"):
+        return "qalora", (("group", int(config.get("qalora_group_size") or 16)),)
+    if blocks := config.get("use_bdlora"):
+        return _block_diagonal(module, file, blocks)
+    embedding: tuple[tuple[str, Param], ...] = (("transposed", True),)
+    return "dora" if "magnitude" in roles else "lora", embedding if "embedding_A" in roles else ()
+
+
+def _block_diagonal(
+    module: str, file: str, config: Mapping[str, Any]
+) -> tuple[str, tuple[tuple[str, Param], ...]] | Problem:
+    """Which factor of BD-LoRA is block-diagonal: PEFT looks for parts of the module's last name."""
+    last = module.rpartition(".")[2]
+    sides = [
+        side
+        for side in "AB"
+        if any(part in last for part in config.get(f"target_modules_bd_{side.lower()}") or [])
+    ]
+    if len(sides) > 1:
+        return Problem(
+            f"module {module!r} in {file} is named by target_modules_bd_a and by "
+            f"target_modules_bd_b in {CONFIG}"
+        )
+    if not sides:
+        return "lora", ()
+    return "bdlora", (("blocks", int(config.get("nblocks") or 1)), ("side", sides[0]))
 
 
 def _factors(module: str, roles: Roles) -> tuple[TensorRef, TensorRef] | Problem:
@@ -173,8 +226,12 @@ def _factors(module: str, roles: Roles) -> tuple[TensorRef, TensorRef] | Problem
     return roles[wanted[0]], roles[wanted[1]]
 
 
-def _factor_shapes(module: str, A: TensorRef, B: TensorRef) -> Problem | None:
+def _factor_shapes(
+    module: str, A: TensorRef, B: TensorRef, params: Mapping[str, Param]
+) -> Problem | None:
     """A (r, in) and B (out, r); for a convolution A (r, in, kernel…) and B (out, r, 1…)."""
+    # Of a B that is block-diagonal only the blocks are stored.
+    blocks = params["blocks"] if params.get("side") == "B" else 1
     shapes = f"lora_A {list(A.shape)}, lora_B {list(B.shape)}"
     convolution = 2 < len(A.shape) == len(B.shape) and set(B.shape[2:]) == {1}
     if not convolution and (len(A.shape) != 2 or len(B.shape) != 2):
@@ -189,7 +246,7 @@ def _factor_shapes(module: str, A: TensorRef, B: TensorRef) -> Problem | None:
             "its lora_A reads all channels and its weight only those of a group: no merged weight "
             "does the same",
         )
-    if A.shape[0] != B.shape[1]:
+    if A.shape[0] != B.shape[1] * blocks:
         return Problem(
             f"module {module!r} in {A.file}: {shapes} do not share a rank "
             f"({A.shape[0]} rows of A, {B.shape[1]} columns of B)"

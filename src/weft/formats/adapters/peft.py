@@ -85,7 +85,7 @@ def read(path: Path, given: str) -> Adapter:
             f"bias={config['bias']!r}, and no bias is in the file: PEFT 0.7 to 0.20 did not save "
             "those of lora_only"
         )
-    notes += lora.notes(entries)
+    notes += lora.notes(entries, tensors, config)
     base = config.get("base_model_name_or_path")
     revision = config.get("revision")
     return Adapter(
@@ -136,6 +136,8 @@ def _entries(
             )
             continue
         path = key.removeprefix(_PREFIX)
+        if not method and lora.only_for_training(path, config):
+            continue
         suffix = next((s for s in suffixes if path.endswith(s)), None)
         if suffix:
             module = path.removesuffix(suffix)
