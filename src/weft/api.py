@@ -76,6 +76,7 @@ def merge(
     output: str | Path,
     dtype: str | None = None,
     max_shard_size: str | int | None = None,
+    expert_layout: str | None = None,
     threads: int | None = None,
     device: str = "cpu",
     force: bool = False,
@@ -94,6 +95,8 @@ def merge(
         output: Folder to create.
         dtype: `bfloat16`, `float16` or `float32`; None keeps each tensor's own.
         max_shard_size: Such as `5GB`; None keeps the base's shards.
+        expert_layout: `rank_major` or `grouped_by_expert`, how `lora_B` of fused experts is laid
+            out; None goes by the adapter's config, which without a word means `rank_major`.
         threads: None takes what affinity and cgroup allow.
         device: `cpu`, `cuda` or `cuda:1`, where the arithmetic is done.
         force: Replace an output that is there already.
@@ -120,6 +123,7 @@ def merge(
         adapters,
         dtype=dtype,
         max_shard_size=max_shard_size,
+        expert_layout=expert_layout,
         threads=count,
         device=device,
         strict=strict,
@@ -140,7 +144,9 @@ def merge(
         except NumericsError:
             sink.discard()  # another run on these inputs ends the same way
             raise
-        command = command or _call(made.inputs, output, dtype, max_shard_size, revision)
+        command = command or _call(
+            made.inputs, output, dtype, max_shard_size, expert_layout, revision
+        )
         sums = totals(plan, sink.receipts)
         warnings = (*made.warnings, *_doubtful(sums, plan, sink.receipts))
         content = manifest(
@@ -169,6 +175,7 @@ def plan_merge(
     output: str | Path | None = None,
     dtype: str | None = None,
     max_shard_size: str | int | None = None,
+    expert_layout: str | None = None,
     threads: int | None = None,
     device: str = "cpu",
     force: bool = False,
@@ -188,6 +195,10 @@ def plan_merge(
     from weft.plan.preflight import measure
     from weft.write.checkpoint import check_output
 
+    if expert_layout not in (None, "rank_major", "grouped_by_expert"):
+        raise WeftError(
+            f"unknown expert layout {expert_layout!r}", "one of rank_major, grouped_by_expert"
+        )
     executor.pick_device(device)
     threads = executor.pick_threads(threads)
     kind = dtypes.parse(dtype) if dtype else None
@@ -201,7 +212,13 @@ def plan_merge(
         warnings += said
     made: Plan | None = None
     try:
-        made = plan(inputs.base, inputs.adapters, dtype=kind, max_shard_size=size)
+        made = plan(
+            inputs.base,
+            inputs.adapters,
+            dtype=kind,
+            max_shard_size=size,
+            expert_layout=expert_layout,
+        )
     except PlanError as error:
         problems += error.problems
     if strict and made is not None:
@@ -370,7 +387,7 @@ def _call(inputs: Inputs, output: str | Path, *options: str | int | None) -> str
     adapters = [
         a.given if weight == 1 else f"{a.given}:{weight:g}" for a, weight in inputs.adapters
     ]
-    names = ("dtype", "max_shard_size", "revision")
+    names = ("dtype", "max_shard_size", "expert_layout", "revision")
     given = zip(names, options, strict=True)
     extra = "".join(f", {name}={value!r}" for name, value in given if value is not None)
     return f"weft.merge({inputs.base.given!r}, {adapters!r}, output={str(output)!r}{extra})"

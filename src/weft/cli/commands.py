@@ -24,6 +24,7 @@ def merge(
     output: Output,
     dtype: str | None = None,
     max_shard_size: str | None = None,
+    expert_layout: str | None = None,
     threads: int | None = None,
     device: str = "cpu",
     revision: str | None = None,
@@ -55,6 +56,9 @@ def merge(
         bfloat16, float16 or float32 for every floating tensor; without it each keeps its own.
     max_shard_size
         Such as 5GB; without it the shards are those of the base.
+    expert_layout
+        rank_major or grouped_by_expert: how lora_B of fused experts is laid out, if the adapter's
+        config does not say so. PEFT writes rank_major, older Unsloth grouped_by_expert.
     threads
         Without it, as many as affinity and cgroup allow.
     device
@@ -84,6 +88,7 @@ def merge(
             output=output,
             dtype=dtype,
             max_shard_size=max_shard_size,
+            expert_layout=expert_layout,
             threads=threads,
             device=device,
             force=force,
@@ -103,6 +108,7 @@ def merge(
             output=output,
             dtype=dtype,
             max_shard_size=max_shard_size,
+            expert_layout=expert_layout,
             threads=threads,
             device=device,
             force=force,

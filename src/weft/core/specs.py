@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from weft.core.selection import Selection
 
 Shape = tuple[int, ...]
-Param = bool | int | float | str | tuple[int, ...]
+Param = bool | int | float | str | tuple[int, ...] | tuple[float, ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -138,6 +138,7 @@ class AdapterEntry:
         params: What else the kind needs.
         saved_as: The module of `modules_to_save` that it belongs to; one that the base does not
             have (a new task head) is added to it.
+        alternatives: What else the same tensors could mean; the shapes in the base decide.
     """
 
     module: str
@@ -147,6 +148,7 @@ class AdapterEntry:
     scaling: float = 1.0
     params: tuple[tuple[str, Param], ...] = ()
     saved_as: str | None = None
+    alternatives: tuple[AdapterEntry, ...] = ()
 
     @property
     def target(self) -> str:

@@ -44,7 +44,12 @@ class Factors:
 def orientations(
     shapes: Mapping[str, Shape], params: Mapping[str, Param], weight: Shape
 ) -> tuple[bool, ...]:
-    """A (r, in) and B (out, r) fit W (out, in), or W (in, out) transposed; square W fits both."""
+    """A (r, in) and B (out, r) fit W (out, in), or W (in, out) transposed; square W fits both.
+
+    Those of a convolution, A (r, in, kernel…) and B (out, r, 1…), fit W (out, in, kernel…).
+    """
+    if len(shapes["A"]) > 2:
+        return (False,) if weight == (shapes["B"][0], *shapes["A"][1:]) else ()
     fitting = []
     rows_and_columns = (shapes["B"][0], shapes["A"][1])
     if weight == rows_and_columns:
@@ -57,7 +62,7 @@ def orientations(
 
 
 def load(delta: Delta, source: Source) -> Factors:
-    A, B = source.whole("A"), source.whole("B")
+    A, B = source.whole("A").flatten(1), source.whole("B").flatten(1)
     scaling = delta.scaling
     if scaling and abs(math.frexp(scaling)[0]) == 0.5:
         # A power of two scales exactly, wherever it is applied: here it costs a pass less.

@@ -43,7 +43,7 @@ def examine(adapter: Adapter, weight: float = 1) -> tuple[list[Problem], list[st
                 zero = zero or not bool(values.count_nonzero())
                 if role == "B" and not dict(entry.params).get("transposed"):
                     shares.append((int(values.any(dim=1).count_nonzero()), values.shape[0]))
-            silent += zero and entry.kind in ("lora", "lora_bias")
+            silent += zero and entry.kind in ("lora", "lora_bias", "lora_experts")
     finally:
         files.close()
     if ranks := _sharded(shares):

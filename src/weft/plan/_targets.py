@@ -169,8 +169,8 @@ def _unmatched(
         return Problem(f"{where} is a bias for {entry.module}, which has none in {base.given}")
     if any(name.endswith(".in_proj_weight") for name in siblings):
         return Problem(
-            f"{where} is LoRA on nn.MultiheadAttention",
-            "this release of weft does not merge it: use PEFT's merge_and_unload",
+            f"{where} is LoRA on nn.MultiheadAttention, and that on its out_proj is missing",
+            "the file lost tensors: save or download the adapter again",
         )
     pattern = re.sub(r"\d+", "*", want)  # the same question for every layer
     near = targets.near[pattern] = targets.near.get(pattern) or nearest(want, base.tensors)
