@@ -4,17 +4,19 @@ from __future__ import annotations
 
 import re
 from collections import Counter, defaultdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from weft.core.specs import Adapter, AddDeltas, Checkpoint, TensorJob, job_bytes
-from weft.core.units import clean, show_count, show_share, show_size, show_time
+from weft.core.units import clean, show_count, show_share, show_size, show_survival, show_time
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
 
     from weft.api import MergePlan, MergeReport
     from weft.demo import Demo
+    from weft.diagnosis import Diagnosis
 
 SCHEMA = 1
 
@@ -32,19 +34,20 @@ def report_as_text(report: MergeReport) -> str:
     ]
     if sums.survival is not None and sums.worst:
         lines.append(
-            f"‖ΔW‖/‖W‖ {show_share(sums.relative)}, survival {show_share(sums.survival)}, "
-            f"worst {show_share(sums.worst[1])} in {sums.worst[0]}"
+            f"‖ΔW‖/‖W‖ {show_share(sums.relative)}, survival {show_survival(sums.survival)}, "
+            f"worst {show_survival(sums.worst[1])} in {sums.worst[0]}"
         )
     return "\n".join(lines)
 
 
 def report_as_dict(report: MergeReport) -> dict[str, Any]:
-    """`weft merge --json`: `weft.json`, with the seconds of the whole work and the folder."""
-    return report.manifest | {
-        "seconds": round(report.seconds, 3),
+    """`weft merge --json`: what is true of this run alone, and `weft.json` as it was written."""
+    return {
+        "schema": SCHEMA,
         "output": str(report.output),
+        "seconds": round(report.seconds, 3),
         "resumed": report.resumed,
-        "warnings": list(report.warnings),
+        "manifest": report.manifest,
     }
 
 
@@ -91,7 +94,7 @@ def plan_as_text(made: MergePlan, output: Path) -> str:
     for job in plan.jobs:
         shards[job.shard] += job_bytes(job)
     rows += [
-        ("read", f"{show_size(work.read)} from {len({e.path for e in plan.inputs})} files"),
+        ("read", f"{show_size(work.read)} from {_count(work.files, 'file')}"),
         ("write", f"{show_size(work.written)} in {_count(len(shards), 'shard')} to {output}"),
         ("change", f"{work.changed} of {work.tensors} tensors"),
         ("memory", f"about {show_size(work.memory)} at most"),
@@ -176,6 +179,7 @@ def inspection_as_dict(found: Checkpoint | Adapter) -> dict[str, Any]:
             "shards": list(found.shards),
             "tied": found.config.get("tie_word_embeddings"),
             "side_files": list(found.side_files),
+            "origin": asdict(found.origin) if found.origin else None,
         }
     return {
         "kind": "adapter",
@@ -186,6 +190,39 @@ def inspection_as_dict(found: Checkpoint | Adapter) -> dict[str, Any]:
         "scalings": sorted(_scalings(found)),
         "modules": {entry.target: entry.kind for entry in found.entries},
         "notes": list(found.notes),
+    }
+
+
+def diagnosis_as_text(found: Diagnosis) -> str:
+    """What `weft doctor` prints: the adapter, what was found, and the verdict last."""
+    lines = []
+    if found.adapter is not None:
+        lines += [inspection_as_text(replace(found.adapter, notes=())), ""]
+    for finding in found.findings:
+        lines.append(f"{finding.level:8}  {clean(finding.what)}")
+        if finding.cure:
+            lines.append(f"{'':8}  -> {clean(finding.cure)}")
+    fit = ""
+    if found.base is not None and found.adapter is not None:
+        fit = f", and {'fits' if found.plan else 'does not fit'} {found.base}"
+    verdict = {
+        "sound": f"{found.given} is sound{fit}",
+        "problems": f"{found.given} can be merged{fit}; see above",
+        "unusable": f"{found.given} cannot be merged{fit}",
+    }[found.verdict]
+    return "\n".join([*lines, *([""] if found.findings else []), verdict])
+
+
+def diagnosis_as_dict(found: Diagnosis) -> dict[str, Any]:
+    """`weft doctor --json`."""
+    return {
+        "schema": SCHEMA,
+        "given": found.given,
+        "verdict": found.verdict,
+        "base": found.base,
+        "fits": None if found.base is None else found.plan is not None,
+        "findings": [asdict(finding) for finding in found.findings],
+        "adapter": None if found.adapter is None else inspection_as_dict(found.adapter),
     }
 
 
@@ -210,6 +247,19 @@ def _checkpoint_rows(found: Checkpoint) -> list[tuple[str, str]]:
         ("quantised", str(quantised.get("quant_method", "yes")) if quantised else ""),
         ("beside", ", ".join(found.side_files)),
         ("left out", ", ".join(found.left_out)),
+        *_origin_rows(found),
+    ]
+
+
+def _origin_rows(found: Checkpoint) -> list[tuple[str, str]]:
+    made = found.origin
+    if made is None:
+        return []
+    when = f" at {made.created}" if made.created else ""
+    kept = "" if made.survival is None else f", survival {show_survival(made.survival)}"
+    return [
+        ("merged by", f"weft {made.version}{when}{kept}"),
+        ("from", " + ".join([made.base, *made.adapters])),
     ]
 
 
@@ -236,6 +286,7 @@ def _adapter_rows(found: Adapter) -> list[tuple[str, str]]:
         ("layers", f"{len(layers)} ({min(layers)} to {max(layers)})" if layers else ""),
         ("written by", f"PEFT {config['peft_version']}" if config.get("peft_version") else ""),
         ("beside", ", ".join(found.side_files)),
+        ("left out", ", ".join(found.left_out)),
         *(("note", note) for note in found.notes),
     ]
 

@@ -231,6 +231,23 @@ class Kernel:
             self._run_kind(first, start, weight, value)
             torch.sub(value, weight, out=delta)
             return
+        if expression is self.job.expression and self._square == 0:
+            delta.zero_()
+            value.copy_(weight)  # and not W + 0, which makes +0 of −0
+            return
+        if rest and not all(self._states[id(each)][0].ADDITIVE for each in expression.deltas):
+            # Several may take W's place together (0.7 and 0.3 of two heads). Where |W| ≫ |v|, v − W
+            # loses v in float32; in float64 it keeps it, and is 0 still where v equals W.
+            rows, columns = weight.shape
+            total = self.workspace.compute("total", rows, columns, torch.float64).zero_()
+            for each in expression.deltas:
+                self._run_kind(each, start, weight, value)
+                total.add_(value, alpha=each.weight)
+                if not self._states[id(each)][0].ADDITIVE:
+                    total.sub_(weight, alpha=each.weight)
+            delta.copy_(total)
+            value.copy_(total.add_(weight))
+            return
         self._add_one(first, start, weight, delta)
         if first.weight != 1:
             delta.mul_(first.weight)

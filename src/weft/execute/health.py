@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 _FACTORS = ("A", "B", "magnitude", "bias", "rows")
 
 
-def examine(adapter: Adapter) -> tuple[list[Problem], list[str]]:
+def examine(adapter: Adapter, weight: float = 1) -> tuple[list[Problem], list[str]]:
     """What the values of the adapter's factors say: problems that forbid a merge, and warnings."""
     problems: list[Problem] = []
     silent = 0
@@ -30,7 +30,7 @@ def examine(adapter: Adapter) -> tuple[list[Problem], list[str]]:
     workspace = Workspace(torch.device("cpu"))
     try:
         for entry in adapter.entries:
-            zero = False
+            zero = entry.scaling == 0
             for role, ref in entry.tensors:
                 if role not in _FACTORS:
                     problems += _large_not_finite(ref, files, workspace)
@@ -43,7 +43,7 @@ def examine(adapter: Adapter) -> tuple[list[Problem], list[str]]:
                 zero = zero or not bool(values.count_nonzero())
                 if role == "B" and not dict(entry.params).get("transposed"):
                     shares.append((int(values.any(dim=1).count_nonzero()), values.shape[0]))
-            silent += zero and entry.kind in ("lora", "lora_experts")
+            silent += zero and entry.kind in ("lora", "lora_bias", "lora_experts")
     finally:
         files.close()
     if ranks := _sharded(shares):
@@ -54,13 +54,15 @@ def examine(adapter: Adapter) -> tuple[list[Problem], list[str]]:
                 "gathered (full state dict)",
             )
         )
-    if silent and silent == len(adapter.entries):
-        warning = (
-            f"{adapter.given} changes nothing: lora_A or lora_B is zero in all {silent} modules "
+    why = None
+    if weight == 0:
+        why = "its weight is 0"
+    elif silent and silent == len(adapter.entries):
+        why = (
+            f"lora_A, lora_B or the scaling is zero in all {silent} modules "
             "(an adapter that was never trained, or a save that lost its weights)"
         )
-        return problems, [warning]
-    return problems, []
+    return problems, [f"{adapter.given} changes nothing: {why}"] if why else []
 
 
 def _large_not_finite(ref: TensorRef, files: Files, workspace: Workspace) -> list[Problem]:

@@ -10,7 +10,6 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-import os
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,7 +18,8 @@ from typing import TYPE_CHECKING, Any
 from weft.core.blocks import PAGE
 from weft.core.dtypes import CODES, NAMES, itemsize
 from weft.core.errors import FormatError, NotFound
-from weft.core.specs import Shape, TensorRef
+from weft.core.specs import Shape, Source, TensorRef
+from weft.formats.identity import identify
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -30,11 +30,11 @@ MAX_HEADER = 100_000_000  # bytes, the limit of the reference implementation
 
 @dataclass(frozen=True, slots=True)
 class Header:
-    """What one file holds: its tensors in the order of their bytes, its metadata, its hash."""
+    """What one file holds: its tensors in the order of their bytes, its metadata, and itself."""
 
     tensors: tuple[TensorRef, ...]
     metadata: dict[str, str]
-    sha256: str
+    source: Source
 
 
 def read_header(path: str | Path) -> Header:
@@ -47,7 +47,8 @@ def read_header(path: str | Path) -> Header:
     path = Path(path)
     try:
         with path.open("rb") as file:
-            size = os.fstat(file.fileno()).st_size
+            identity = identify(file)
+            size = identity.size
             first = file.read(8)
             if len(first) < 8:
                 raise _broken(path, f"it has {size} bytes, and a header length alone takes 8")
@@ -71,7 +72,8 @@ def read_header(path: str | Path) -> Header:
     refs = [_entry(path, name, entry, data, size) for name, entry in content.items()]
     refs.sort(key=lambda ref: (ref.start, ref.stop))
     _check_cover(path, refs, data, size)
-    return Header(tuple(refs), metadata, hashlib.sha256(first + raw).hexdigest())
+    sha256 = hashlib.sha256(first + raw).hexdigest()
+    return Header(tuple(refs), metadata, Source(str(path), sha256, identity))
 
 
 def build_header(

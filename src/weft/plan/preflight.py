@@ -68,9 +68,19 @@ def dominant_dtype(sizes: Iterable[tuple[str, int]]) -> str | None:
 
 @dataclass(frozen=True, slots=True)
 class Work:
-    """The size of a plan: bytes, tensors, and an estimate of peak resident memory in bytes."""
+    """The size of a plan: bytes, tensors, and an estimate of peak resident memory in bytes.
+
+    Attributes:
+        read: Bytes of the tensors that are read.
+        files: That hold them.
+        written: Bytes of the output's tensors.
+        tensors: In the output.
+        changed: Of which have a delta.
+        memory: An estimate.
+    """
 
     read: int
+    files: int
     written: int
     tensors: int
     changed: int
@@ -96,6 +106,7 @@ def measure(plan: Plan, threads: int) -> Work:
             factors = max(factors, sum(4 * math.prod(ref.shape) for ref in small))
     return Work(
         read=sum(ref.nbytes for ref in refs.values()),
+        files=len({ref.file for ref in refs.values()}),
         written=sum(job_bytes(job) for job in plan.jobs),
         tensors=len(plan.jobs),
         changed=sum(isinstance(job.expression, AddDeltas) for job in plan.jobs),

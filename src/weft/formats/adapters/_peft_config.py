@@ -7,6 +7,7 @@ import re
 from typing import TYPE_CHECKING, Any
 
 from weft.core.errors import FormatError, Problem, Unsupported
+from weft.core.selection import Modules, Selection
 from weft.core.units import clean
 from weft.formats.adapters._peft_methods import methods
 
@@ -86,7 +87,7 @@ def _is_patterns(value: Any) -> bool:
     if not isinstance(value, dict) or not all(map(_is_number, value.values())):
         return False
     try:
-        return all(re.compile(pattern) for pattern in value)
+        return all(re.compile(_anywhere(pattern)) for pattern in value)
     except re.error:
         return False
 
@@ -125,7 +126,8 @@ def check(config: dict[str, Any], given: str, path: Path) -> None:
     for field, (fits, form) in _FORMS.items():
         if field in config and not fits(config[field]):
             shown = clean(repr(config[field]))[:60]
-            hint = "without it the scaling is unknown" if field == "lora_alpha" else None
+            hint = "correct it there, or save the adapter again"
+            hint = "without it the scaling is unknown" if field == "lora_alpha" else hint
             raise FormatError(f"{path}: {field} = {shown}, and must be {form}", hint)
 
 
@@ -168,10 +170,52 @@ def _refuse_other_kinds(config: dict[str, Any], given: str) -> None:
             )
 
 
+def selection_of(config: dict[str, Any]) -> Selection | None:
+    """The modules that the config names; None where it does not say, or not as PEFT would."""
+    targets = _modules(config.get("target_modules"))
+    excluded = _modules(config.get("exclude_modules") or [])
+    layers = config.get("layers_to_transform")
+    layers = [] if layers is None else layers if isinstance(layers, list) else [layers]
+    if not targets or excluded is None or not all(type(layer) is int for layer in layers):
+        return None
+    return Selection(
+        targets=targets,
+        others=(
+            *map(_anywhere, config.get("rank_pattern") or {}),
+            *(_anywhere(_owner(target)) for target in config.get("target_parameters") or []),
+        ),
+        excluded=excluded,
+        whole=frozenset(config.get("modules_to_save") or []),
+        layers=frozenset(layers),
+        tied=bool(config.get("ensure_weight_tying")),
+    )
+
+
+def _owner(parameter: str) -> str:
+    """A regular expression for the module that has the parameter; a bare name fits any."""
+    module = parameter.rpartition(".")[0]
+    return re.escape(module) if module else ".*"
+
+
+def _modules(value: Any) -> Modules | None:
+    if not isinstance(value, str):
+        return frozenset(value) if value and _is_names(value) else frozenset()
+    try:
+        re.compile(value)
+    except re.error:
+        return None
+    return None if value.lower() == "all-linear" else value  # which is a name for many
+
+
 def _matching(patterns: Any, module: str) -> list[Any]:
     """Values of the patterns that PEFT would find to match `module`, in the file's order."""
     patterns = patterns or {}
-    return [value for p, value in patterns.items() if re.match(rf"(.*\.)?({p})$", module)]
+    return [value for p, value in patterns.items() if re.match(_anywhere(p), module)]
+
+
+def _anywhere(pattern: str) -> str:
+    """A regular expression for whole paths of modules that end so."""
+    return rf"(.*\.)?({pattern})$"
 
 
 def ranks_of(module: str, config: Mapping[str, Any]) -> list[int]:

@@ -15,36 +15,31 @@ from weft.core.errors import FormatError, NotFound, PlanError, Problem
 from weft.core.specs import Adapter, AdapterEntry, Param, TensorRef
 from weft.core.units import clean
 from weft.formats.adapters import _peft_lora as lora
-from weft.formats.adapters._peft_config import CONFIG, KNOWN, check
+from weft.formats.adapters._peft_config import CONFIG, KNOWN, check, selection_of
 from weft.formats.adapters._peft_methods import Module, methods
-from weft.formats.checkpoint import read_header, read_json, same_bytes
+from weft.formats.adapters._repairs import PREFIX, repair
+from weft.formats.checkpoint import read_header, read_json_source, same_bytes
+from weft.formats.side_files import beside_adapter
 
 if TYPE_CHECKING:
+    from collections.abc import Iterable, Mapping, Sequence
     from pathlib import Path
-
-if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
 
     from weft.formats.adapters._peft_methods import PeftMethod
 
 _FILES = ("adapter_model.safetensors", "adapter_model.bin")
-_PREFIX = "base_model.model."
 
 # Where a module that is wrapped keeps the weight that it had before.
 _ORIGINALS = ("token_adapter.base_layer", "base_layer", "original_module")
-# The files that make a tokenizer; a vocabulary among them makes it complete.
-TOKENIZER_VOCABULARIES = {
-    *("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model"),
-    *("sentencepiece.bpe.model", "tekken.json"),
-}
-TOKENIZER_FILES = TOKENIZER_VOCABULARIES | {
-    *("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "merges.txt"),
-    *("chat_template.jinja", "chat_template.json"),
-}
 
 
 def detect(path: Path) -> bool:
-    return path.is_dir() and os.path.lexists(path / CONFIG)
+    return os.path.lexists(_folder(path) / CONFIG)
+
+
+def _folder(path: Path) -> Path:
+    """The adapter's folder; one of its own files stands for it."""
+    return path.parent if path.name in (CONFIG, *_FILES) and path.is_file() else path
 
 
 def read(path: Path, given: str) -> Adapter:
@@ -56,42 +51,45 @@ def read(path: Path, given: str) -> Adapter:
         Unsupported: A kind of adapter that weft does not merge, by name.
         PlanError: Keys or shapes that contradict each other or the config; all of them.
     """
-    path = path.absolute()
-    config = read_json(path / CONFIG)
+    asked = path.name
+    path = _folder(path.absolute())
+    config, source = read_json_source(path / CONFIG)
     check(config, given, path / CONFIG)
+    # PEFT, too, prefers safetensors where both are there; unless the other one was named.
     files = [path / name for name in _FILES if (path / name).is_file()]
+    files.sort(key=lambda file: file.name != asked)
     if not files:
         raise NotFound(
             f"{path} has {CONFIG} and no adapter_model.safetensors or .bin",
             "finish the download, or the save that was cut short",
         )
-    header = read_header(files[0])  # PEFT, too, prefers safetensors where both are there
+    header = read_header(files[0])
     tensors = {ref.name: ref for ref in header.tensors}
     if not tensors:
         raise FormatError(f"{files[0]} holds no tensors")
-    entries, problems = _entries(tensors, config)
+    method = methods().get(config["peft_type"])
+    repaired = repair(
+        tensors, method.SUFFIXES if method else lora.SUFFIXES, nested=_wraps_twice(tensors, config)
+    )
+    named = {new: tensors[old] for new, old in repaired.keys.items()}
+    entries, problems = _entries(named, config)
+    problems = [*repaired.problems, *problems]
     if problems:
         raise PlanError(f"the adapter {given}", problems)
-    method = methods().get(config["peft_type"])
     known = KNOWN | method.FIELDS if method else KNOWN
     unknown = sorted(key for key in set(config) - known if config[key])
     notes = []
     if unknown:
         names = ", ".join(map(clean, unknown))
         notes.append(f"{CONFIG} has keys that weft does not know and ignores: {names}")
-    biases = any(e.parameter == "bias" and e.kind == "replace" for e in entries)
-    if config.get("bias") in ("all", "lora_only") and not biases:
-        notes.append(
-            f"bias={config['bias']!r}, and no bias is in the file: PEFT 0.7 to 0.20 did not save "
-            "those of lora_only"
-        )
     notes += lora.notes(entries, tensors, config)
+    kept, left = beside_adapter(path)
     base = config.get("base_model_name_or_path")
     revision = config.get("revision")
     return Adapter(
         given=given,
         folder=str(path),
-        files=(str(files[0]), str(path / CONFIG)),
+        sources=(header.source, source),
         kind=str(config["peft_type"]),
         entries=tuple(entries),
         tensors=tensors,
@@ -99,11 +97,20 @@ def read(path: Path, given: str) -> Adapter:
         base_model=clean(base) if base else None,
         revision=revision or None,
         notes=tuple(notes),
-        side_files=tuple(sorted(f for f in TOKENIZER_FILES if (path / f).is_file())),
+        side_files=tuple(kept),
+        left_out=tuple(left),
+        selection=selection_of(config),
+        repairs=repaired.repairs,
+        keys=repaired.keys,
     )
 
 
 # ------------------------------------------------------------------------------------ key grammar
+
+
+def _wraps_twice(keys: Iterable[str], config: dict[str, Any]) -> bool:
+    """Whether `base_layer` before a factor is PEFT's: fused experts, and attention as a whole."""
+    return bool(config.get("target_parameters")) or any(".base_layer.out_proj." in k for k in keys)
 
 
 def _entries(
@@ -119,10 +126,10 @@ def _entries(
     for key, ref in tensors.items():
         if key in shared_keys:
             continue
-        if not key.startswith(_PREFIX):
+        if not key.startswith(PREFIX):
             problems.append(
                 Problem(
-                    f"tensor {key!r} in {ref.file} does not begin with {_PREFIX!r}",
+                    f"tensor {key!r} in {ref.file} does not begin with {PREFIX!r}",
                     "every key that PEFT writes begins so: save it with PEFT, or rename the keys",
                 )
             )
@@ -135,7 +142,7 @@ def _entries(
                 )
             )
             continue
-        path = key.removeprefix(_PREFIX)
+        path = key.removeprefix(PREFIX)
         if not method and lora.only_for_training(path, config):
             continue
         suffix = next((s for s in suffixes if path.endswith(s)), None)
