@@ -194,6 +194,7 @@ class Adapter:
         side_files: Relative paths of the files of a tokenizer or processor that it brings.
         left_out: Relative paths of what else lies there, leftovers of the training aside.
         selection: The modules that the config names, if it does.
+        moved_base: The initialisation, by name, if it took its factors off the base.
     """
 
     given: str
@@ -211,6 +212,7 @@ class Adapter:
     selection: Selection | None = field(default=None, repr=False)
     repairs: tuple[Repair, ...] = field(default=(), repr=False)
     keys: dict[str, str] = field(default_factory=dict, repr=False)
+    moved_base: str | None = None
 
     @property
     def files(self) -> tuple[str, ...]:

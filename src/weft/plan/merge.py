@@ -25,6 +25,7 @@ from weft.core.specs import (
 )
 from weft.formats.checkpoint import describe_copied, describe_input
 from weft.plan._experts import localise
+from weft.plan._initial import with_initial
 from weft.plan._named_base import other_base
 from weft.plan._side_files import side_files
 from weft.plan._targets import Change, Targets, collect
@@ -42,6 +43,8 @@ def plan_merge(
     dtype: str | None = None,
     max_shard_size: int | None = None,
     expert_layout: str | None = None,
+    initial: Adapter | None = None,
+    base_is_residual: bool = False,
 ) -> Plan:
     """Say what every output tensor is.
 
@@ -52,6 +55,8 @@ def plan_merge(
         max_shard_size: Bytes per shard; None keeps the base's shards.
         expert_layout: How `lora_B` of fused experts is laid out, `rank_major` or
             `grouped_by_expert`; None goes by each adapter's config.
+        initial: What the adapters were before training, if their initialisation moved the base.
+        base_is_residual: The base is what such an initialisation left.
 
     Raises:
         PlanError: The adapters do not fit the base; every reason found.
@@ -59,14 +64,15 @@ def plan_merge(
     subject = " + ".join([base.given, *(adapter.given for adapter, _ in adapters)])
     if problems := quantised(base):
         raise PlanError(subject, problems)
-    adapters, problems = _localised(base, adapters, expert_layout)
+    adapters, problems = with_initial(adapters, initial, base_is_residual=base_is_residual)
+    adapters, wrong = _localised(base, adapters, expert_layout)
     tie = find_tie(base, adapters)
     targets = collect(base, adapters, tie.head if tie else None, tie.embedding if tie else None)
     untied = tie is not None and resolve(tie, targets, base)
     if tie is None:
         targets.problems += untold(base, targets)
     rows = _new_rows(base, targets)
-    targets.problems += problems
+    targets.problems += problems + wrong
     if targets.problems:
         raise PlanError(subject, targets.problems)
     # What was not tied before must not become so by a default of the model's class.

@@ -151,16 +151,9 @@ def _refuse_other_kinds(config: dict[str, Any], given: str) -> None:
                 None if "no merged weight" in what else "merge it with PEFT's merge_and_unload",
             )
     init = config.get("init_lora_weights", True)
-    if isinstance(init, str) and init not in _PLAIN_INIT:
-        name = next((n for key, n in _MOVED_INIT.items() if init.startswith(key)), None)
+    if isinstance(init, str) and init not in _PLAIN_INIT and moved_base(config) is None:
         raise Unsupported(
-            f"{given} was initialised with {name}, which moved the base weights: its ΔW does not "
-            "belong to the base that it names"
-            if name
-            else f"{given} has init_lora_weights={clean(init)!r}, which weft does not know",
-            "convert it with PEFT (save_pretrained with path_initial_model_for_weight_conversion)"
-            if name
-            else None,
+            f"{given} has init_lora_weights={clean(init)!r}, which weft does not know"
         )
     for field in sorted(set(config) - KNOWN):
         value = config[field]
@@ -180,12 +173,29 @@ def selection_of(config: dict[str, Any]) -> Selection | None:
         return None
     return Selection(
         targets=targets,
-        others=tuple(map(_anywhere, config.get("rank_pattern") or {})),
+        others=(
+            *map(_anywhere, config.get("rank_pattern") or {}),
+            *(_anywhere(_owner(target)) for target in config.get("target_parameters") or []),
+        ),
         excluded=excluded,
         whole=frozenset(config.get("modules_to_save") or []),
         layers=frozenset(layers),
         tied=bool(config.get("ensure_weight_tying")),
     )
+
+
+def moved_base(config: Mapping[str, Any]) -> str | None:
+    """The initialisation that took its factors off the base weights, by name, if one did."""
+    init = config.get("init_lora_weights")
+    if not isinstance(init, str):
+        return None
+    return next((name for key, name in _MOVED_INIT.items() if init.lower().startswith(key)), None)
+
+
+def _owner(parameter: str) -> str:
+    """A regular expression for the module that has the parameter; a bare name fits any."""
+    module = parameter.rpartition(".")[0]
+    return re.escape(module) if module else ".*"
 
 
 def _modules(value: Any) -> Modules | None:

@@ -15,7 +15,7 @@ from weft.core.errors import FormatError, NotFound, PlanError, Problem
 from weft.core.specs import Adapter, AdapterEntry, Param, TensorRef
 from weft.core.units import clean
 from weft.formats.adapters import _peft_lora as lora
-from weft.formats.adapters._peft_config import CONFIG, KNOWN, check, selection_of
+from weft.formats.adapters._peft_config import CONFIG, KNOWN, check, moved_base, selection_of
 from weft.formats.adapters._peft_methods import Module, methods
 from weft.formats.adapters._repairs import PREFIX, repair
 from weft.formats.checkpoint import read_header, read_json_source, same_bytes
@@ -102,6 +102,7 @@ def read(path: Path, given: str) -> Adapter:
         selection=selection_of(config),
         repairs=repaired.repairs,
         keys=repaired.keys,
+        moved_base=None if method else moved_base(config),
     )
 
 
