@@ -8,15 +8,19 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import peft
+import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
+from transformers.pytorch_utils import Conv1D
 
 import weft
+from weft.core.errors import WeftError
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -50,6 +54,25 @@ class Toy(nn.Module):
         return out
 
 
+class Turned(nn.Module):
+    """Layers of GPT-2, which stores (in, out); `c_proj` is square."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed = nn.Embedding(40, 24)
+        self.c_fc = Conv1D(36, 24)
+        self.c_proj = Conv1D(36, 36)
+        self.head = nn.Linear(36, 10)
+        for layer in (self.c_fc, self.c_proj):
+            nn.init.normal_(layer.weight, std=0.2)
+            nn.init.normal_(layer.bias)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        """`tokens` (batch, 12) -> (batch, 12, 10)."""
+        out: Tensor = self.head(self.c_proj(self.c_fc(self.embed(tokens)).tanh()).tanh())
+        return out
+
+
 TOKENS = torch.arange(48).reshape(4, 12) % 40
 
 
@@ -64,19 +87,21 @@ def noise(model: nn.Module, seed: int = 1, scale: float = 0.1) -> None:
 
 @dataclass
 class Case:
-    """One config of one method on `Toy`.
+    """One config of one method on one model.
 
     Attributes:
         config: A PEFT config.
         dtype: Of the base's weights.
         train: Changes the adapter's values.
         atol: Absolute, for values of about 1: what float32 arithmetic may add.
+        model: Makes the base.
     """
 
     config: Any
     dtype: torch.dtype = torch.float32
     train: Callable[[nn.Module], None] = noise
     atol: float = 2e-6
+    model: Callable[[], nn.Module] = Toy
     merged: dict[str, Tensor] = field(init=False)
 
     def run(self, folder: Path) -> None:
@@ -106,6 +131,11 @@ class Case:
         if self.dtype == torch.float32:
             self.check_forward(folder)
 
+    def check_bits(self, folder: Path) -> None:
+        """PEFT's merge, as it is, has the same bits."""
+        for name, value in self.peft_merged(folder).items():
+            assert torch.equal(self.merged[name], value), name
+
     def check_forward(self, folder: Path) -> None:
         """The merged weights do what base + adapter do, and not what the base does."""
         plain = self._base().eval()
@@ -124,9 +154,37 @@ class Case:
 
     def _base(self) -> nn.Module:
         torch.manual_seed(0)
-        return Toy().to(self.dtype)
+        return self.model().to(self.dtype)
 
     def _load(self, folder: Path, dtype: torch.dtype | None) -> Any:
         base = self._base()
         model = peft.PeftModel.from_pretrained(base.to(dtype or self.dtype), folder / "adapter")
         return (model.to(dtype) if dtype else model).eval()
+
+
+def refusal(
+    config: Any,
+    folder: Path,
+    edit: Callable[[dict[str, Tensor]], object] = lambda tensors: None,
+    model: Callable[[], nn.Module] = Toy,
+    **settings: Any,
+) -> str:
+    """Why Weft does not merge an adapter whose tensors `edit` has changed.
+
+    `settings` are written into its config.
+    """
+    torch.manual_seed(0)
+    base = model()
+    (folder / "base").mkdir(parents=True)
+    save_file(base.state_dict(), folder / "base" / "model.safetensors", {"format": "pt"})
+    adapter = folder / "adapter"
+    peft.get_peft_model(base, config).save_pretrained(adapter)
+    tensors = load_file(adapter / "adapter_model.safetensors")
+    edit(tensors)
+    save_file(tensors, adapter / "adapter_model.safetensors", {"format": "pt"})
+    path = adapter / "adapter_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | settings))
+    with pytest.raises(WeftError) as error:
+        weft.merge(folder / "base", adapter, output=folder / "merged")
+    assert not (folder / "merged").exists()
+    return str(error.value)

@@ -9,12 +9,14 @@ from typing import TYPE_CHECKING, Any
 from weft.core.errors import FormatError, Problem, Unsupported
 from weft.core.units import clean
 from weft.formats.adapters._peft_methods import methods
+from weft.formats.adapters._peft_methods._forms import FLAG, NAMES, NUMBER, PATTERNS, TEXT
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Mapping
     from pathlib import Path
 
     from weft.core.specs import TensorRef
+    from weft.formats.adapters._peft_methods._forms import Form
 
 CONFIG = "adapter_config.json"
 
@@ -50,53 +52,25 @@ KNOWN = {
 }
 
 
-def _is_flag(value: Any) -> bool:
-    return value is None or isinstance(value, bool)
-
-
-def _is_number(value: Any) -> bool:
-    return type(value) in (int, float) and abs(value) < 1e30  # false for NaN, too
-
-
-def _is_names(value: Any) -> bool:
-    return value is None or (isinstance(value, list) and all(isinstance(v, str) for v in value))
-
-
-def _is_text(value: Any) -> bool:
-    return value is None or isinstance(value, str)
-
-
-def _is_patterns(value: Any) -> bool:
-    """Regular expression -> number."""
-    if value is None:
-        return True
-    if not isinstance(value, dict) or not all(map(_is_number, value.values())):
-        return False
-    try:
-        return all(re.compile(pattern) for pattern in value)
-    except re.error:
-        return False
-
-
 # What a field must be, where this reader uses it.
-_FORMS: dict[str, tuple[Callable[[Any], bool], str]] = {
-    "base_model_name_or_path": (_is_text, "a string"),
-    "revision": (_is_text, "a string"),
-    "r": (_is_number, "a number"),
-    "lora_alpha": (_is_number, "a number"),
-    "use_rslora": (_is_flag, "true or false"),
-    "use_dora": (_is_flag, "true or false"),
-    "lora_bias": (_is_flag, "true or false"),
-    "fan_in_fan_out": (_is_flag, "true or false"),
-    "ensure_weight_tying": (_is_flag, "true or false"),
-    "modules_to_save": (_is_names, "a list of names"),
-    "rank_pattern": (_is_patterns, "a mapping of regular expressions to numbers"),
-    "alpha_pattern": (_is_patterns, "a mapping of regular expressions to numbers"),
+_FORMS: dict[str, Form] = {
+    "base_model_name_or_path": TEXT,
+    "revision": TEXT,
+    "r": NUMBER,
+    "lora_alpha": NUMBER,
+    "use_rslora": FLAG,
+    "use_dora": FLAG,
+    "lora_bias": FLAG,
+    "fan_in_fan_out": FLAG,
+    "ensure_weight_tying": FLAG,
+    "modules_to_save": NAMES,
+    "rank_pattern": PATTERNS,
+    "alpha_pattern": PATTERNS,
 }
 
 
 def check(config: dict[str, Any], given: str, path: Path) -> None:
-    """Whether this is a config of a LoRA that weft merges.
+    """Whether this is a config of an adapter that weft merges.
 
     Raises:
         FormatError: A field is not of its type.
@@ -105,10 +79,11 @@ def check(config: dict[str, Any], given: str, path: Path) -> None:
     if not isinstance(config.get("peft_type"), str):
         raise FormatError(f"{path} names no peft_type", "is it the config of a PEFT adapter?")
     _refuse_other_kinds(config, given)
-    for field, (fits, form) in _FORMS.items():
+    own = getattr(methods().get(config["peft_type"]), "FORMS", {})
+    for field, (fits, form) in {**_FORMS, **own}.items():
         if field in config and not fits(config[field]):
             shown = clean(repr(config[field]))[:60]
-            hint = "without it the scaling is unknown" if field == "lora_alpha" else None
+            hint = "without it the scaling is unknown" if field.endswith("alpha") else None
             raise FormatError(f"{path}: {field} = {shown}, and must be {form}", hint)
 
 
@@ -118,6 +93,7 @@ def _refuse_other_kinds(config: dict[str, Any], given: str) -> None:
         problem = getattr(method, "check", lambda config: None)(config)
         if problem:
             raise Unsupported(f"{given}: {problem.what}", problem.hint)
+        _refuse_unknown(config, given, KNOWN | method.FIELDS)
         return
     if kind != "LORA":
         known = ", ".join(["LORA", *methods()])
@@ -143,15 +119,20 @@ def _refuse_other_kinds(config: dict[str, Any], given: str) -> None:
             if name
             else None,
         )
-    for field in sorted(set(config) - KNOWN):
+    _refuse_unknown(config, given, KNOWN)
+
+
+def _refuse_unknown(config: dict[str, Any], given: str, known: set[str]) -> None:
+    kind = "LoRA" if config["peft_type"] == "LORA" else clean(config["peft_type"])
+    for field in sorted(set(config) - known):
         value = config[field]
         if (field.startswith("use_") and value is True) or (field.endswith("_config") and value):
             raise Unsupported(
-                f"{given} sets {clean(field)}, a LoRA variant that this release does not know"
+                f"{given} sets {clean(field)}, a {kind} variant that this release does not know"
             )
 
 
-def _matching(patterns: Any, module: str) -> list[Any]:
+def matching(patterns: Any, module: str) -> list[Any]:
     """Values of the patterns that PEFT would find to match `module`, in the file's order."""
     patterns = patterns or {}
     return [value for p, value in patterns.items() if re.match(rf"(.*\.)?({p})$", module)]
@@ -159,7 +140,7 @@ def _matching(patterns: Any, module: str) -> list[Any]:
 
 def rank_problem(module: str, A: TensorRef, config: dict[str, Any]) -> Problem | None:
     rank = A.shape[0]
-    allowed = _matching(config.get("rank_pattern"), module) or [config.get("r")]
+    allowed = matching(config.get("rank_pattern"), module) or [config.get("r")]
     if rank in allowed:
         return None
     says = " or ".join(str(value) for value in allowed)
@@ -169,20 +150,30 @@ def rank_problem(module: str, A: TensorRef, config: dict[str, Any]) -> Problem |
     )
 
 
-def scaling_of(module: str, rank: int, config: dict[str, Any]) -> float | Problem:
-    """Alpha / r, or alpha / √r for rsLoRA (arXiv:2312.03732); r is that of the tensors."""
-    alphas = _matching(config.get("alpha_pattern"), module) or [config.get("lora_alpha")]
+def scaling_of(
+    module: str, rank: int, config: Mapping[str, Any], field: str = "lora_alpha"
+) -> float | Problem:
+    """Alpha / r, or alpha / √r for rsLoRA (arXiv:2312.03732); r is that of the tensors.
+
+    `field` is what the config calls alpha.
+    """
+    alphas = matching(config.get("alpha_pattern"), module) or [config.get(field)]
     alpha = alphas[0]
     if alpha is None:
         return Problem(
-            f"module {module!r}: {CONFIG} gives no lora_alpha",
+            f"module {module!r}: {CONFIG} gives no {field}",
             "without it the scaling is unknown: set it to what the adapter was trained with",
         )
     if any(other != alpha for other in alphas[1:]):
-        says = " and ".join(str(value) for value in dict.fromkeys(alphas))
-        return Problem(
-            f"module {module!r} is matched by patterns of alpha_pattern that say {says}",
-            "PEFT saves the patterns sorted, so the order that counted in training is lost: "
-            f"leave the right one in {CONFIG}",
-        )
+        return undecided(module, "alpha_pattern", alphas)
     return float(alpha) / (math.sqrt(rank) if config.get("use_rslora") else rank)
+
+
+def undecided(module: str, field: str, values: list[Any]) -> Problem:
+    """Several patterns match one module: PEFT took the first, in an order that it did not save."""
+    says = " and ".join(str(value) for value in dict.fromkeys(values))
+    return Problem(
+        f"module {module!r} is matched by patterns of {field} that say {says}",
+        "PEFT saves the patterns sorted, so the order that counted in training is lost: "
+        f"leave the right one in {CONFIG}",
+    )

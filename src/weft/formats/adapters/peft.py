@@ -91,10 +91,11 @@ def read(path: Path, given: str) -> Adapter:
         names = ", ".join(map(clean, unknown))
         notes.append(f"{CONFIG} has keys that weft does not know and ignores: {names}")
     biases = any(e.parameter == "bias" and e.kind == "replace" for e in entries)
-    if config.get("bias") in ("all", "lora_only") and not biases:
+    if config.get("bias") not in (None, False, "none") and not biases:
+        only = "lora_only" if not method else "this method"
         notes.append(
-            f"bias={config['bias']!r}, and no bias is in the file: PEFT 0.7 to 0.20 did not save "
-            "those of lora_only"
+            f"bias={clean(repr(config['bias']))}, and no bias is in the file: PEFT 0.7 to 0.20 did "
+            f"not save those of {only}"
         )
     base = config.get("base_model_name_or_path")
     revision = config.get("revision")
@@ -137,7 +138,7 @@ def _entries(
                 )
             )
             continue
-        if ref.numel == 0:
+        if ref.numel == 0 and not getattr(method, "MAY_BE_EMPTY", False):
             problems.append(
                 Problem(
                     f"tensor {key!r} in {ref.file} is empty, shape {list(ref.shape)}",
@@ -169,7 +170,8 @@ def _entries(
     entries: list[AdapterEntry] = []
     for module, roles in modules.items():
         if method:
-            found, wrong = _method_entries(Module(module, roles, shared, config), method)
+            endings = {role: ending for ending, role in method.SUFFIXES.items()}
+            found, wrong = _method_entries(Module(module, roles, shared, config, endings), method)
         else:
             found, wrong = _module_entries(module, roles, config)
         entries += found
