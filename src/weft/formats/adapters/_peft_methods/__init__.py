@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, Protocol, cast
 from weft.core.errors import Problem
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Iterable, Mapping
 
     from weft.core.specs import AdapterEntry, TensorRef
 
@@ -60,6 +60,10 @@ class Module:
             if not _unify(self.tensors[role].shape, pattern.split(), found):
                 return self.misfit()
         return found
+
+    def only(self, roles: Iterable[str]) -> tuple[tuple[str, TensorRef], ...]:
+        """The tensors of `roles`, for an entry; what no entry uses is an error."""
+        return tuple((role, self.tensors[role]) for role in roles)
 
     def misfit(self, why: str = "do not belong together") -> Problem:
         return Problem(

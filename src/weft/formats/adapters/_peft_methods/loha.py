@@ -33,4 +33,4 @@ def read(module: Module) -> list[AdapterEntry] | Problem:
     scaling = scaling_of(module.name, sizes["r"], module.config, "alpha")
     if isinstance(scaling, Problem):
         return scaling
-    return [AdapterEntry(module.name, "weight", "loha", tuple(module.tensors.items()), scaling)]
+    return [AdapterEntry(module.name, "weight", "loha", module.only(patterns), scaling)]
