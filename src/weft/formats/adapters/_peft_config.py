@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 CONFIG = "adapter_config.json"
 
 # Config fields that make the merged weight something other than W + s·BA, and what they are.
-_VARIANTS = {
+VARIANTS = {
     "use_qalora": "QA-LoRA (its lora_A sees pooled inputs)",
     "use_bdlora": "BD-LoRA (block-diagonal factors)",
     "kasa_config": "KaSA (it truncates the base weight)",
@@ -48,7 +48,7 @@ KNOWN = {
     *("init_lora_weights", "layers_to_transform", "layers_pattern", "rank_pattern"),
     *("alpha_pattern", "megatron_core", "trainable_token_indices", "loftq_config", "eva_config"),
     *("corda_config", "lora_ga_config", "use_dora", "qalora_group_size", "runtime_config"),
-    *("lora_bias", "ensure_weight_tying", *_VARIANTS),
+    *("lora_bias", "ensure_weight_tying", *VARIANTS),
 }
 
 
@@ -101,7 +101,7 @@ def _refuse_other_kinds(config: dict[str, Any], given: str) -> None:
             f"{given} is a {kind} adapter; this release of weft merges {known}",
             "merge it with PEFT's merge_and_unload",
         )
-    for field, what in _VARIANTS.items():
+    for field, what in VARIANTS.items():
         if config.get(field):
             raise Unsupported(
                 f"{given} uses {what}, which this release of weft does not merge",
