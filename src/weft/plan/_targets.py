@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
 from weft import deltas
@@ -105,7 +105,8 @@ def _match(
 ) -> dict[str, str]:
     """Adapter target -> tensor name of the output; what does not land is a problem."""
     present = set(base.tensors) | ({head} if head else set())
-    wanted = list(dict.fromkeys(entry.target for entry in adapter.entries))
+    needed = [entry for entry in adapter.entries if not entry.optional]
+    wanted = list(dict.fromkeys(entry.target for entry in needed))
     found = match(wanted, present)
     if len(found.edits) > 1:
         edits = "; ".join(f"{_edit(edit)} ({count})" for edit, count in found.edits.items())
@@ -131,6 +132,12 @@ def _match(
             names[want] = _renamed(want, found)
         else:
             targets.problems.append(_unmatched(want, entry, base, adapter, targets))
+    for entry in adapter.entries:
+        weight = names.get(replace(entry, parameter="weight").target)
+        if entry.optional and weight:
+            beside = weight.removesuffix("weight") + entry.parameter
+            if beside in base.tensors:
+                names[entry.target] = beside
     return names
 
 
@@ -157,7 +164,7 @@ def _unmatched(
     ref = entry.tensors[0][1]
     where = f"{ref.name} of {adapter.given} ({ref.file})"
     siblings = [name for name in base.tensors if name.startswith(entry.module + ".")]
-    if entry.kind == "lora_bias" and f"{entry.module}.weight" in siblings:
+    if entry.parameter == "bias" and f"{entry.module}.weight" in siblings:
         return Problem(f"{where} is a bias for {entry.module}, which has none in {base.given}")
     if any(name.endswith(".in_proj_weight") for name in siblings):
         return Problem(

@@ -81,8 +81,8 @@ def check(config: dict[str, Any], given: str, path: Path) -> None:
     _refuse_other_kinds(config, given)
     own = getattr(methods().get(config["peft_type"]), "FORMS", {})
     for field, (fits, form) in {**_FORMS, **own}.items():
-        if field in config and not fits(config[field]):
-            shown = clean(repr(config[field]))[:60]
+        if (field in config or field in own) and not fits(config.get(field)):
+            shown = clean(repr(config.get(field)))[:60]
             hint = "without it the scaling is unknown" if field.endswith("alpha") else None
             raise FormatError(f"{path}: {field} = {shown}, and must be {form}", hint)
 

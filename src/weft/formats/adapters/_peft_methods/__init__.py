@@ -101,7 +101,8 @@ class PeftMethod(Protocol):
 
     # A file may also define
     # - `SHARED: Mapping[str, str]`: whole keys of tensors that all modules use -> role;
-    # - `FORMS: Mapping[str, Form]`: what a field of the config must be, where `read` uses it;
+    # - `FORMS: Mapping[str, Form]`: what a field of the config must be, where `read` uses it; one
+    #   that is missing counts as None;
     # - `MAY_BE_EMPTY = True`: that a tensor without elements is no sign of a broken save;
     # - `check(config) -> Problem | None`: a reason that no adapter with this config can be merged.
 

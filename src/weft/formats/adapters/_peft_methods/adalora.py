@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from weft.core.errors import Problem
 from weft.core.specs import AdapterEntry
 from weft.formats.adapters._peft_config import CONFIG, VARIANTS
-from weft.formats.adapters._peft_methods._forms import COUNT
+from weft.formats.adapters._peft_methods._forms import COUNT, NUMBER
 from weft.formats.adapters._peft_methods._tokens import token_rows
 
 if TYPE_CHECKING:
@@ -44,6 +44,7 @@ def _is_masks(value: Any) -> bool:
 
 FORMS = {
     "init_r": COUNT,
+    "lora_alpha": NUMBER,
     "rank_pattern": (_is_masks, "a mapping of names to lists of true and false"),
 }
 
