@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections import defaultdict
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
@@ -15,7 +16,9 @@ from weft.formats.checkpoint import same_values
 from weft.plan.preflight import config_value
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Mapping, Sequence
+
+    from weft.core.specs import Param
 
 # The architectures whose blocks are made of transformers' Conv1D, which stores (in, out).
 _CONV1D_MODELS = {"gpt2", "openai-gpt", "imagegpt", "decision_transformer"}
@@ -85,7 +88,25 @@ def collect(
     rest = [item for item in placed if not _brings_base(item, base, targets)]
     for item in rest:
         _place(item, base, targets)
+    _look_across(targets, {item.name: item.present for item in placed})
     return targets
+
+
+def _look_across(targets: Targets, present: Mapping[str, TensorRef]) -> None:
+    """Tell deltas of the other tensors that their adapter changes, where their kind asks."""
+    peers: dict[tuple[int, str], list[tuple[Delta, TensorRef]]] = defaultdict(list)
+    for name, change in targets.changes.items():
+        for owner, delta in change.deltas:
+            peers[owner, delta.kind].append((delta, change.base or present[name]))
+    told = {key: deltas.across(key[1], changed) for key, changed in peers.items()}
+    for change in targets.changes.values():
+        change.deltas = [
+            (owner, _with_params(delta, told[owner, delta.kind])) for owner, delta in change.deltas
+        ]
+
+
+def _with_params(delta: Delta, params: Mapping[str, Param]) -> Delta:
+    return replace(delta, params=tuple(sorted({**dict(delta.params), **params}.items())))
 
 
 @dataclass(frozen=True, slots=True)

@@ -177,6 +177,11 @@ def _entries(
             found, wrong = _module_entries(module, roles, config)
         entries += found
         problems += wrong
+    used = {ref for entry in entries for _, ref in entry.tensors}
+    if idle := [key for key, ref in tensors.items() if key in shared_keys and ref not in used]:
+        problems = problems or [
+            Problem(f"no module of the adapter has a use for {', '.join(idle)}")
+        ]
     copies, wrong = _saved_twice(replaced)
     problems += wrong
     entries += [_replacement(path, ref, config) for path, ref in replaced if path not in copies]

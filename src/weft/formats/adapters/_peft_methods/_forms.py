@@ -49,6 +49,7 @@ def _is_patterns(value: Any) -> bool:
 
 NUMBER: Form = (is_number, "a number")
 COUNT: Form = (_is_count, "a whole number")
+INTEGER: Form = (lambda value: type(value) is int, "an integer")
 FLAG: Form = (_is_flag, "true or false")
 TEXT: Form = (_is_text, "a string")
 NAMES: Form = (_is_names, "a list of names")
