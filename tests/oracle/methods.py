@@ -60,16 +60,16 @@ class Turned(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.embed = nn.Embedding(40, 24)
-        self.c_fc = Conv1D(36, 24)
-        self.c_proj = Conv1D(36, 36)
+        self.h = nn.ModuleDict({"c_fc": Conv1D(36, 24), "c_proj": Conv1D(36, 36)})
         self.head = nn.Linear(36, 10)
-        for layer in (self.c_fc, self.c_proj):
+        for layer in self.h.values():
             nn.init.normal_(layer.weight, std=0.2)
             nn.init.normal_(layer.bias)
 
     def forward(self, tokens: Tensor) -> Tensor:
         """`tokens` (batch, 12) -> (batch, 12, 10)."""
-        out: Tensor = self.head(self.c_proj(self.c_fc(self.embed(tokens)).tanh()).tanh())
+        hidden = self.h["c_fc"](self.embed(tokens)).tanh()
+        out: Tensor = self.head(self.h["c_proj"](hidden).tanh())
         return out
 
 
