@@ -1,4 +1,4 @@
-"""Bone, what MiSS was called up to PEFT 0.20: `bone_block`, without the variant mini."""
+"""Bone, what MiSS was called up to PEFT 0.18: `bone_block`, without the variant mini."""
 
 from __future__ import annotations
 
