@@ -282,9 +282,9 @@ def test_without_tensors(folder: Path) -> None:
 # ---------------------------------------------------------------------------------- refused by name
 
 KINDS = [
-    *("ADALORA", "LOKR", "OFT", "BOFT", "IA3", "VERA", "VBLORA", "RANDLORA", "HRA", "POLY"),
-    *("LN_TUNING", "FOURIERFT", "XLORA", "PREFIX_TUNING", "PROMPT_TUNING", "P_TUNING", "BONE"),
-    *("MULTITASK_PROMPT_TUNING", "ADAPTION_PROMPT", "CPT", "TRAINABLE_TOKENS", "lora", "NEW_KIND"),
+    *("OFT", "BOFT", "VBLORA", "RANDLORA", "POLY"),
+    *("FOURIERFT", "XLORA", "PREFIX_TUNING", "PROMPT_TUNING", "P_TUNING"),
+    *("MULTITASK_PROMPT_TUNING", "ADAPTION_PROMPT", "CPT", "lora", "NEW_KIND"),
 ]
 
 
@@ -305,7 +305,7 @@ VARIANTS = {
 
 
 def test_every_variant_has_a_test() -> None:
-    assert set(VARIANTS) == set(variants._VARIANTS)
+    assert set(VARIANTS) == set(variants.VARIANTS)
     assert set(MOVED) == set(variants._MOVED_INIT)
     assert set(QUANTISED) == {*preflight._QUANTISED_NAMES}
     assert {key.removeprefix(PREFIX + "m.") for key in ENDINGS} == {

@@ -28,10 +28,14 @@ def examine(adapter: Adapter, weight: float = 1) -> tuple[list[Problem], list[st
     shares: list[tuple[int, int]] = []
     files = Files()
     workspace = Workspace(torch.device("cpu"))
+    seen: set[TensorRef] = set()
     try:
         for entry in adapter.entries:
             zero = entry.scaling == 0
             for role, ref in entry.tensors:
+                if ref in seen:
+                    continue  # what all modules share
+                seen.add(ref)
                 if role not in _FACTORS:
                     problems += _large_not_finite(ref, files, workspace)
                     continue

@@ -139,7 +139,7 @@ def _entries(
                 )
             )
             continue
-        if ref.numel == 0:
+        if ref.numel == 0 and not getattr(method, "MAY_BE_EMPTY", False):
             problems.append(
                 Problem(
                     f"tensor {key!r} in {ref.file} is empty, shape {list(ref.shape)}",
@@ -171,13 +171,20 @@ def _entries(
         else:
             replaced.append((path, ref))
     if method:
+        endings = {role: ending for ending, role in method.SUFFIXES.items()}
         read_all = [
-            _method_entries(Module(m, r, shared, config), method) for m, r in modules.items()
+            _method_entries(Module(m, r, shared, config, endings), method)
+            for m, r in modules.items()
         ]
     else:
         read_all = [lora.read(modules, config)]
     entries = [entry for found, _ in read_all for entry in found]
     problems += [problem for _, wrong in read_all for problem in wrong]
+    used = {ref for entry in entries for _, ref in entry.tensors}
+    if idle := [key for key, ref in tensors.items() if key in shared_keys and ref not in used]:
+        problems = problems or [
+            Problem(f"no module of the adapter has a use for {', '.join(idle)}")
+        ]
     copies, wrong = _saved_twice(replaced)
     problems += wrong
     entries += [_replacement(path, ref, config) for path, ref in replaced if path not in copies]
