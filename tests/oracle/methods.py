@@ -8,15 +8,19 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import peft
+import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
+from transformers.pytorch_utils import Conv1D
 
 import weft
+from weft.core.errors import WeftError
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -50,6 +54,28 @@ class Toy(nn.Module):
         return out
 
 
+class Turned(nn.Module):
+    """Layers that store (in, out), as GPT-2's do; `c_attn` is square."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed = nn.Embedding(40, 24)
+        self.block = nn.ModuleDict(
+            {"c_attn": Conv1D(24, 24), "c_fc": Conv1D(36, 24), "c_proj": Conv1D(24, 36)}
+        )
+        with torch.no_grad():
+            for layer in self.block.values():
+                layer.weight.mul_(10)  # so that what is done to them shows
+                layer.bias.normal_(0, 0.1)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        """`tokens` (batch, 12) -> (batch, 12, 24)."""
+        hidden: Tensor = self.embed(tokens)
+        for layer in self.block.values():
+            hidden = layer(hidden).tanh()
+        return hidden
+
+
 TOKENS = torch.arange(48).reshape(4, 12) % 40
 
 
@@ -64,29 +90,26 @@ def noise(model: nn.Module, seed: int = 1, scale: float = 0.1) -> None:
 
 @dataclass
 class Case:
-    """One config of one method on `Toy`.
+    """One config of one method on `Toy`, or another model.
 
     Attributes:
         config: A PEFT config.
         dtype: Of the base's weights.
         train: Changes the adapter's values.
         atol: Absolute, for values of about 1: what float32 arithmetic may add.
+        model: Makes the base.
     """
 
     config: Any
     dtype: torch.dtype = torch.float32
     train: Callable[[nn.Module], None] = noise
     atol: float = 2e-6
+    model: Callable[[], nn.Module] = Toy
     merged: dict[str, Tensor] = field(init=False)
 
     def run(self, folder: Path) -> None:
         """Train, save, merge, and hold the result against float64 and the forward pass."""
-        base = self._base()
-        (folder / "base").mkdir(parents=True)
-        save_file(base.state_dict(), folder / "base" / "model.safetensors", {"format": "pt"})
-        model = peft.get_peft_model(base, self.config)
-        self.train(model)
-        model.save_pretrained(folder / "adapter")
+        self.save(folder)
         weft.merge(folder / "base", folder / "adapter", output=folder / "merged")
         self.merged = load_file(folder / "merged" / "model.safetensors")
         exact = self.peft_merged(folder, torch.float64)
@@ -106,6 +129,30 @@ class Case:
         if self.dtype == torch.float32:
             self.check_forward(folder)
 
+    def save(self, folder: Path) -> None:
+        """Write the base and, trained, the adapter."""
+        base = self._base()
+        (folder / "base").mkdir(parents=True)
+        save_file(base.state_dict(), folder / "base" / "model.safetensors", {"format": "pt"})
+        model = peft.get_peft_model(base, self.config)
+        self.train(model)
+        model.save_pretrained(folder / "adapter")
+
+    def refused(
+        self, folder: Path, change: Callable[[dict[str, Tensor]], Any] = dict, **config: Any
+    ) -> str:
+        """What Weft says of the adapter after its tensors and its config were tampered with."""
+        self.save(folder)
+        file = folder / "adapter" / "adapter_model.safetensors"
+        tensors = load_file(file)
+        change(tensors)
+        save_file(tensors, file, {"format": "pt"})
+        file = folder / "adapter" / "adapter_config.json"
+        file.write_text(json.dumps(json.loads(file.read_text()) | config))
+        with pytest.raises(WeftError) as error:
+            weft.merge(folder / "base", folder / "adapter", output=folder / "merged")
+        return str(error.value)
+
     def check_forward(self, folder: Path) -> None:
         """The merged weights do what base + adapter do, and not what the base does."""
         plain = self._base().eval()
@@ -124,7 +171,7 @@ class Case:
 
     def _base(self) -> nn.Module:
         torch.manual_seed(0)
-        return Toy().to(self.dtype)
+        return self.model().to(self.dtype)
 
     def _load(self, folder: Path, dtype: torch.dtype | None) -> Any:
         base = self._base()

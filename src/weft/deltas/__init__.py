@@ -53,6 +53,7 @@ class DeltaKind(Protocol):
     # - `together(shape, params) -> int`: that only so many rows at once, from a multiple of it on,
     #   can be computed (0: only all of them);
     # - `matrix(shape) -> (rows, columns)`: that it sees W otherwise;
+    # - `refusal(shapes, params, weight) -> str | None`: why there is no merged weight for this W;
     # - `TRANSPOSES = True`: that it deals with `transposed` itself. Else W is handed to it as
     #   (outputs, inputs), all of it at once.
 

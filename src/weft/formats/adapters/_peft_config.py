@@ -11,10 +11,12 @@ from weft.core.units import clean
 from weft.formats.adapters._peft_methods import methods
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Set
     from pathlib import Path
 
     from weft.core.specs import TensorRef
+
+    Form = tuple[Callable[[Any], bool], str]
 
 CONFIG = "adapter_config.json"
 
@@ -78,17 +80,29 @@ def _is_patterns(value: Any) -> bool:
         return False
 
 
+# What a value must be, and how an error says it.
+TEXT = (_is_text, "a string")
+FLAG = (_is_flag, "true or false")
+NUMBER = (_is_number, "a number")
+WHOLE = (lambda value: type(value) is int and abs(value) < 2**63, "a whole number")
+COUNT = (lambda value: type(value) is int and 0 < value < 2**31, "a whole number above 0")
+
+
+def one_of(*values: str) -> Form:
+    return (lambda value: value in values, " or ".join(values))
+
+
 # What a field must be, where this reader uses it.
-_FORMS: dict[str, tuple[Callable[[Any], bool], str]] = {
-    "base_model_name_or_path": (_is_text, "a string"),
-    "revision": (_is_text, "a string"),
-    "r": (_is_number, "a number"),
-    "lora_alpha": (_is_number, "a number"),
-    "use_rslora": (_is_flag, "true or false"),
-    "use_dora": (_is_flag, "true or false"),
-    "lora_bias": (_is_flag, "true or false"),
-    "fan_in_fan_out": (_is_flag, "true or false"),
-    "ensure_weight_tying": (_is_flag, "true or false"),
+_FORMS: dict[str, Form] = {
+    "base_model_name_or_path": TEXT,
+    "revision": TEXT,
+    "r": NUMBER,
+    "lora_alpha": NUMBER,
+    "use_rslora": FLAG,
+    "use_dora": FLAG,
+    "lora_bias": FLAG,
+    "fan_in_fan_out": FLAG,
+    "ensure_weight_tying": FLAG,
     "modules_to_save": (_is_names, "a list of names"),
     "rank_pattern": (_is_patterns, "a mapping of regular expressions to numbers"),
     "alpha_pattern": (_is_patterns, "a mapping of regular expressions to numbers"),
@@ -96,7 +110,7 @@ _FORMS: dict[str, tuple[Callable[[Any], bool], str]] = {
 
 
 def check(config: dict[str, Any], given: str, path: Path) -> None:
-    """Whether this is a config of a LoRA that weft merges.
+    """Whether this is a config of an adapter that weft merges.
 
     Raises:
         FormatError: A field is not of its type.
@@ -104,8 +118,9 @@ def check(config: dict[str, Any], given: str, path: Path) -> None:
     """
     if not isinstance(config.get("peft_type"), str):
         raise FormatError(f"{path} names no peft_type", "is it the config of a PEFT adapter?")
+    method = methods().get(config["peft_type"])
     _refuse_other_kinds(config, given)
-    for field, (fits, form) in _FORMS.items():
+    for field, (fits, form) in {**_FORMS, **getattr(method, "FORMS", {})}.items():
         if field in config and not fits(config[field]):
             shown = clean(repr(config[field]))[:60]
             hint = "without it the scaling is unknown" if field == "lora_alpha" else None
@@ -118,6 +133,7 @@ def _refuse_other_kinds(config: dict[str, Any], given: str) -> None:
         problem = getattr(method, "check", lambda config: None)(config)
         if problem:
             raise Unsupported(f"{given}: {problem.what}", problem.hint)
+        _refuse_unknown(config, given, KNOWN | method.FIELDS)
         return
     if kind != "LORA":
         known = ", ".join(["LORA", *methods()])
@@ -143,11 +159,16 @@ def _refuse_other_kinds(config: dict[str, Any], given: str) -> None:
             if name
             else None,
         )
-    for field in sorted(set(config) - KNOWN):
+    _refuse_unknown(config, given, KNOWN)
+
+
+def _refuse_unknown(config: dict[str, Any], given: str, known: Set[str]) -> None:
+    kind = "LoRA" if config["peft_type"] == "LORA" else clean(config["peft_type"])
+    for field in sorted(set(config) - known):
         value = config[field]
         if (field.startswith("use_") and value is True) or (field.endswith("_config") and value):
             raise Unsupported(
-                f"{given} sets {clean(field)}, a LoRA variant that this release does not know"
+                f"{given} sets {clean(field)}, a variant of {kind} that this release does not know"
             )
 
 

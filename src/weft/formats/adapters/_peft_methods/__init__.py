@@ -52,6 +52,7 @@ class PeftMethod(Protocol):
 
     # A file may also define
     # - `SHARED: Mapping[str, str]`: whole keys of tensors that all modules use -> role;
+    # - `FORMS: Mapping[str, Form]`: what a field must be (as in `_peft_config`), where it is used;
     # - `check(config) -> Problem | None`: a reason that no adapter with this config can be merged.
 
     def read(self, module: Module) -> list[AdapterEntry] | Problem:
