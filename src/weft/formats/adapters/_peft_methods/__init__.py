@@ -12,10 +12,11 @@ from dataclasses import dataclass
 from functools import cache
 from typing import TYPE_CHECKING, Any, Protocol, cast
 
+from weft.core.errors import Problem
+
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
-    from weft.core.errors import Problem
     from weft.core.specs import AdapterEntry, TensorRef
 
 
@@ -38,6 +39,18 @@ class Module:
     @property
     def file(self) -> str:
         return next(iter(self.tensors.values())).file
+
+
+def lacks(module: Module, **roles: str) -> Problem | None:
+    """Say which of the tensors (name in the file = role) the module does not have, if any."""
+    missing = [name for name, role in roles.items() if role not in module.tensors]
+    if not missing:
+        return None
+    there = ", ".join(ref.name for ref in module.tensors.values())
+    return Problem(
+        f"module {module.name!r} in {module.file} has {there} and lacks {' and '.join(missing)}",
+        "the file lost tensors: save or download the adapter again",
+    )
 
 
 class PeftMethod(Protocol):
