@@ -80,7 +80,7 @@ class AdapterEntry:
         kind: File name in `weft.deltas`.
         tensors: Role (as the kind names it) and byte range.
         scaling: Factor of the low-rank product, alpha / r or alpha / √r.
-        params: What else the kind needs.
+        params: What else the kind needs; `optional`, that the base need not have the parameter.
         saved_as: The module of `modules_to_save` that it belongs to; one that the base does not
             have (a new task head) is added to it.
     """

@@ -129,7 +129,7 @@ def _match(
         entry = entries[want]
         if entry.saved_as and _is_new_module(entry.saved_as, base):
             names[want] = _renamed(want, found)
-        else:
+        elif not dict(entry.params).get("optional"):
             targets.problems.append(_unmatched(want, entry, base, adapter, targets))
     return names
 
