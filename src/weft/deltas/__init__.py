@@ -35,7 +35,7 @@ class Source(Protocol):
     shape: Shape
 
     def whole(self, role: str) -> Tensor:
-        """The tensor of `role`; for factors, which are small."""
+        """The tensor of `role`; for factors, which are small. Integers come as int64."""
 
     def rows(self, role: str, start: int, stop: int, out: Tensor) -> None:
         """Rows `start` to `stop` of `role` into `out`; for tensors as large as W."""
