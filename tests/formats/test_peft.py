@@ -257,7 +257,7 @@ def test_without_tensors(folder: Path) -> None:
 
 KINDS = [
     *("ADALORA", "LOKR", "IA3", "VERA", "VBLORA", "RANDLORA", "HRA", "POLY"),
-    *("LN_TUNING", "FOURIERFT", "XLORA", "PREFIX_TUNING", "PROMPT_TUNING", "P_TUNING", "BONE"),
+    *("LN_TUNING", "XLORA", "PREFIX_TUNING", "PROMPT_TUNING", "P_TUNING", "BONE"),
     *("MULTITASK_PROMPT_TUNING", "ADAPTION_PROMPT", "CPT", "TRAINABLE_TOKENS", "lora", "NEW_KIND"),
 ]
 

@@ -11,7 +11,7 @@ from weft.core.units import clean
 from weft.formats.adapters._peft_methods import methods
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Set
+    from collections.abc import Callable, Mapping, Set
     from pathlib import Path
 
     from weft.core.specs import TensorRef
@@ -85,6 +85,7 @@ TEXT = (_is_text, "a string")
 FLAG = (_is_flag, "true or false")
 NUMBER = (_is_number, "a number")
 WHOLE = (lambda value: type(value) is int and abs(value) < 2**63, "a whole number")
+PATTERNS = (_is_patterns, "a mapping of regular expressions to numbers")
 COUNT = (lambda value: type(value) is int and 0 < value < 2**31, "a whole number above 0")
 
 
@@ -104,8 +105,8 @@ _FORMS: dict[str, Form] = {
     "fan_in_fan_out": FLAG,
     "ensure_weight_tying": FLAG,
     "modules_to_save": (_is_names, "a list of names"),
-    "rank_pattern": (_is_patterns, "a mapping of regular expressions to numbers"),
-    "alpha_pattern": (_is_patterns, "a mapping of regular expressions to numbers"),
+    "rank_pattern": PATTERNS,
+    "alpha_pattern": PATTERNS,
 }
 
 
@@ -178,15 +179,23 @@ def _matching(patterns: Any, module: str) -> list[Any]:
     return [value for p, value in patterns.items() if re.match(rf"(.*\.)?({p})$", module)]
 
 
-def rank_problem(module: str, A: TensorRef, config: dict[str, Any]) -> Problem | None:
+def rank_problem(
+    module: str,
+    A: TensorRef,
+    config: Mapping[str, Any],
+    field: str = "r",
+    pattern: str = "rank_pattern",
+) -> Problem | None:
+    """Whether A has as many rows as the config says: its rank, or whatever `field` calls it."""
     rank = A.shape[0]
-    allowed = _matching(config.get("rank_pattern"), module) or [config.get("r")]
+    allowed = _matching(config.get(pattern), module) or [config.get(field)]
     if rank in allowed:
         return None
+    what = "rank" if field == "r" else field
     says = " or ".join(str(value) for value in allowed)
     return Problem(
-        f"module {module!r} in {A.file} has rank {rank}, and {CONFIG} says r = {says}",
-        f"the config and the weights are not of one save: correct r or rank_pattern in {CONFIG}",
+        f"module {module!r} in {A.file} has {what} {rank}, and {CONFIG} says {field} = {says}",
+        f"the config and the weights are not of one save: correct {field} or {pattern} in {CONFIG}",
     )
 
 
