@@ -119,9 +119,13 @@ def check(config: dict[str, Any], given: str, path: Path) -> None:
     """
     if not isinstance(config.get("peft_type"), str):
         raise FormatError(f"{path} names no peft_type", "is it the config of a PEFT adapter?")
-    method = methods().get(config["peft_type"])
+    _check_forms(config, getattr(methods().get(config["peft_type"]), "FORMS", {}), path)
     _refuse_other_kinds(config, given)
-    for field, (fits, form) in {**_FORMS, **getattr(method, "FORMS", {})}.items():
+    _check_forms(config, _FORMS, path)
+
+
+def _check_forms(config: dict[str, Any], forms: Mapping[str, Form], path: Path) -> None:
+    for field, (fits, form) in forms.items():
         if field in config and not fits(config[field]):
             shown = clean(repr(config[field]))[:60]
             hint = "without it the scaling is unknown" if field == "lora_alpha" else None
