@@ -256,7 +256,7 @@ def test_without_tensors(folder: Path) -> None:
 # ---------------------------------------------------------------------------------- refused by name
 
 KINDS = [
-    *("ADALORA", "LOKR", "IA3", "VERA", "VBLORA", "RANDLORA", "HRA", "POLY"),
+    *("ADALORA", "LOKR", "IA3", "VERA", "RANDLORA", "HRA", "POLY"),
     *("LN_TUNING", "XLORA", "PREFIX_TUNING", "PROMPT_TUNING", "P_TUNING", "BONE"),
     *("MULTITASK_PROMPT_TUNING", "ADAPTION_PROMPT", "CPT", "TRAINABLE_TOKENS", "lora", "NEW_KIND"),
 ]

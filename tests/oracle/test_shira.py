@@ -60,7 +60,7 @@ def test_indices_out_of_range(tmp_path: Path, case: Case, row: int, value: int) 
     key = "base_model.model.wide.shira_indices"
     error = case.refused(tmp_path, lambda tensors: tensors[key][row, 5:6].fill_(value))
     assert f"{key} in {tmp_path}" in error
-    assert "outside of a weight of 48 × 36" in error
+    assert "holds indices outside of 48 × 36" in error
 
 
 def test_on_windows(tmp_path: Path, case: Case) -> None:

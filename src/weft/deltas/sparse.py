@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from weft.core.errors import FormatError
+from weft.deltas import _indices
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -40,19 +40,11 @@ def orientations(
 
 def prepare(delta: Delta, source: Source, blocks: Blocks) -> State:
     rows, columns = source.shape
-    indices = source.whole("indices").long()
-    if indices.dim() == 2:
-        wrong = (indices < 0) | (indices >= indices.new_tensor([[rows], [columns]]))
+    if len(dict(delta.tensors)["indices"].shape) == 2:
+        indices = _indices.load(delta, source, "indices", rows, columns)
         places = indices[0] * columns + indices[1]
     else:
-        wrong = (indices < 0) | (indices >= rows * columns)
-        places = indices
-    if wrong.any():
-        ref = dict(delta.tensors)["indices"]
-        raise FormatError(
-            f"{ref.name} in {ref.file} names elements outside of a weight of {rows} × {columns}",
-            "the file is damaged, or the base is another one than the adapter's",
-        )
+        places = _indices.load(delta, source, "indices", rows * columns)
     places, order = places.sort()
     return State(places, source.whole("values")[order] * delta.scaling)
 

@@ -138,7 +138,7 @@ def _entries(
                 )
             )
             continue
-        if ref.numel == 0:
+        if ref.numel == 0 and not key.endswith(getattr(method, "MAY_BE_EMPTY", ())):
             problems.append(
                 Problem(
                     f"tensor {key!r} in {ref.file} is empty, shape {list(ref.shape)}",
@@ -175,6 +175,8 @@ def _entries(
             found, wrong = _module_entries(module, roles, config)
         entries += found
         problems += wrong
+    if not problems:
+        problems += _unused_shared(shared, entries)
     copies, wrong = _saved_twice(replaced)
     problems += wrong
     entries += [_replacement(path, ref, config) for path, ref in replaced if path not in copies]
@@ -197,6 +199,20 @@ def _method_entries(module: Module, method: PeftMethod) -> tuple[list[AdapterEnt
         what = f"{', '.join(unused)} in {module.file} belong to nothing that {method.PEFT_TYPE} has"
         return [], [Problem(what, "the config and the weights are not of one save")]
     return read, []
+
+
+def _unused_shared(
+    shared: Mapping[str, TensorRef], entries: Sequence[AdapterEntry]
+) -> list[Problem]:
+    used = {ref for entry in entries for _, ref in entry.tensors}
+    return [
+        Problem(
+            f"tensor {ref.name!r} in {ref.file} is shared by no module of the file",
+            "the file lost tensors: save or download the adapter again",
+        )
+        for ref in shared.values()
+        if ref not in used
+    ]
 
 
 def _nested(key: str, ref: TensorRef) -> Problem:

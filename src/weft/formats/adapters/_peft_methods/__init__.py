@@ -66,6 +66,7 @@ class PeftMethod(Protocol):
     # A file may also define
     # - `SHARED: Mapping[str, str]`: whole keys of tensors that all modules use -> role;
     # - `FORMS: Mapping[str, Form]`: what a field must be (as in `_peft_config`), where it is used;
+    # - `MAY_BE_EMPTY: tuple[str, ...]`: endings of tensors that may have no elements;
     # - `check(config) -> Problem | None`: a reason that no adapter with this config can be merged.
 
     def read(self, module: Module) -> list[AdapterEntry] | Problem:
