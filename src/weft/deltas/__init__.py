@@ -35,7 +35,7 @@ class Source(Protocol):
     shape: Shape
 
     def whole(self, role: str) -> Tensor:
-        """The tensor of `role`; for factors, which are small."""
+        """The tensor of `role`; for factors, which are small. Integers come as int64."""
 
     def shared(self, role: str) -> Tensor:
         """As `whole`, for factors of which many jobs use a part each; not to be changed."""
@@ -56,6 +56,7 @@ class DeltaKind(Protocol):
     # - `together(shape, params) -> int`: that only so many rows at once, from a multiple of it on,
     #   can be computed (0: only all of them);
     # - `matrix(shape) -> (rows, columns)`: that it sees W otherwise;
+    # - `refusal(shapes, params, weight) -> str | None`: why there is no merged weight for this W;
     # - `across(changed) -> params`: what a delta must know of all tensors that its adapter changes
     #   by this kind, (delta, W's byte range) each; it is asked when the plan is made;
     # - `TRANSPOSES = True`: that it deals with `transposed` itself. Else W is handed to it as

@@ -274,7 +274,12 @@ def _place(item: _Placed, base: Checkpoint, targets: Targets) -> None:
     shapes = {role: ref.shape for role, ref in entry.tensors}
     params = dict(entry.params)
     shape = change.base.shape if change.base else item.present.shape
-    fits = deltas.kind(entry.kind).orientations(shapes, params, shape)
+    kind = deltas.kind(entry.kind)
+    if hasattr(kind, "refusal") and (reason := kind.refusal(shapes, params, shape)):
+        ref = entry.tensors[0][1]
+        targets.problems.append(Problem(f"{ref.name} in {ref.file} changes {name}: {reason}"))
+        return
+    fits = kind.orientations(shapes, params, shape)
     if not fits:
         targets.problems.append(_misfit(entry, name, shape, adapter))
         return

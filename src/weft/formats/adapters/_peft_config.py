@@ -203,20 +203,30 @@ def matching(patterns: Any, module: str) -> list[Any]:
     return [value for p, value in patterns.items() if re.match(anywhere(p), module)]
 
 
-def ranks_of(module: str, config: Mapping[str, Any]) -> list[int]:
+def ranks_of(
+    module: str, config: Mapping[str, Any], field: str = "r", pattern: str = "rank_pattern"
+) -> list[int]:
     """What the config says of r: one value, or those of the patterns that match."""
-    return matching(config.get("rank_pattern"), module) or [config.get("r")]
+    return matching(config.get(pattern), module) or [config.get(field)]
 
 
-def rank_problem(module: str, A: TensorRef, config: Mapping[str, Any]) -> Problem | None:
+def rank_problem(
+    module: str,
+    A: TensorRef,
+    config: Mapping[str, Any],
+    field: str = "r",
+    pattern: str = "rank_pattern",
+) -> Problem | None:
+    """Whether A has as many rows as the config says: its rank, or whatever `field` calls it."""
     rank = A.shape[0]
-    allowed = ranks_of(module, config)
+    allowed = ranks_of(module, config, field, pattern)
     if rank in allowed:
         return None
+    what = "rank" if field == "r" else field
     says = " or ".join(str(value) for value in allowed)
     return Problem(
-        f"module {module!r} in {A.file} has rank {rank}, and {CONFIG} says r = {says}",
-        f"the config and the weights are not of one save: correct r or rank_pattern in {CONFIG}",
+        f"module {module!r} in {A.file} has {what} {rank}, and {CONFIG} says {field} = {says}",
+        f"the config and the weights are not of one save: correct {field} or {pattern} in {CONFIG}",
     )
 
 

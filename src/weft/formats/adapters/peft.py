@@ -126,6 +126,7 @@ def _entries(
     replaced: list[tuple[str, TensorRef]] = []
     method = methods().get(config["peft_type"])
     suffixes = _longest_first(method.SUFFIXES if method else lora.SUFFIXES)
+    own = re.compile(rf"\.(lora|trainable_tokens|{re.escape(config['peft_type'].lower())})_")
     shared_keys = getattr(method, "SHARED", {})
     shared = {shared_keys[key]: ref for key, ref in tensors.items() if key in shared_keys}
     for key, ref in tensors.items():
@@ -161,7 +162,7 @@ def _entries(
                 )
             else:
                 modules[module][suffixes[suffix]] = ref
-        elif re.search(r"\.lora_|\.trainable_tokens_", path):
+        elif own.search(path):
             problems.append(
                 Problem(
                     f"tensor {key!r} in {ref.file} has no ending that weft knows",

@@ -54,7 +54,8 @@ def anywhere(pattern: str) -> str:
 
 NUMBER: Form = (is_number, "a number")
 COUNT: Form = (_is_count, "a whole number")
-INTEGER: Form = (lambda value: type(value) is int, "an integer")
+POSITIVE: Form = (lambda value: _is_count(value) and 0 < value < 2**31, "a whole number above 0")
+INTEGER: Form = (lambda value: type(value) is int and abs(value) < 2**63, "an integer")
 FLAG: Form = (_is_flag, "true or false")
 TEXT: Form = (_is_text, "a string")
 NAMES: Form = (is_names, "a list of names")
@@ -63,6 +64,11 @@ NAMES_OR_EXPRESSION: Form = (
     "a list of names or a regular expression",
 )
 PATTERNS: Form = (_is_patterns, "a mapping of regular expressions to numbers")
+
+
+def choice(*values: str) -> Form:
+    """One of `values`, said in the config."""
+    return lambda value: value in values, f"one of {', '.join(map(repr, values))}"
 
 
 def one_of(*values: Any) -> Form:
