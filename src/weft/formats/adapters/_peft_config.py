@@ -21,7 +21,6 @@ CONFIG = "adapter_config.json"
 
 # Config fields that make the merged weight something other than W + s·BA, and what they are.
 _VARIANTS = {
-    "layer_replication": "layer_replication (a deeper model that shares weights)",
     "megatron_config": "Megatron parallel layers",
     "alora_invocation_tokens": "aLoRA, which is active after some tokens only: no merged weight",
     "arrow_config": "Arrow, which routes each token to another adapter: no merged weight",
@@ -42,6 +41,7 @@ KNOWN = {
     *("alpha_pattern", "megatron_core", "trainable_token_indices", "loftq_config", "eva_config"),
     *("corda_config", "lora_ga_config", "use_dora", "qalora_group_size", "runtime_config"),
     *("lora_bias", "ensure_weight_tying", "target_parameters", "lora_B_layout", *_VARIANTS),
+    "layer_replication",
     *("use_qalora", "use_bdlora", "kasa_config", "monteclora_config", "velora_config"),
 }
 
@@ -70,6 +70,19 @@ def _is_blocks(value: Any) -> bool:
 
 def _is_count(value: Any) -> bool:
     return value is None or (type(value) is int and value > 0)
+
+
+def _is_ranges(value: Any) -> bool:
+    """`layer_replication`: pairs of a first layer and the one behind the last."""
+    if not value:
+        return True
+    return isinstance(value, list) and all(
+        isinstance(pair, list)
+        and len(pair) == 2
+        and all(type(n) is int for n in pair)
+        and 0 <= pair[0] < pair[1] < 10_000
+        for pair in value
+    )
 
 
 def _is_layout(value: Any) -> bool:
@@ -107,6 +120,7 @@ _FORMS: dict[str, tuple[Callable[[Any], bool], str]] = {
     "target_parameters": (_is_names, "a list of names"),
     "use_bdlora": (_is_blocks, "a mapping with nblocks and lists of names"),
     "qalora_group_size": (_is_count, "a positive integer"),
+    "layer_replication": (_is_ranges, "a list of pairs such as [0, 4]"),
     "lora_B_layout": (_is_layout, "rank_major or grouped_by_expert"),
     "rank_pattern": (_is_patterns, "a mapping of regular expressions to numbers"),
     "alpha_pattern": (_is_patterns, "a mapping of regular expressions to numbers"),
