@@ -296,7 +296,6 @@ def test_other_kinds(kind: str, folder: Path) -> None:
 
 # Each variant of LoRA that is known and not merged, as PEFT would write it, and its name.
 VARIANTS = {
-    "layer_replication": ([[0, 2], [1, 3]], "layer_replication"),
     "megatron_config": ({"tp": 2}, "Megatron"),
     "alora_invocation_tokens": ([1, 2], "aLoRA"),
     "arrow_config": ({"top_k": 2}, "Arrow"),

@@ -27,6 +27,7 @@ from weft.formats.checkpoint import describe_copied, describe_input
 from weft.plan._experts import localise
 from weft.plan._initial import with_initial
 from weft.plan._named_base import other_base
+from weft.plan._replicated import replicated
 from weft.plan._side_files import side_files
 from weft.plan._targets import Change, Targets, collect
 from weft.plan._tied import find_tie, resolve, untold
@@ -64,15 +65,20 @@ def plan_merge(
     subject = " + ".join([base.given, *(adapter.given for adapter, _ in adapters)])
     if problems := quantised(base):
         raise PlanError(subject, problems)
-    adapters, problems = with_initial(adapters, initial, base_is_residual=base_is_residual)
-    adapters, wrong = _localised(base, adapters, expert_layout)
+    stored = base.config
+    base, problems, deeper = replicated(base, adapters)
+    adapters, found = with_initial(adapters, initial, base_is_residual=base_is_residual)
+    problems += found
+    adapters, found = _localised(base, adapters, expert_layout)
+    problems += found
     tie = find_tie(base, adapters)
     targets = collect(base, adapters, tie.head if tie else None, tie.embedding if tie else None)
     untied = tie is not None and resolve(tie, targets, base)
     if tie is None:
         targets.problems += untold(base, targets)
     rows = _new_rows(base, targets)
-    targets.problems += problems + wrong
+    targets.problems += problems
+    targets.notes += deeper
     if targets.problems:
         raise PlanError(subject, targets.problems)
     # What was not tied before must not become so by a default of the model's class.
@@ -81,7 +87,13 @@ def plan_merge(
     jobs = _reshard(jobs, max_shard_size) if max_shard_size else jobs
     written = dominant_dtype((job.dtype, job_bytes(job)) for job in jobs)
     files, beside = side_files(
-        base, adapters, dtype=written, cast=dtype is not None, rows=rows, untied=untied
+        base,
+        adapters,
+        dtype=written,
+        cast=dtype is not None,
+        rows=rows,
+        untied=untied,
+        stored=stored,
     )
     notes, warnings = _said(base, adapters, targets, beside)
     repairs = (*(r for a, weight in adapters if weight for r in a.repairs), *targets.repairs)

@@ -31,7 +31,6 @@ CONFIG = "adapter_config.json"
 
 # Config fields that make the merged weight something other than W + s·BA, and what they are.
 VARIANTS = {
-    "layer_replication": "layer_replication (a deeper model that shares weights)",
     "megatron_config": "Megatron parallel layers",
     "alora_invocation_tokens": "aLoRA, which is active after some tokens only: no merged weight",
     "arrow_config": "Arrow, which routes each token to another adapter: no merged weight",
@@ -52,6 +51,7 @@ KNOWN = {
     *("alpha_pattern", "megatron_core", "trainable_token_indices", "loftq_config", "eva_config"),
     *("corda_config", "lora_ga_config", "use_dora", "qalora_group_size", "runtime_config"),
     *("lora_bias", "ensure_weight_tying", "target_parameters", "lora_B_layout", *VARIANTS),
+    "layer_replication",
     *("use_qalora", "use_bdlora", "kasa_config", "monteclora_config", "velora_config"),
 }
 
@@ -68,6 +68,19 @@ def _is_blocks(value: Any) -> bool:
 
 def _is_group(value: Any) -> bool:
     return value is None or (type(value) is int and value > 0)
+
+
+def _is_ranges(value: Any) -> bool:
+    """`layer_replication`: pairs of a first layer and the one behind the last."""
+    if not value:
+        return True
+    return isinstance(value, list) and all(
+        isinstance(pair, list)
+        and len(pair) == 2
+        and all(type(n) is int for n in pair)
+        and 0 <= pair[0] < pair[1] < 10_000
+        for pair in value
+    )
 
 
 def _is_layout(value: Any) -> bool:
@@ -89,6 +102,7 @@ _FORMS: dict[str, Form] = {
     "target_parameters": NAMES,
     "use_bdlora": (_is_blocks, "a mapping with nblocks and lists of names"),
     "qalora_group_size": (_is_group, "a positive integer"),
+    "layer_replication": (_is_ranges, "a list of pairs such as [0, 4]"),
     "lora_B_layout": (_is_layout, "rank_major or grouped_by_expert"),
     "rank_pattern": PATTERNS,
     "alpha_pattern": PATTERNS,
