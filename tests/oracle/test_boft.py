@@ -9,7 +9,7 @@ import pytest
 import torch
 from peft import BOFTConfig
 
-from tests.oracle.methods import Case
+from tests.oracle.methods import Case, refusal
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -54,14 +54,14 @@ def test_merges(
 
 
 @pytest.fixture
-def case(monkeypatch: pytest.MonkeyPatch) -> Case:
+def config(monkeypatch: pytest.MonkeyPatch) -> BOFTConfig:
     monkeypatch.setattr(boft, "get_fbd_cuda", lambda: None)
-    return Case(BOFTConfig(boft_block_size=4, target_modules=MATRICES))
+    return BOFTConfig(boft_block_size=4, target_modules=MATRICES)
 
 
 @pytest.mark.parametrize("name", ["boft_R", "boft_s"])
-def test_missing_tensor(tmp_path: Path, case: Case, name: str) -> None:
-    error = case.refused(tmp_path, lambda tensors: tensors.pop(f"base_model.model.wide.{name}"))
+def test_missing_tensor(tmp_path: Path, config: BOFTConfig, name: str) -> None:
+    error = refusal(config, tmp_path, lambda tensors: tensors.pop(f"base_model.model.wide.{name}"))
     assert f"module 'wide' in {tmp_path}" in error
     assert f"and lacks {name}" in error
 
@@ -77,9 +77,9 @@ def test_missing_tensor(tmp_path: Path, case: Case, name: str) -> None:
         ("boft_s", (48, 2)),
     ],
 )
-def test_wrong_shape(tmp_path: Path, case: Case, name: str, shape: tuple[int, ...]) -> None:
+def test_wrong_shape(tmp_path: Path, config: BOFTConfig, name: str, shape: tuple[int, ...]) -> None:
     key = f"base_model.model.wide.{name}"
-    error = case.refused(tmp_path, lambda tensors: tensors.update({key: torch.ones(shape)}))
+    error = refusal(config, tmp_path, lambda tensors: tensors.update({key: torch.ones(shape)}))
     assert "wide" in error
     assert f"{name} {list(shape)}" in error
     assert "adapter_model.safetensors" in error

@@ -8,14 +8,15 @@ import pytest
 import torch
 from peft import FourierFTConfig
 
-from tests.oracle.methods import Case, Turned
+from tests.oracle.methods import Case, Turned, refusal
 from weft.deltas._places import places
 
 if TYPE_CHECKING:
     from pathlib import Path
 
 LAYERS = ["linear", "square", "wide"]
-TURNED = ["c_attn", "c_fc", "c_proj"]
+CONFIG = FourierFTConfig(target_modules=LAYERS, n_frequency=50)
+TURNED = ["c_fc", "c_proj"]
 # PEFT's own transform is one of complex64, whatever the base is.
 ATOL = 1e-5
 
@@ -55,26 +56,25 @@ def test_lots(seed: int) -> None:
     assert torch.equal(rows * 100 + columns, drawn)
 
 
-@pytest.fixture
-def case() -> Case:
-    return Case(FourierFTConfig(target_modules=LAYERS, n_frequency=50))
-
-
 @pytest.mark.parametrize(
     ("shape", "message"),
-    [((50, 1), "no vector"), ((51,), "has n_frequency 51, and adapter_config.json says")],
+    [
+        ((50, 1), "do not belong together"),
+        ((51,), "has n_frequency 51, and adapter_config.json says"),
+    ],
 )
-def test_wrong_shape(tmp_path: Path, case: Case, shape: tuple[int, ...], message: str) -> None:
+def test_wrong_shape(tmp_path: Path, shape: tuple[int, ...], message: str) -> None:
     change = {"base_model.model.wide.fourierft_spectrum": torch.ones(shape)}
-    error = case.refused(tmp_path, lambda tensors: tensors.update(change))
+    error = refusal(CONFIG, tmp_path, lambda tensors: tensors.update(change))
     assert "wide" in error
     assert message in error
     assert "adapter_model.safetensors" in error
 
 
-def test_more_than_there_are(tmp_path: Path, case: Case) -> None:
+def test_more_than_there_are(tmp_path: Path) -> None:
     change = {"base_model.model.wide.fourierft_spectrum": torch.ones(48 * 36 + 1)}
-    error = case.refused(
+    error = refusal(
+        CONFIG,
         tmp_path,
         lambda tensors: tensors.update(change),
         n_frequency_pattern={"wide": 48 * 36 + 1},
@@ -87,9 +87,9 @@ def test_more_than_there_are(tmp_path: Path, case: Case) -> None:
     ("change", "message"),
     [
         ({"scaling": "x"}, "scaling = 'x', and must be a number"),
-        ({"random_loc_seed": None}, "random_loc_seed = None, and must be a whole number"),
+        ({"random_loc_seed": None}, "random_loc_seed = None, and must be an integer"),
         ({"n_frequency_pattern": ["a"]}, "n_frequency_pattern = ['a'], and must be a mapping"),
     ],
 )
-def test_wrong_config(tmp_path: Path, case: Case, change: dict[str, Any], message: str) -> None:
-    assert message in case.refused(tmp_path, **change)
+def test_wrong_config(tmp_path: Path, change: dict[str, Any], message: str) -> None:
+    assert message in refusal(CONFIG, tmp_path, **change)

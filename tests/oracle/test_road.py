@@ -8,12 +8,13 @@ import pytest
 import torch
 from peft import RoadConfig
 
-from tests.oracle.methods import Case
+from tests.oracle.methods import Case, refusal
 
 if TYPE_CHECKING:
     from pathlib import Path
 
 LAYERS = ["linear", "square", "wide"]  # `square` has no bias
+CONFIG = RoadConfig(group_size=6, target_modules=LAYERS)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -34,22 +35,17 @@ def test_blocks_end_between_groups(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     Case(RoadConfig(variant="road_4", group_size=12, target_modules=LAYERS)).run(tmp_path)
 
 
-@pytest.fixture
-def case() -> Case:
-    return Case(RoadConfig(group_size=6, target_modules=LAYERS))
-
-
 @pytest.mark.parametrize("name", ["road_theta", "road_alpha"])
-def test_missing_tensor(tmp_path: Path, case: Case, name: str) -> None:
-    error = case.refused(tmp_path, lambda tensors: tensors.pop(f"base_model.model.wide.{name}"))
+def test_missing_tensor(tmp_path: Path, name: str) -> None:
+    error = refusal(CONFIG, tmp_path, lambda tensors: tensors.pop(f"base_model.model.wide.{name}"))
     assert f"module 'wide' in {tmp_path}" in error
     assert f"and lacks {name}" in error
 
 
 @pytest.mark.parametrize("names", [["road_theta"], ["road_theta", "road_alpha"]])
-def test_wrong_shape(tmp_path: Path, case: Case, names: list[str]) -> None:
+def test_wrong_shape(tmp_path: Path, names: list[str]) -> None:
     change = {f"base_model.model.wide.{name}": torch.ones(25) for name in names}
-    error = case.refused(tmp_path, lambda tensors: tensors.update(change))
+    error = refusal(CONFIG, tmp_path, lambda tensors: tensors.update(change))
     assert "wide" in error
     assert "road_theta [25]" in error
     assert "adapter_model.safetensors" in error
@@ -58,10 +54,13 @@ def test_wrong_shape(tmp_path: Path, case: Case, names: list[str]) -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"variant": "road_3"}, "variant = 'road_3', and must be road_1 or road_2 or road_4"),
+        (
+            {"variant": "road_3"},
+            "variant = 'road_3', and must be one of 'road_1', 'road_2', 'road_4'",
+        ),
         ({"group_size": 5}, "group_size = 5, and must be an even number above 0"),
         ({"group_size": 8}, "do not fit"),
     ],
 )
-def test_wrong_config(tmp_path: Path, case: Case, change: dict[str, Any], message: str) -> None:
-    assert message in case.refused(tmp_path, **change)
+def test_wrong_config(tmp_path: Path, change: dict[str, Any], message: str) -> None:
+    assert message in refusal(CONFIG, tmp_path, **change)

@@ -10,7 +10,7 @@ from peft import ShiraConfig
 from safetensors.torch import load_file, save_file
 
 import weft
-from tests.oracle.methods import Case
+from tests.oracle.methods import Case, refusal
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 # Torch says once that PEFT's sparse tensors are not checked.
 pytestmark = pytest.mark.filterwarnings("ignore:Sparse invariant checks:UserWarning")
 LAYERS = ["linear", "square", "wide"]
+CONFIG = ShiraConfig(target_modules=LAYERS, r=2)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -35,38 +36,32 @@ def test_blocks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     Case(ShiraConfig(target_modules=["wide"], r=3)).run(tmp_path)
 
 
-@pytest.fixture
-def case() -> Case:
-    return Case(ShiraConfig(target_modules=LAYERS, r=2))
-
-
 @pytest.mark.parametrize("name", ["shira_weight", "shira_indices"])
-def test_missing_tensor(tmp_path: Path, case: Case, name: str) -> None:
-    error = case.refused(tmp_path, lambda tensors: tensors.pop(f"base_model.model.wide.{name}"))
+def test_missing_tensor(tmp_path: Path, name: str) -> None:
+    error = refusal(CONFIG, tmp_path, lambda tensors: tensors.pop(f"base_model.model.wide.{name}"))
     assert f"module 'wide' in {tmp_path}" in error
     assert f"and lacks {name}" in error
 
 
-def test_wrong_shape(tmp_path: Path, case: Case) -> None:
+def test_wrong_shape(tmp_path: Path) -> None:
     change = {"base_model.model.wide.shira_weight": torch.ones(7)}
-    error = case.refused(tmp_path, lambda tensors: tensors.update(change))
+    error = refusal(CONFIG, tmp_path, lambda tensors: tensors.update(change))
     assert "wide" in error
-    assert "shira_weight [7] and shira_indices [2, 168]" in error
+    assert "shira_weight [7], shira_indices [2, 168]" in error
     assert "adapter_model.safetensors" in error
 
 
 @pytest.mark.parametrize(("row", "value"), [(0, 48), (1, 36), (1, -1)])
-def test_indices_out_of_range(tmp_path: Path, case: Case, row: int, value: int) -> None:
+def test_indices_out_of_range(tmp_path: Path, row: int, value: int) -> None:
     key = "base_model.model.wide.shira_indices"
-    error = case.refused(tmp_path, lambda tensors: tensors[key][row, 5:6].fill_(value))
+    error = refusal(CONFIG, tmp_path, lambda tensors: tensors[key][row, 5:6].fill_(value))
     assert f"{key} in {tmp_path}" in error
     assert "holds indices outside of 48 × 36" in error
 
 
-def test_on_windows(tmp_path: Path, case: Case) -> None:
+def test_on_windows(tmp_path: Path) -> None:
     """There PEFT saves the indices as float32, and reads them as integers anywhere."""
-    case.save(tmp_path)
-    weft.merge(tmp_path / "base", tmp_path / "adapter", output=tmp_path / "merged")
+    Case(CONFIG).merge(tmp_path)
     file = tmp_path / "adapter" / "adapter_model.safetensors"
     tensors = {n: v.float() if "indices" in n else v for n, v in load_file(file).items()}
     save_file(tensors, file, {"format": "pt"})
@@ -75,15 +70,15 @@ def test_on_windows(tmp_path: Path, case: Case) -> None:
     assert all(torch.equal(one[name], two[name]) for name in one)
 
 
-def test_values_that_are_integers(tmp_path: Path, case: Case) -> None:
+def test_values_that_are_integers(tmp_path: Path) -> None:
     key = "base_model.model.wide.shira_weight"
-    error = case.refused(tmp_path, lambda tensors: tensors.update({key: tensors[key].long()}))
+    error = refusal(CONFIG, tmp_path, lambda tensors: tensors.update({key: tensors[key].long()}))
     assert f"{key} in" in error
     assert "is int64, not a floating type" in error
 
 
-def test_nan(tmp_path: Path, case: Case) -> None:
+def test_nan(tmp_path: Path) -> None:
     key = "base_model.model.wide.shira_weight"
-    error = case.refused(tmp_path, lambda tensors: tensors[key][3:4].fill_(torch.inf))
+    error = refusal(CONFIG, tmp_path, lambda tensors: tensors[key][3:4].fill_(torch.inf))
     assert f"{key} in" in error
     assert "NaN or infinite" in error

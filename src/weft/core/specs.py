@@ -80,9 +80,11 @@ class AdapterEntry:
         kind: File name in `weft.deltas`.
         tensors: Role (as the kind names it) and byte range.
         scaling: Factor of the low-rank product, alpha / r or alpha / √r.
-        params: What else the kind needs; `optional`, that the base need not have the parameter.
+        params: What else the kind needs.
         saved_as: The module of `modules_to_save` that it belongs to; one that the base does not
             have (a new task head) is added to it.
+        optional: The base may lack the parameter (a bias that is only scaled) beside the module's
+            weight: then there is nothing to change.
     """
 
     module: str
@@ -92,6 +94,7 @@ class AdapterEntry:
     scaling: float = 1.0
     params: tuple[tuple[str, Param], ...] = ()
     saved_as: str | None = None
+    optional: bool = False
 
     @property
     def target(self) -> str:

@@ -28,10 +28,14 @@ def examine(adapter: Adapter) -> tuple[list[Problem], list[str]]:
     shares: list[tuple[int, int]] = []
     files = Files()
     workspace = Workspace(torch.device("cpu"))
+    seen: set[TensorRef] = set()
     try:
         for entry in adapter.entries:
             zero = False
             for role, ref in entry.tensors:
+                if ref in seen:
+                    continue  # what all modules share
+                seen.add(ref)
                 floating = getattr(torch, ref.dtype).is_floating_point
                 if not floating and entry.kind != "replace" and not role.startswith("indices"):
                     problems.append(_not_floating(ref))

@@ -16,6 +16,7 @@ from weft.core.specs import Adapter, AdapterEntry, Param, TensorRef
 from weft.core.units import clean
 from weft.formats.adapters._peft_config import CONFIG, KNOWN, check, rank_problem, scaling_of
 from weft.formats.adapters._peft_methods import Module, methods
+from weft.formats.adapters._peft_methods._tokens import token_rows
 from weft.formats.checkpoint import read_header, read_json, same_bytes
 
 if TYPE_CHECKING:
@@ -91,10 +92,11 @@ def read(path: Path, given: str) -> Adapter:
         names = ", ".join(map(clean, unknown))
         notes.append(f"{CONFIG} has keys that weft does not know and ignores: {names}")
     biases = any(e.parameter == "bias" and e.kind == "replace" for e in entries)
-    if config.get("bias") in ("all", "lora_only") and not biases:
+    if config.get("bias") not in (None, False, "none") and not biases:
+        only = "lora_only" if not method else "this method"
         notes.append(
-            f"bias={config['bias']!r}, and no bias is in the file: PEFT 0.7 to 0.20 did not save "
-            "those of lora_only"
+            f"bias={clean(repr(config['bias']))}, and no bias is in the file: PEFT 0.7 to 0.20 did "
+            f"not save those of {only}"
         )
     base = config.get("base_model_name_or_path")
     revision = config.get("revision")
@@ -138,7 +140,7 @@ def _entries(
                 )
             )
             continue
-        if ref.numel == 0 and not key.endswith(getattr(method, "MAY_BE_EMPTY", ())):
+        if ref.numel == 0 and not getattr(method, "MAY_BE_EMPTY", False):
             problems.append(
                 Problem(
                     f"tensor {key!r} in {ref.file} is empty, shape {list(ref.shape)}",
@@ -170,13 +172,17 @@ def _entries(
     entries: list[AdapterEntry] = []
     for module, roles in modules.items():
         if method:
-            found, wrong = _method_entries(Module(module, roles, shared, config), method)
+            endings = {role: ending for ending, role in method.SUFFIXES.items()}
+            found, wrong = _method_entries(Module(module, roles, shared, config, endings), method)
         else:
             found, wrong = _module_entries(module, roles, config)
         entries += found
         problems += wrong
-    if not problems:
-        problems += _unused_shared(shared, entries)
+    used = {ref for entry in entries for _, ref in entry.tensors}
+    if idle := [key for key, ref in tensors.items() if key in shared_keys and ref not in used]:
+        problems = problems or [
+            Problem(f"no module of the adapter has a use for {', '.join(idle)}")
+        ]
     copies, wrong = _saved_twice(replaced)
     problems += wrong
     entries += [_replacement(path, ref, config) for path, ref in replaced if path not in copies]
@@ -199,20 +205,6 @@ def _method_entries(module: Module, method: PeftMethod) -> tuple[list[AdapterEnt
         what = f"{', '.join(unused)} in {module.file} belong to nothing that {method.PEFT_TYPE} has"
         return [], [Problem(what, "the config and the weights are not of one save")]
     return read, []
-
-
-def _unused_shared(
-    shared: Mapping[str, TensorRef], entries: Sequence[AdapterEntry]
-) -> list[Problem]:
-    used = {ref for entry in entries for _, ref in entry.tensors}
-    return [
-        Problem(
-            f"tensor {ref.name!r} in {ref.file} is shared by no module of the file",
-            "the file lost tensors: save or download the adapter again",
-        )
-        for ref in shared.values()
-        if ref not in used
-    ]
 
 
 def _nested(key: str, ref: TensorRef) -> Problem:
@@ -304,7 +296,7 @@ def _module_entries(
     entries: list[AdapterEntry] = []
     problems: list[Problem] = []
     if rows := roles.pop("rows", None):
-        entry = _trainable_tokens(module, rows, config)
+        entry = token_rows(module, rows, config, "trainable_token_indices")
         (problems if isinstance(entry, Problem) else entries).append(entry)  # type: ignore[arg-type]
     if not roles:
         return entries, problems
@@ -370,32 +362,3 @@ def _factor_shapes(module: str, A: TensorRef, B: TensorRef) -> Problem | None:
             f"({A.shape[0]} rows of A, {B.shape[1]} columns of B)"
         )
     return None
-
-
-def _trainable_tokens(
-    module: str, rows: TensorRef, config: dict[str, Any]
-) -> AdapterEntry | Problem:
-    indices = config.get("trainable_token_indices")
-    if isinstance(indices, dict):
-        found = [v for k, v in indices.items() if module == k or module.endswith("." + k)]
-        # The head that is tied to the one embedding named has the same rows trained.
-        found = found or (list(indices.values()) if len(indices) == 1 else [])
-        indices = found[0] if len(found) == 1 else None
-    if not isinstance(indices, list) or not all(type(i) is int and i >= 0 for i in indices):
-        return Problem(
-            f"module {module!r} in {rows.file} has trained token rows, and trainable_token_indices "
-            f"in {CONFIG} does not say which"
-        )
-    # PEFT keeps the rows in the order of the list, and drops repeated indices when it wraps.
-    if len(set(indices)) != len(indices) or len(rows.shape) != 2 or rows.shape[0] != len(indices):
-        return Problem(
-            f"module {module!r} in {rows.file} has token rows of shape {list(rows.shape)}, and "
-            f"trainable_token_indices in {CONFIG} names {len(set(indices))} tokens"
-        )
-    return AdapterEntry(
-        module,
-        "weight",
-        "trainable_tokens",
-        (("rows", rows),),
-        params=(("indices", tuple(indices)),),
-    )

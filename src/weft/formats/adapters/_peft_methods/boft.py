@@ -6,7 +6,6 @@ from typing import TYPE_CHECKING
 
 from weft.core.errors import Problem
 from weft.core.specs import AdapterEntry
-from weft.formats.adapters._peft_methods import lacks
 
 if TYPE_CHECKING:
     from weft.formats.adapters._peft_methods import Module
@@ -20,12 +19,9 @@ FIELDS = frozenset(
 
 
 def read(module: Module) -> list[AdapterEntry] | Problem:
-    if missing := lacks(module, boft_R="R", boft_s="s"):
-        return missing
-    R, s = module.tensors["R"], module.tensors["s"]
-    if len(R.shape) != 4 or R.shape[2] != R.shape[3] or len(s.shape) != 2 or min(s.shape) != 1:
-        return Problem(
-            f"module {module.name!r} in {module.file}: boft_R {list(R.shape)} and boft_s "
-            f"{list(s.shape)} are not square blocks and one factor per output"
-        )
-    return [AdapterEntry(module.name, "weight", "boft", (("R", R), ("s", s)))]
+    sizes = module.sizes(R="factors blocks size size", s="_ _")
+    if isinstance(sizes, Problem):
+        return sizes
+    if 1 not in module.tensors["s"].shape:
+        return module.misfit("do not have one factor per output")
+    return [AdapterEntry(module.name, "weight", "boft", module.only(("R", "s")))]

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 from weft.core.errors import Problem
 from weft.core.specs import AdapterEntry
-from weft.formats.adapters._peft_config import COUNT, FLAG, NUMBER
+from weft.formats.adapters._peft_methods._forms import FLAG, NUMBER, POSITIVE
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -25,7 +25,7 @@ FORMS = {
     "block_share": FLAG,
     "use_cayley_neumann": FLAG,
     "eps": NUMBER,
-    "num_cayley_neumann_terms": COUNT,
+    "num_cayley_neumann_terms": POSITIVE,
 }
 
 
@@ -40,16 +40,17 @@ def check(config: Mapping[str, Any]) -> Problem | None:
 
 def read(module: Module) -> list[AdapterEntry] | Problem:
     role = "embedding_R" if "embedding_R" in module.tensors else "R"
-    R, config = module.tensors[role], module.config
-    if len(R.shape) != 2:
-        return Problem(f"{R.name} in {R.file} is {list(R.shape)}, not one row per block")
+    sizes, config = module.sizes(**{role: "blocks n"}), module.config
+    if isinstance(sizes, Problem):
+        return sizes
     params: list[tuple[str, Param]] = [("shared", bool(config.get("block_share")))]
     if config.get("coft"):
-        params.append(("eps", float(config.get("eps", 6e-5))))
+        params.append(("eps", float(config["eps"])))
     if config["use_cayley_neumann"]:
-        params.append(("terms", config.get("num_cayley_neumann_terms", 5)))
+        params.append(("terms", config["num_cayley_neumann_terms"]))
         # PEFT says its version from 0.18 on, the first that counts the last power once.
         params.append(("halved", bool(config.get("peft_version"))))
     if role == "embedding_R":
         params.append(("embedding", True))
-    return [AdapterEntry(module.name, "weight", "oft", (("R", R),), params=tuple(params))]
+    tensors = (("R", module.tensors[role]),)
+    return [AdapterEntry(module.name, "weight", "oft", tensors, params=tuple(params))]

@@ -6,8 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 from weft.core.errors import Problem
 from weft.core.specs import AdapterEntry
-from weft.formats.adapters._peft_config import CONFIG, one_of
-from weft.formats.adapters._peft_methods import lacks
+from weft.formats.adapters._peft_methods._forms import choice
 
 if TYPE_CHECKING:
     from weft.core.specs import Param
@@ -23,26 +22,19 @@ def _is_even(value: Any) -> bool:
 PEFT_TYPE = "ROAD"
 SUFFIXES = {".road_theta": "theta", ".road_alpha": "alpha"}
 FIELDS = frozenset({"variant", "group_size", "init_weights"})
-FORMS = {"variant": one_of(*_VARIANTS), "group_size": (_is_even, "an even number above 0")}
+FORMS = {"variant": choice(*_VARIANTS), "group_size": (_is_even, "an even number above 0")}
 
 
 def read(module: Module) -> list[AdapterEntry] | Problem:
-    if missing := lacks(module, road_theta="theta", road_alpha="alpha"):
-        return missing
-    theta, alpha = module.tensors["theta"], module.tensors["alpha"]
-    if theta.shape != alpha.shape or len(theta.shape) != 1:
-        return Problem(
-            f"module {module.name!r} in {module.file}: road_theta {list(theta.shape)} and "
-            f"road_alpha {list(alpha.shape)} are not two vectors of one length"
-        )
-    if absent := [field for field in FORMS if field not in module.config]:
-        return Problem(f"module {module.name!r} in {module.file}: {CONFIG} has no {absent[0]}")
+    sizes = module.sizes(theta="n", alpha="n")
+    if isinstance(sizes, Problem):
+        return sizes
     params: tuple[tuple[str, Param], ...] = (
         ("variant", _VARIANTS[module.config["variant"]]),
         ("group", module.config["group_size"]),
     )
-    tensors = (("theta", theta), ("alpha", alpha))
+    tensors = module.only(("theta", "alpha"))
     return [
         AdapterEntry(module.name, "weight", "road", tensors, params=params),
-        AdapterEntry(module.name, "bias", "road", tensors, params=(*params, ("optional", True))),
+        AdapterEntry(module.name, "bias", "road", tensors, params=params, optional=True),
     ]

@@ -6,11 +6,10 @@ from typing import TYPE_CHECKING
 
 from weft.core.errors import Problem
 from weft.core.specs import AdapterEntry
-from weft.formats.adapters._peft_config import COUNT, FLAG, rank_problem
-from weft.formats.adapters._peft_methods import lacks
+from weft.formats.adapters._peft_config import rank_problem
+from weft.formats.adapters._peft_methods._forms import FLAG, POSITIVE
 
 if TYPE_CHECKING:
-    from weft.core.specs import Shape, TensorRef
     from weft.formats.adapters._peft_methods import Module
 
 PEFT_TYPE = "VBLORA"
@@ -20,58 +19,31 @@ SUFFIXES = {
     **{f".vblora_logits_{n}_topk_weights": f"weights_{n}" for n in "AB"},
 }
 SHARED = {"base_model.vblora_vector_bank": "bank"}
-MAY_BE_EMPTY = ("_topk_weights",)  # one weight, which is 1
+MAY_BE_EMPTY = True  # the weights of one vector, which is all that is left to say
 FIELDS = frozenset(
     {"num_vectors", "vector_length", "topk", "save_only_topk_weights", "vblora_dropout"}
     | {"init_vector_bank_bound", "init_logits_std"}
 )
-FORMS = {"topk": COUNT, "save_only_topk_weights": FLAG}
+FORMS = {"topk": POSITIVE, "save_only_topk_weights": FLAG}
 
 
 def read(module: Module) -> list[AdapterEntry] | Problem:
-    if module.config.get("save_only_topk_weights"):
-        roles = {f"vblora_logits_{n}_topk_{w}": f"{w}_{n}" for n in "AB" for w in _LEFT}
+    topk = module.config["topk"]
+    if module.config["save_only_topk_weights"]:
+        patterns = {"indices_A": f"r in {topk}", "weights_A": f"r in {topk - 1}"}
+        patterns |= {"indices_B": f"out r {topk}", "weights_B": f"out r {topk - 1}"}
     else:
-        roles = {f"vblora_logits_{n}": f"logits_{n}" for n in "AB"}
-    if missing := lacks(module, **roles):
-        return missing
-    if "bank" not in module.shared:
+        patterns = {"logits_A": "r in vectors", "logits_B": "out r vectors"}
+    sizes = module.sizes(**patterns)
+    if isinstance(sizes, Problem):
+        return sizes
+    if (bank := module.shared.get("bank")) is None:
         return Problem(f"{module.file} has no {next(iter(SHARED))}, which all modules use")
-    topk = module.config.get("topk", 2)
-    tensors = {role: module.tensors[role] for role in roles.values()}
-    A = tensors.get("logits_A") or tensors["indices_A"]
-    wrong = _shapes(module, tensors, topk) or rank_problem(module.name, A, module.config)
-    if wrong:
+    count = bank.shape[0] if len(bank.shape) == 2 else 0
+    if count != sizes.get("vectors", count) or topk > count:
+        return module.misfit(f"do not fit {bank.name} {list(bank.shape)} and topk = {topk}")
+    first = module.tensors[next(iter(patterns))]
+    if wrong := rank_problem(module.name, first, module.config):
         return wrong
-    tensors["bank"] = module.shared["bank"]
-    params = (("topk", topk),)
-    return [AdapterEntry(module.name, "weight", "vblora", tuple(tensors.items()), params=params)]
-
-
-_LEFT = ("indices", "weights")
-
-
-def _shapes(module: Module, tensors: dict[str, TensorRef], topk: int) -> Problem | None:
-    bank = module.shared["bank"]
-    if _fit({role: ref.shape for role, ref in tensors.items()}, bank.shape, topk):
-        return None
-    said = ", ".join(f"{ref.name} {list(ref.shape)}" for ref in tensors.values())
-    return Problem(
-        f"module {module.name!r} in {module.file}: {said} do not go together with a bank of "
-        f"{list(bank.shape)} and topk = {topk}"
-    )
-
-
-def _fit(shapes: dict[str, Shape], bank: Shape, topk: int) -> bool:
-    """A and B of one rank, and every last axis as long as what it stands for."""
-    if len(bank) != 2 or topk > bank[0] or any(len(shape) != 3 for shape in shapes.values()):
-        return False
-    last = {"logits": bank[0], "indices": topk, "weights": topk - 1}
-    pieces: dict[str, set[tuple[int, int]]] = {"A": set(), "B": set()}
-    for role, (first, second, count) in shapes.items():
-        what, _, factor = role.partition("_")
-        pieces[factor].add((first, second))
-        if count != last[what]:
-            return False
-    (A, *more_A), (B, *more_B) = pieces["A"], pieces["B"]
-    return A[0] == B[1] and not more_A and not more_B
+    tensors = (*module.only(patterns), ("bank", bank))
+    return [AdapterEntry(module.name, "weight", "vblora", tensors, params=(("topk", topk),))]

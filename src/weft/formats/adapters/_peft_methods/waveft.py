@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING, Any
 from weft.core.errors import Problem
 from weft.core.specs import AdapterEntry
 from weft.core.units import clean
-from weft.formats.adapters._peft_config import FLAG, NUMBER, PATTERNS, TEXT, WHOLE, rank_problem
+from weft.formats.adapters._peft_config import rank_problem
+from weft.formats.adapters._peft_methods._forms import FLAG, INTEGER, NUMBER, PATTERNS
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -22,11 +23,11 @@ FIELDS = frozenset(
 )
 FORMS = {
     "scaling": NUMBER,
-    "random_loc_seed": WHOLE,
+    "random_loc_seed": INTEGER,
     "n_frequency_pattern": PATTERNS,
     "proportional_parameters": FLAG,
     "use_idwt": FLAG,
-    "wavelet_family": TEXT,
+    "wavelet_family": (lambda value: isinstance(value, str), "a string"),
 }
 _FAMILIES = {
     *(f"db{n}" for n in range(1, 11)),
@@ -36,8 +37,8 @@ _FAMILIES = {
 
 
 def check(config: Mapping[str, Any]) -> Problem | None:
-    family = config.get("wavelet_family", "db1")
-    if not config.get("use_idwt", True) or family in _FAMILIES:
+    family = config.get("wavelet_family")
+    if not config.get("use_idwt") or not isinstance(family, str) or family in _FAMILIES:
         return None
     if family in ("coif4", "coif5"):
         return Problem(
@@ -49,13 +50,13 @@ def check(config: Mapping[str, Any]) -> Problem | None:
 
 def read(module: Module) -> list[AdapterEntry] | Problem:
     spectrum, config = module.tensors["spectrum"], module.config
-    if len(spectrum.shape) != 1:
-        return Problem(f"{spectrum.name} in {spectrum.file} is {list(spectrum.shape)}, no vector")
+    sizes = module.sizes(spectrum="n")
+    if isinstance(sizes, Problem):
+        return sizes
     wrong = rank_problem(module.name, spectrum, config, "n_frequency", "n_frequency_pattern")
     if wrong and not config.get("proportional_parameters"):
         return wrong
-    scaling, seed = config.get("scaling", 25.0), config.get("random_loc_seed", 777)
-    family = config.get("wavelet_family", "db1") if config.get("use_idwt", True) else ""
-    params = (("seed", seed), ("family", family))
+    family = config["wavelet_family"] if config["use_idwt"] else ""
+    params = (("seed", config["random_loc_seed"]), ("family", family))
     tensors = (("spectrum", spectrum),)
-    return [AdapterEntry(module.name, "weight", "waveft", tensors, scaling, params)]
+    return [AdapterEntry(module.name, "weight", "waveft", tensors, config["scaling"], params)]
