@@ -256,7 +256,7 @@ def test_without_tensors(folder: Path) -> None:
 # ---------------------------------------------------------------------------------- refused by name
 
 KINDS = [
-    *("RANDLORA", "POLY", "LN_TUNING", "XLORA", "PREFIX_TUNING", "PROMPT_TUNING", "P_TUNING"),
+    *("POLY", "LN_TUNING", "XLORA", "PREFIX_TUNING", "PROMPT_TUNING", "P_TUNING"),
     *("MULTITASK_PROMPT_TUNING", "ADAPTION_PROMPT", "CPT", "TRAINABLE_TOKENS", "lora", "NEW_KIND"),
 ]
 
