@@ -36,11 +36,12 @@ def examine(adapter: Adapter) -> tuple[list[Problem], list[str]]:
                 if ref in seen:
                     continue  # what all modules share
                 seen.add(ref)
+                # A whole parameter may be a count (of BatchNorm); nothing else may.
+                if role != "value" and not getattr(torch, ref.dtype).is_floating_point:
+                    problems.append(_not_floating(ref))
+                    continue
                 if role not in _FACTORS:
                     problems += _large_not_finite(ref, files, workspace)
-                    continue
-                if not getattr(torch, ref.dtype).is_floating_point:
-                    problems.append(_not_floating(ref))
                     continue
                 values = _values(ref, files, workspace)
                 problems += _not_finite(ref, values)

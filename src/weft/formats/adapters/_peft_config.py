@@ -15,7 +15,6 @@ if TYPE_CHECKING:
     from collections.abc import Mapping
     from pathlib import Path
 
-    from weft.core.specs import TensorRef
     from weft.formats.adapters._peft_methods._forms import Form
 
 CONFIG = "adapter_config.json"
@@ -138,14 +137,14 @@ def matching(patterns: Any, module: str) -> list[Any]:
     return [value for p, value in patterns.items() if re.match(rf"(.*\.)?({p})$", module)]
 
 
-def rank_problem(module: str, A: TensorRef, config: dict[str, Any]) -> Problem | None:
-    rank = A.shape[0]
+def rank_problem(module: str, file: str, rank: int, config: Mapping[str, Any]) -> Problem | None:
+    """Whether the rank that the tensors have is one that the config gives the module."""
     allowed = matching(config.get("rank_pattern"), module) or [config.get("r")]
     if rank in allowed:
         return None
     says = " or ".join(str(value) for value in allowed)
     return Problem(
-        f"module {module!r} in {A.file} has rank {rank}, and {CONFIG} says r = {says}",
+        f"module {module!r} in {file} has rank {rank}, and {CONFIG} says r = {says}",
         f"the config and the weights are not of one save: correct r or rank_pattern in {CONFIG}",
     )
 

@@ -317,7 +317,7 @@ def _module_entries(
         problems.append(Problem(f"module {module!r} in {file} has both kinds of factors"))
         return entries, problems
     A, B = roles[a], roles[b]
-    wrong = _factor_shapes(module, A, B) or rank_problem(module, A, config)
+    wrong = _factor_shapes(module, A, B) or rank_problem(module, A.file, A.shape[0], config)
     scaling = scaling_of(module, A.shape[0], config) if not wrong else Problem("")
     if wrong or isinstance(scaling, Problem):
         problems.append(wrong or scaling)  # type: ignore[arg-type]
