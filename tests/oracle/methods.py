@@ -73,6 +73,20 @@ class Turned(nn.Module):
         return out
 
 
+class Volume(nn.Module):
+    """With a convolution in three dimensions."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed = nn.Embedding(40, 24)
+        self.conv3 = nn.Conv3d(12, 8, 3, padding=1)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        """`tokens` (batch, 12) -> (batch, 8, 2, 3, 4)."""
+        out: Tensor = self.conv3(self.embed(tokens).view(-1, 12, 2, 3, 4))
+        return out
+
+
 TOKENS = torch.arange(48).reshape(4, 12) % 40
 
 

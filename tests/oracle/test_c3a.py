@@ -37,6 +37,10 @@ def test_refuses(tmp_path: Path) -> None:
     message = refusal(config, tmp_path / "cut", lambda t: t.update({key: torch.ones(9, 8, 4)}))
     assert "square.weight is [36, 36]" in message
     assert "square.c3a_kernel [9, 8, 4]" in message
+    whole = torch.ones(9, 9, 4, dtype=torch.int64)
+    message = refusal(config, tmp_path / "whole", lambda t: t.update({key: whole}))
+    assert f"{key} in " in message
+    assert "is int64, not a floating type" in message
     message = refusal(config, tmp_path / "flat", lambda t: t.update({key: torch.ones(324)}))
     assert "c3a_kernel [324]" in message
     other = "base_model.model.square.c3a_other"

@@ -36,8 +36,9 @@ def examine(adapter: Adapter, weight: float = 1) -> tuple[list[Problem], list[st
                 if ref in seen:
                     continue  # what all modules share
                 seen.add(ref)
+                # A whole parameter may be a count (of BatchNorm), and indices are; nothing else is.
                 floating = getattr(torch, ref.dtype).is_floating_point
-                if not floating and entry.kind != "replace" and not role.startswith("indices"):
+                if not floating and role != "value" and not role.startswith("indices"):
                     problems.append(_not_floating(ref))
                     continue
                 if role not in _FACTORS:

@@ -24,7 +24,6 @@ if TYPE_CHECKING:
     from collections.abc import Mapping
     from pathlib import Path
 
-    from weft.core.specs import TensorRef
     from weft.formats.adapters._peft_methods._forms import Form
 
 CONFIG = "adapter_config.json"
@@ -226,20 +225,23 @@ def ranks_of(
 
 def rank_problem(
     module: str,
-    A: TensorRef,
+    file: str,
+    rank: int,
     config: Mapping[str, Any],
     field: str = "r",
     pattern: str = "rank_pattern",
 ) -> Problem | None:
-    """Whether A has as many rows as the config says: its rank, or whatever `field` calls it."""
-    rank = A.shape[0]
+    """Whether the rank that the tensors have is one that the config gives the module.
+
+    `field` and `pattern` are what the config calls it, where it is a rank by another name.
+    """
     allowed = ranks_of(module, config, field, pattern)
     if rank in allowed:
         return None
     what = "rank" if field == "r" else field
     says = " or ".join(str(value) for value in allowed)
     return Problem(
-        f"module {module!r} in {A.file} has {what} {rank}, and {CONFIG} says {field} = {says}",
+        f"module {module!r} in {file} has {what} {rank}, and {CONFIG} says {field} = {says}",
         f"the config and the weights are not of one save: correct {field} or {pattern} in {CONFIG}",
     )
 

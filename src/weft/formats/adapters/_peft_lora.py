@@ -151,7 +151,9 @@ def _module(
     if isinstance(variant, Problem):
         return entries, [*problems, variant]
     kind, params = variant
-    wrong = _factor_shapes(module, A, B, dict(params)) or rank_problem(module, A, config)
+    wrong = _factor_shapes(module, A, B, dict(params)) or rank_problem(
+        module, A.file, A.shape[0], config
+    )
     scaling = scaling_of(module, A.shape[0], config) if not wrong else Problem("")
     if wrong or isinstance(scaling, Problem):
         problems.append(wrong or scaling)  # type: ignore[arg-type]
