@@ -85,6 +85,8 @@ class AdapterEntry:
             have (a new task head) is added to it.
         optional: The base may lack the parameter (a bias that is only scaled) beside the module's
             weight: then there is nothing to change.
+        reads: Another parameter of the module that the change depends on; the kind finds the
+            base's tensor under its name.
     """
 
     module: str
@@ -95,6 +97,7 @@ class AdapterEntry:
     params: tuple[tuple[str, Param], ...] = ()
     saved_as: str | None = None
     optional: bool = False
+    reads: str | None = None
 
     @property
     def target(self) -> str:
