@@ -141,6 +141,8 @@ class AdapterEntry:
         alternatives: What else the same tensors could mean; the shapes in the base decide.
         optional: The base may lack the parameter (a bias that is only scaled) beside the module's
             weight: then there is nothing to change.
+        reads: Another parameter of the module that the change depends on; the kind finds the
+            base's tensor under its name.
     """
 
     module: str
@@ -152,6 +154,7 @@ class AdapterEntry:
     saved_as: str | None = None
     alternatives: tuple[AdapterEntry, ...] = ()
     optional: bool = False
+    reads: str | None = None
 
     @property
     def target(self) -> str:

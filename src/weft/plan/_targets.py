@@ -271,7 +271,14 @@ def _place(item: _Placed, base: Checkpoint, targets: Targets) -> None:
             )
         )
         return
-    shapes = {role: ref.shape for role, ref in entry.tensors}
+    tensors = entry.tensors
+    if entry.reads:
+        if (other := _beside(item, base)) is None:
+            fact = f"{base.given} has {name} without the {entry.reads} that its change depends on"
+            targets.problems.append(Problem(fact))
+            return
+        tensors = (*tensors, (entry.reads, other))
+    shapes = {role: ref.shape for role, ref in tensors}
     params = dict(entry.params)
     shape = change.base.shape if change.base else item.present.shape
     kind = deltas.kind(entry.kind)
@@ -293,10 +300,14 @@ def _place(item: _Placed, base: Checkpoint, targets: Targets) -> None:
             Problem(f"two tensors of {adapter.given} change {name}: {first} is one")
         )
         return
-    delta = Delta(
-        entry.kind, entry.tensors, entry.scaling, item.weight, tuple(sorted(params.items()))
-    )
+    delta = Delta(entry.kind, tensors, entry.scaling, item.weight, tuple(sorted(params.items())))
     change.deltas.append((item.number, delta))
+
+
+def _beside(item: _Placed, base: Checkpoint) -> TensorRef | None:
+    """The parameter that the entry reads, of the module that it changes."""
+    module = item.name.removesuffix(item.entry.parameter)
+    return base.tensors.get(f"{module}{item.entry.reads}")
 
 
 def _grows(value: Shape, present: TensorRef, base: Checkpoint, own: bool) -> bool:
