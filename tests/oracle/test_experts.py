@@ -486,3 +486,20 @@ def test_wrapped_twice_without_parameters(lab: Lab, tmp_path: Path) -> None:
     edit(tmp_path / "adapter", target_parameters=None)
     with pytest.raises(PlanError, match="would all be"):
         weft.plan_merge(base, tmp_path / "adapter")
+
+
+def test_layout_where_there_are_no_experts(lab: Lab, tmp_path: Path) -> None:
+    base = lab.make("moe-mixtral-hub", lambda f: save_base("mixtral", "hub", "float32", f))
+    train(base, target_modules=["q_proj"]).save_pretrained(tmp_path / "adapter")
+    with pytest.raises(PlanError, match="no adapter is one of fused experts"):
+        weft.plan_merge(base, tmp_path / "adapter", expert_layout="rank_major")
+
+
+def test_bare_names_fit_every_module(lab: Lab, tmp_path: Path) -> None:
+    """Without a base an ordinary layer is shown as one."""
+    base = lab.make("moe-mixtral-hub", lambda f: save_base("mixtral", "hub", "float32", f))
+    options = {"target_parameters": ["gate_up_proj"], "target_modules": ["q_proj"]}
+    train(base, **options).save_pretrained(tmp_path / "adapter")
+    kinds = {(e.target, e.kind) for e in weft.inspect(tmp_path / "adapter").entries}
+    assert ("model.layers.0.self_attn.q_proj.weight", "lora") in kinds
+    assert ("model.layers.0.mlp.experts.gate_up_proj", "lora_experts") in kinds

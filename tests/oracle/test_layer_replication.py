@@ -7,7 +7,6 @@ import shutil
 from typing import TYPE_CHECKING, Any
 
 import pytest
-import torch
 from helpers import (
     MODELS,
     WARNINGS,

@@ -56,6 +56,7 @@ class DeltaKind(Protocol):
     # - `together(shape, params) -> int`: that only so many rows at once, from a multiple of it on,
     #   can be computed (0: only all of them);
     # - `matrix(shape) -> (rows, columns)`: that it sees W otherwise;
+    # - `scratch(shape) -> int`: how many bytes `prepare` takes, beside its tensors, where many;
     # - `TRANSPOSES = True`: that it deals with `transposed` itself. Else W is handed to it as
     #   (outputs, inputs), all of it at once.
 
@@ -115,6 +116,12 @@ def layout(job: TensorJob) -> Layout:
 def shared_at_once(jobs: Iterable[TensorJob]) -> int:
     """How many shared factors neighbouring jobs use: of two layers, two parameters each."""
     return 4 * max((len(list(_deltas(job.expression))) for job in jobs), default=1)
+
+
+def scratch(job: TensorJob) -> int:
+    """Bytes that the job's deltas take to be made ready, beside their tensors."""
+    found = [(kind(delta.kind), job.shape) for delta in _deltas(job.expression)]
+    return sum(own.scratch(shape) for own, shape in found if hasattr(own, "scratch"))
 
 
 def _deltas(expression: Expression) -> Iterator[Delta]:

@@ -63,7 +63,7 @@ def localise(
     entries: list[AdapterEntry] = []
     groups: dict[str, list[AdapterEntry]] = defaultdict(list)
     for entry in adapter.entries:
-        if entry.kind == "lora_experts":
+        if entry.kind == "lora_experts" or entry.alternatives:
             groups[entry.module].append(entry)
         else:
             entries.append(entry)

@@ -68,7 +68,7 @@ def _readings(
     problems: list[Problem] = []
     for name in names:
         ranks = ranks_of(f"{module}.{name}", config)
-        rank = next((r for r in ranks if r and A.shape[0] % r == 0), None)
+        rank = next((r for r in ranks if type(r) is int and r > 0 and A.shape[0] % r == 0), None)
         if rank is None:
             says = " or ".join(map(str, ranks))
             what = (

@@ -89,7 +89,9 @@ def _parameters(
         plain, problems = _module(module, levels[0], config)
         if not found:
             return (plain, []) if plain else ([], wrong or problems)
-        found = [replace(found[0], alternatives=(*found[0].alternatives, *plain))]
+        if plain:
+            others = (replace(found[0], alternatives=()), *found[0].alternatives)
+            found = [replace(plain[0], alternatives=others)]
     return found, wrong
 
 
