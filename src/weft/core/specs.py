@@ -139,6 +139,8 @@ class AdapterEntry:
         saved_as: The module of `modules_to_save` that it belongs to; one that the base does not
             have (a new task head) is added to it.
         alternatives: What else the same tensors could mean; the shapes in the base decide.
+        optional: The base may lack the parameter (a bias that is only scaled) beside the module's
+            weight: then there is nothing to change.
     """
 
     module: str
@@ -149,6 +151,7 @@ class AdapterEntry:
     params: tuple[tuple[str, Param], ...] = ()
     saved_as: str | None = None
     alternatives: tuple[AdapterEntry, ...] = ()
+    optional: bool = False
 
     @property
     def target(self) -> str:

@@ -16,11 +16,11 @@ from weft.core.blocks import rows_and_columns
 from weft.core.specs import AddDeltas, Load
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Iterator, Mapping
+    from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 
     from torch import Tensor
 
-    from weft.core.specs import Delta, Expression, Param, Shape, TensorJob
+    from weft.core.specs import Delta, Expression, Param, Shape, TensorJob, TensorRef
 
     Blocks = Callable[[], Iterator[tuple[int, Tensor]]]
 
@@ -35,7 +35,7 @@ class Source(Protocol):
     shape: Shape
 
     def whole(self, role: str) -> Tensor:
-        """The tensor of `role`; for factors, which are small."""
+        """The tensor of `role`; for factors, which are small. Integers come as int64."""
 
     def shared(self, role: str) -> Tensor:
         """As `whole`, for factors of which many jobs use a part each; not to be changed."""
@@ -57,6 +57,9 @@ class DeltaKind(Protocol):
     #   can be computed (0: only all of them);
     # - `matrix(shape) -> (rows, columns)`: that it sees W otherwise;
     # - `scratch(shape) -> int`: how many bytes `prepare` takes, beside its tensors, where many;
+    # - `refusal(shapes, params, weight) -> str | None`: why there is no merged weight for this W;
+    # - `across(changed) -> params`: what a delta must know of all tensors that its adapter changes
+    #   by this kind, (delta, W's byte range) each; it is asked when the plan is made;
     # - `TRANSPOSES = True`: that it deals with `transposed` itself. Else W is handed to it as
     #   (outputs, inputs), all of it at once.
 
@@ -80,6 +83,12 @@ def kind(name: str) -> DeltaKind:
 def transposes(name: str) -> bool:
     """Whether the kind takes W as it is stored, and turns its own tensors instead."""
     return getattr(kind(name), "TRANSPOSES", False)
+
+
+def across(name: str, changed: Sequence[tuple[Delta, TensorRef]]) -> Mapping[str, Param]:
+    """What deltas of the kind must know of each other; most need nothing."""
+    ask = getattr(kind(name), "across", None)
+    return ask(changed) if ask else {}
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,4 +1,4 @@
-"""scaling · B @ A, in W's layout: what LoRA and DoRA share."""
+"""scaling · B @ A, in W's layout: what LoRA, DoRA and others share."""
 
 from __future__ import annotations
 
@@ -44,17 +44,15 @@ class Factors:
 def orientations(
     shapes: Mapping[str, Shape], params: Mapping[str, Param], weight: Shape
 ) -> tuple[bool, ...]:
-    """A (r, in) and B (out, r) fit W (out, in), or W (in, out) transposed; square W fits both.
+    """A (r, in…) and B (out, r, 1…) fit W (out, in…), and a matrix W (in, out) transposed.
 
-    Those of a convolution, A (r, in, kernel…) and B (out, r, 1…), fit W (out, in, kernel…).
+    A square W fits both. A may have the axes of a kernel, or one for all of them.
     """
-    if len(shapes["A"]) > 2:
-        return (False,) if weight == (shapes["B"][0], *shapes["A"][1:]) else ()
+    A, B = shapes["A"], shapes["B"]
     fitting = []
-    rows_and_columns = (shapes["B"][0], shapes["A"][1])
-    if weight == rows_and_columns:
+    if A[0] == B[1] and weight[:1] == B[:1] and A[1:] in (weight[1:], (math.prod(weight[1:]),)):
         fitting.append(False)
-    if weight == rows_and_columns[::-1]:
+    if A[0] == B[1] and weight == (A[1], B[0]) and len(A) == 2:
         fitting.append(True)
     if "transposed" in params:
         return tuple(f for f in fitting if f is params["transposed"])

@@ -30,15 +30,20 @@ def examine(adapter: Adapter, weight: float = 1) -> tuple[list[Problem], list[st
     shares: list[tuple[int, int]] = []
     files = Files()
     workspace = Workspace(torch.device("cpu"))
+    seen: set[TensorRef] = set()
     try:
         for entry in adapter.entries:
             zero = entry.scaling == 0
             for role, ref in entry.tensors:
+                if ref in seen:
+                    continue  # what all modules share
+                seen.add(ref)
+                floating = getattr(torch, ref.dtype).is_floating_point
+                if not floating and entry.kind != "replace" and not role.startswith("indices"):
+                    problems.append(_not_floating(ref))
+                    continue
                 if role not in _FACTORS:
                     problems += _large_not_finite(ref, files, workspace)
-                    continue
-                if not getattr(torch, ref.dtype).is_floating_point:
-                    problems.append(_not_floating(ref))
                     continue
                 values = _values(ref, files, workspace)
                 problems += _not_finite(ref, values)

@@ -10,6 +10,7 @@ from weft.core.errors import Problem
 from weft.core.specs import AdapterEntry, Param, TensorRef
 from weft.formats.adapters import _peft_experts as _experts
 from weft.formats.adapters._peft_config import CONFIG, rank_problem, scaling_of
+from weft.formats.adapters._peft_methods._tokens import token_rows
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping, Sequence
@@ -140,7 +141,7 @@ def _module(
     problems: list[Problem] = []
     roles = dict(roles)
     if rows := roles.pop("rows", None):
-        entry = _trainable_tokens(module, rows, config)
+        entry = token_rows(module, rows, config, "trainable_token_indices")
         (problems if isinstance(entry, Problem) else entries).append(entry)  # type: ignore[arg-type]
     if not roles:
         return entries, problems
@@ -254,32 +255,3 @@ def _factor_shapes(
             f"({A.shape[0]} rows of A, {B.shape[1]} columns of B)"
         )
     return None
-
-
-def _trainable_tokens(
-    module: str, rows: TensorRef, config: Mapping[str, Any]
-) -> AdapterEntry | Problem:
-    indices = config.get("trainable_token_indices")
-    if isinstance(indices, dict):
-        found = [v for k, v in indices.items() if module == k or module.endswith("." + k)]
-        # The head that is tied to the one embedding named has the same rows trained.
-        found = found or (list(indices.values()) if len(indices) == 1 else [])
-        indices = found[0] if len(found) == 1 else None
-    if not isinstance(indices, list) or not all(type(i) is int and i >= 0 for i in indices):
-        return Problem(
-            f"module {module!r} in {rows.file} has trained token rows, and trainable_token_indices "
-            f"in {CONFIG} does not say which"
-        )
-    # PEFT keeps the rows in the order of the list, and drops repeated indices when it wraps.
-    if len(set(indices)) != len(indices) or len(rows.shape) != 2 or rows.shape[0] != len(indices):
-        return Problem(
-            f"module {module!r} in {rows.file} has token rows of shape {list(rows.shape)}, and "
-            f"trainable_token_indices in {CONFIG} names {len(set(indices))} tokens"
-        )
-    return AdapterEntry(
-        module,
-        "weight",
-        "trainable_tokens",
-        (("rows", rows),),
-        params=(("indices", tuple(indices)),),
-    )

@@ -22,7 +22,7 @@ from weft.formats.checkpoint import read_header, read_json_source, same_bytes
 from weft.formats.side_files import beside_adapter
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Mapping, Sequence
+    from collections.abc import Collection, Mapping, Sequence
     from pathlib import Path
 
     from weft.formats.adapters._peft_methods import PeftMethod
@@ -82,7 +82,7 @@ def read(path: Path, given: str) -> Adapter:
     if unknown:
         names = ", ".join(map(clean, unknown))
         notes.append(f"{CONFIG} has keys that weft does not know and ignores: {names}")
-    notes += lora.notes(entries, tensors, config)
+    notes += lora.notes(entries, named, config)
     kept, left = beside_adapter(path)
     base = config.get("base_model_name_or_path")
     revision = config.get("revision")
@@ -109,9 +109,13 @@ def read(path: Path, given: str) -> Adapter:
 # ------------------------------------------------------------------------------------ key grammar
 
 
-def _wraps_twice(keys: Iterable[str], config: dict[str, Any]) -> bool:
+def _wraps_twice(keys: Collection[str], config: dict[str, Any]) -> bool:
     """Whether `base_layer` before a factor is PEFT's: fused experts, and attention as a whole."""
-    return bool(config.get("target_parameters")) or any(".base_layer.out_proj." in k for k in keys)
+    return bool(config.get("target_parameters")) or any(
+        ".base_layer.out_proj." in key or key.replace(".base_layer.", ".") in keys
+        for key in keys
+        if ".base_layer." in key
+    )
 
 
 def _entries(
@@ -122,6 +126,7 @@ def _entries(
     replaced: list[tuple[str, TensorRef]] = []
     method = methods().get(config["peft_type"])
     suffixes = _longest_first(method.SUFFIXES if method else lora.SUFFIXES)
+    own = re.compile(rf"\.(lora|trainable_tokens|{re.escape(config['peft_type'].lower())})_")
     shared_keys = getattr(method, "SHARED", {})
     shared = {shared_keys[key]: ref for key, ref in tensors.items() if key in shared_keys}
     for key, ref in tensors.items():
@@ -135,7 +140,7 @@ def _entries(
                 )
             )
             continue
-        if ref.numel == 0:
+        if ref.numel == 0 and not getattr(method, "MAY_BE_EMPTY", False):
             problems.append(
                 Problem(
                     f"tensor {key!r} in {ref.file} is empty, shape {list(ref.shape)}",
@@ -157,7 +162,7 @@ def _entries(
                 )
             else:
                 modules[module][suffixes[suffix]] = ref
-        elif re.search(r"\.lora_|\.trainable_tokens_", path):
+        elif own.search(path):
             problems.append(
                 Problem(
                     f"tensor {key!r} in {ref.file} has no ending that weft knows",
@@ -167,13 +172,20 @@ def _entries(
         else:
             replaced.append((path, ref))
     if method:
+        endings = {role: ending for ending, role in method.SUFFIXES.items()}
         read_all = [
-            _method_entries(Module(m, r, shared, config), method) for m, r in modules.items()
+            _method_entries(Module(m, r, shared, config, endings), method)
+            for m, r in modules.items()
         ]
     else:
         read_all = [lora.read(modules, config)]
     entries = [entry for found, _ in read_all for entry in found]
     problems += [problem for _, wrong in read_all for problem in wrong]
+    used = {ref for entry in entries for _, ref in entry.tensors}
+    if idle := [key for key, ref in tensors.items() if key in shared_keys and ref not in used]:
+        problems = problems or [
+            Problem(f"no module of the adapter has a use for {', '.join(idle)}")
+        ]
     copies, wrong = _saved_twice(replaced)
     problems += wrong
     entries += [_replacement(path, ref, config) for path, ref in replaced if path not in copies]
