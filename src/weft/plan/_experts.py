@@ -221,7 +221,7 @@ def _parts(
     module: str, entry: AdapterEntry, known: Base
 ) -> tuple[tuple[str, tuple[TensorRef, ...]], ...]:
     """The matrices of the experts one by one, for a parameter that the base does not have."""
-    numbers = sorted(int(n) for n in known.modules[module] if n.isdigit())
+    numbers = sorted(int(n) for n in known.modules[module] if re.fullmatch("0|[1-9][0-9]*", n))
     if numbers != list(range(len(numbers))) or not numbers:
         return ()
     for names in PARTS.get(entry.parameter, ()):
