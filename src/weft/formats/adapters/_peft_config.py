@@ -163,7 +163,7 @@ def _refuse_unknown(config: dict[str, Any], given: str, known: set[str]) -> None
         value = config[field]
         if (field.startswith("use_") and value is True) or (field.endswith("_config") and value):
             raise Unsupported(
-                f"{given} sets {clean(field)}, a {kind} variant that this release does not know"
+                f"{given} sets {clean(field)}, a variant of {kind} that this release does not know"
             )
 
 

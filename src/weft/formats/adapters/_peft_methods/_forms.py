@@ -66,6 +66,11 @@ NAMES_OR_EXPRESSION: Form = (
 PATTERNS: Form = (_is_patterns, "a mapping of regular expressions to numbers")
 
 
+def or_none(form: Form) -> Form:
+    fits, what = form
+    return lambda value: value is None or fits(value), f"{what}, or null"
+
+
 def choice(*values: str) -> Form:
     """One of `values`, said in the config."""
     return lambda value: value in values, f"one of {', '.join(map(repr, values))}"
