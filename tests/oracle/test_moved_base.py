@@ -129,6 +129,23 @@ def test_residual_base(tmp_path: Path, init: str) -> None:
     check(tmp_path / "merged", plain, trained)
 
 
+@pytest.mark.parametrize("init", ["pissa", "olora", "lora_ga"])
+def test_loaded_by_peft(tmp_path: Path, init: str) -> None:
+    """PEFT does PiSSA and OLoRA again, which ends near what was trained; LoRA-GA it does not."""
+    plain, trained = train(tmp_path, init)
+    loaded = peft.PeftModel.from_pretrained(plain, tmp_path / "adapter").eval()
+    with torch.no_grad():
+        off = (loaded(TOKENS) - trained(TOKENS)).abs().max()
+    assert off > 1e-3 if init == "lora_ga" else off < 1e-5
+
+
+@pytest.mark.filterwarnings("ignore:`init_lora_weights` is 'corda':UserWarning")
+def test_corda_is_not_loaded_by_peft(tmp_path: Path) -> None:
+    plain, _ = train(tmp_path, "corda")
+    with pytest.raises(ValueError, match="eigens"):
+        peft.PeftModel.from_pretrained(plain, tmp_path / "adapter")
+
+
 def test_weights(tmp_path: Path) -> None:
     """Of 0.5 · ΔW half of the initial factors is taken off, too."""
     train(tmp_path, "pissa")

@@ -56,6 +56,7 @@ class DeltaKind(Protocol):
     # - `together(shape, params) -> int`: that only so many rows at once, from a multiple of it on,
     #   can be computed (0: only all of them);
     # - `matrix(shape) -> (rows, columns)`: that it sees W otherwise;
+    # - `scratch(shape) -> int`: how many bytes `prepare` takes, beside its tensors, where many;
     # - `refusal(shapes, params, weight) -> str | None`: why there is no merged weight for this W;
     # - `across(changed) -> params`: what a delta must know of all tensors that its adapter changes
     #   by this kind, (delta, W's byte range) each; it is asked when the plan is made;
@@ -124,6 +125,12 @@ def layout(job: TensorJob) -> Layout:
 def shared_at_once(jobs: Iterable[TensorJob]) -> int:
     """How many shared factors neighbouring jobs use: of two layers, two parameters each."""
     return 4 * max((len(list(_deltas(job.expression))) for job in jobs), default=1)
+
+
+def scratch(job: TensorJob) -> int:
+    """Bytes that the job's deltas take to be made ready, beside their tensors."""
+    found = [(kind(delta.kind), job.shape) for delta in _deltas(job.expression)]
+    return sum(own.scratch(shape) for own, shape in found if hasattr(own, "scratch"))
 
 
 def _deltas(expression: Expression) -> Iterator[Delta]:

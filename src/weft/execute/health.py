@@ -17,8 +17,10 @@ if TYPE_CHECKING:
 
     from weft.core.specs import Adapter, TensorRef
 
+# What changes nothing if a factor is zero.
+_SILENT = ("lora", "lora_bias", "lora_experts", "qalora", "bdlora")
 # All others are as large as weights, and are read in blocks.
-_FACTORS = ("A", "B", "magnitude", "bias", "rows")
+_FACTORS = ("A", "B", "magnitude", "bias", "diag", "rows")
 
 
 def examine(adapter: Adapter, weight: float = 1) -> tuple[list[Problem], list[str]]:
@@ -50,7 +52,7 @@ def examine(adapter: Adapter, weight: float = 1) -> tuple[list[Problem], list[st
                 low_rank = entry.kind in ("lora", "dora")
                 if role == "B" and low_rank and not dict(entry.params).get("transposed"):
                     shares.append((int(values.any(dim=1).count_nonzero()), values.shape[0]))
-            silent += zero and entry.kind in ("lora", "lora_bias", "lora_experts")
+            silent += zero and entry.kind in _SILENT
     finally:
         files.close()
     if ranks := _sharded(shares):

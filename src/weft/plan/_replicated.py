@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from weft.core.specs import Adapter, Checkpoint, TensorRef
 
 # Where PEFT looks for layers: in Llama and its like, in BERT, in Falcon.
-_LAYER = re.compile(r"^((?:.*?\.)?(?:layers|encoder\.layer|h))\.(\d+)\.(.+)$")
+_LAYER = re.compile(r"^((?:.*?\.)?(?:layers|encoder\.layer|h))\.(0|[1-9][0-9]*)\.(.+)$")
 _DEPTH = ("num_hidden_layers", "n_layer", "n_layers", "num_layers")
 # Fields with the numbers of the layers that are special.
 _NUMBERS = ("mlp_only_layers", "moe_layers", "cross_attention_layers")

@@ -114,6 +114,10 @@ def _localised(
     """The adapters, with experts in the form that the base has them in."""
     found = [(localise(base, adapter, layout), weight) for adapter, weight in adapters]
     problems = [problem for (_, wrong), _ in found for problem in wrong]
+    kinds = {entry.kind for (adapter, _), _ in found for entry in adapter.entries}
+    if layout and not kinds & {"lora_experts", "lora_expert"}:
+        what = "--expert-layout is given, and no adapter is one of fused experts"
+        problems.append(Problem(what, "leave it out"))
     return [(adapter, weight) for (adapter, _), weight in found], problems
 
 

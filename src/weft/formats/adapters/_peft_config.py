@@ -73,13 +73,14 @@ def _is_ranges(value: Any) -> bool:
     """`layer_replication`: pairs of a first layer and the one behind the last."""
     if not value:
         return True
-    return isinstance(value, list) and all(
+    pairs = isinstance(value, list) and all(
         isinstance(pair, list)
         and len(pair) == 2
         and all(type(n) is int for n in pair)
-        and 0 <= pair[0] < pair[1] < 10_000
+        and 0 <= pair[0] < pair[1]
         for pair in value
     )
+    return pairs and sum(stop - start for start, stop in value) < 10_000
 
 
 def _is_layout(value: Any) -> bool:

@@ -32,6 +32,8 @@ _FOR_TRAINING = {
     "monteclora_config": ".lora_monteclora_sampler.",
     "velora_config": ".lora_velora_embed",
 }
+# Variants of which a module has one.
+_ONE_OF = ("use_dora", "kasa_config", "use_bdlora", "use_qalora", *_FOR_TRAINING)
 # How PEFT names what a wrapper wraps, inside another one: the projection of attention's output.
 _OUT_PROJ = ".base_layer.out_proj"
 
@@ -90,7 +92,9 @@ def _parameters(
         plain, problems = _module(module, levels[0], config)
         if not found:
             return (plain, []) if plain else ([], wrong or problems)
-        found = [replace(found[0], alternatives=(*found[0].alternatives, *plain))]
+        if plain:
+            others = (replace(found[0], alternatives=()), *found[0].alternatives)
+            found = [replace(plain[0], alternatives=others)]
     return found, wrong
 
 
@@ -182,6 +186,11 @@ def _variant(
                 f"{field} is {said}",
                 "the config and the weights are not of one save",
             )
+    if len(several := [field for field in _ONE_OF if config.get(field)]) > 1:
+        return Problem(
+            f"{CONFIG} sets {' and '.join(several)}, which PEFT does not combine",
+            "the config was edited, or is of another tool",
+        )
     if "diag" in roles:
         return "kasa", ()
     if config.get("use_qalora"):
