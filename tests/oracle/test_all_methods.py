@@ -40,8 +40,10 @@ METHODS: dict[str, tuple[Any, Any]] = {
     "BEFT": (partial(peft.BeftConfig, target_modules=["linear", "wide"]), Toy),
     "BOFT": (partial(peft.BOFTConfig, boft_block_size=4, **LINEAR), Toy),
     "C3A": (partial(peft.C3AConfig, block_size=12, **LINEAR), Toy),
+    "DEFT": (partial(peft.DeftConfig, r=4, **LINEAR), Toy),
     "DELORA": (partial(peft.DeloraConfig, r=4, **LINEAR), Toy),
     "FOURIERFT": (partial(peft.FourierFTConfig, n_frequency=50, **LINEAR), Toy),
+    "GLORA": (partial(peft.GloraConfig, r=3, **LINEAR), Toy),
     "GRALORA": (partial(peft.GraloraConfig, r=6, gralora_k=3, hybrid_r=2, **LINEAR), Toy),
     "GRALORA turned": (partial(peft.GraloraConfig, r=4, hybrid_r=2, **CONV1D), Turned),
     "HIRA": (partial(peft.HiraConfig, r=4, target_modules=["embed", *ALL["target_modules"]]), Toy),
@@ -101,6 +103,8 @@ def test_in_pieces(
     weft.merge(tmp_path / "base", tmp_path / "adapter", output=tmp_path / "pieces", threads=2)
     for key, value in load_file(tmp_path / "pieces" / "model.safetensors").items():
         if name in (
+            "BOFT",
+            "DEFT",
             "HRA",
             "OFT",
         ):  # sums over the inputs, in an order that BLAS chooses by the rows
@@ -134,8 +138,8 @@ def test_float64(tmp_path: Path, name: str) -> None:
     weft.merge(tmp_path / "base", tmp_path / "adapter", output=tmp_path / "wide")
     config, factory = METHODS[name]
     exact = Case(config(), model=factory).peft_merged(tmp_path, torch.float64)
-    # PEFT's Fourier transforms are float32 in any case.
-    single = name in ("C3A", "FOURIERFT")
+    # PEFT's Fourier transforms and its DEFT are float32 in any case.
+    single = name in ("C3A", "DEFT", "FOURIERFT")
     close = {"rtol": 1e-5, "atol": 1e-5} if single else {"rtol": 1e-11, "atol": 1e-12}
     for key, value in load_file(tmp_path / "wide" / "model.safetensors").items():
         torch.testing.assert_close(value, exact[key].to(value.dtype), **close, msg=key)
