@@ -356,7 +356,7 @@ def test_initialisations_that_did_not(value: Any, folder: Path) -> None:
 
 @pytest.mark.parametrize(("field", "value"), [("use_newlora", True), ("newlora_config", {"a": 1})])
 def test_unknown_variants(field: str, value: Any, folder: Path) -> None:
-    with pytest.raises(Unsupported, match=f"sets {field}, a LoRA variant"):
+    with pytest.raises(Unsupported, match=f"sets {field}, a variant of LoRA"):
         read(folder, **{field: value})
 
 
