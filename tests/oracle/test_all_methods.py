@@ -62,6 +62,8 @@ METHODS: dict[str, tuple[Any, Any]] = {
     "MISS bat": (partial(peft.MissConfig, r=4, init_weights="bat", **LINEAR), Toy),
     "MISS mini": (partial(peft.MissConfig, r=5, mini_r=6, init_weights="mini", **LINEAR), Toy),
     "OFT": (partial(peft.OFTConfig, r=0, oft_block_size=4, **LINEAR), Toy),
+    "OSF": (partial(peft.OSFConfig, effective_rank=4, **LINEAR), Toy),
+    "PEANUT": (partial(peft.PeanutConfig, r=4, depth=2, **LINEAR), Toy),
     "PVERA": (partial(peft.PveraConfig, r=5, **LINEAR), Toy),
     "PVERA turned": (partial(peft.PveraConfig, r=5, **CONV1D), Turned),
     "RANDLORA": (partial(peft.RandLoraConfig, r=4, randlora_alpha=6, **LINEAR), Toy),
@@ -72,13 +74,14 @@ METHODS: dict[str, tuple[Any, Any]] = {
         partial(peft.TrainableTokensConfig, token_indices=[39, 2, 20], target_modules=["embed"]),
         Toy,
     ),
+    "UNILORA": (partial(peft.UniLoraConfig, r=4, save_indices=True, **LINEAR), Toy),
     "VBLORA": (partial(peft.VBLoRAConfig, num_vectors=9, vector_length=12, topk=2, **LINEAR), Toy),
     "VERA": (partial(peft.VeraConfig, r=5, **LINEAR), Toy),
     "VERA turned": (partial(peft.VeraConfig, r=5, save_projection=False, **CONV1D), Turned),
     "WAVEFT": (partial(peft.WaveFTConfig, n_frequency=50, **LINEAR), Toy),
 }
 # Sums over inputs or outputs, in an order that BLAS chooses by the number of rows.
-BLAS_CHOOSES = ("BOFT", "DEFT", "HRA", "OFT")
+BLAS_CHOOSES = ("BOFT", "DEFT", "HRA", "OFT", "PEANUT")
 EACH = pytest.mark.parametrize("name", METHODS)
 
 
