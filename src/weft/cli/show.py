@@ -7,7 +7,7 @@ from collections import Counter, defaultdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from weft.core.specs import Adapter, AddDeltas, Checkpoint, TensorJob, job_bytes
+from weft.core.specs import Adapter, AdapterEntry, AddDeltas, Checkpoint, TensorJob, job_bytes
 from weft.core.units import clean, show_count, show_share, show_size, show_survival, show_time
 
 if TYPE_CHECKING:
@@ -181,6 +181,7 @@ def inspection_as_dict(found: Checkpoint | Adapter) -> dict[str, Any]:
         "kind": "adapter",
         **common,
         "peft_type": found.kind,
+        "format": found.format,
         "base_model": found.base_model,
         "ranks": sorted(_ranks(found)),
         "scalings": sorted(_scalings(found)),
@@ -234,27 +235,42 @@ def _adapter_rows(found: Adapter) -> list[tuple[str, str]]:
         ("dtypes", _dtype_line(found)),
         ("changes", ", ".join(targets)),
         ("layers", f"{len(layers)} ({min(layers)} to {max(layers)})" if layers else ""),
-        ("written by", f"PEFT {config['peft_version']}" if config.get("peft_version") else ""),
+        ("written by", _writer(found)),
         ("beside", ", ".join(found.side_files)),
         ("left out", ", ".join(found.left_out)),
         *(("note", note) for note in found.notes),
     ]
 
 
+def _writer(adapter: Adapter) -> str:
+    version = adapter.config.get("peft_version")
+    return f"PEFT {version}" if version else adapter.format * (adapter.format != "PEFT")
+
+
 def _adapter_line(adapter: Adapter) -> str:
     config = adapter.config
-    kind = adapter.kind + (" with DoRA" if config.get("use_dora") else "")
+    kind = adapter.kind + (" with DoRA" if adapter.kind == "LORA" and _has_dora(adapter) else "")
     kind += " (rsLoRA)" if config.get("use_rslora") else ""
     ranks, scalings = sorted(_ranks(adapter)), sorted(_scalings(adapter))
     parts = [kind]
     if ranks:
-        parts.append(f"rank {_range(ranks)}, alpha {config.get('lora_alpha')}")
+        parts.append(f"rank {_range(ranks)}")
+        parts += [f"alpha {config['lora_alpha']}"] if "lora_alpha" in config else []
         parts.append(f"scaling {_range(scalings)}")
     return ", ".join(parts)
 
 
+def _has_dora(adapter: Adapter) -> bool:
+    return any(entry.kind == "dora" for entry in adapter.entries)
+
+
 def _ranks(adapter: Adapter) -> set[int]:
-    return {dict(e.tensors)["A"].shape[0] for e in adapter.entries if e.kind in ("lora", "dora")}
+    return {_rank(entry) for entry in adapter.entries if entry.kind in ("lora", "dora")}
+
+
+def _rank(entry: AdapterEntry) -> int:
+    A = dict(entry.tensors)["A"]
+    return A.shape[1 if dict(entry.params).get("factors_transposed") else 0]
 
 
 def _scalings(adapter: Adapter) -> set[float]:

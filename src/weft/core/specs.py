@@ -166,6 +166,7 @@ class Adapter:
         side_files: Relative paths of the files of a tokenizer or processor that it brings.
         left_out: Relative paths of what else lies there, leftovers of the training aside.
         selection: The modules that the config names, if it does.
+        format: The tool whose layout the files have.
     """
 
     given: str
@@ -182,6 +183,7 @@ class Adapter:
     left_out: tuple[str, ...]
     selection: Selection | None = None
     repairs: tuple[Repair, ...] = ()
+    format: str = "PEFT"
 
     @property
     def files(self) -> tuple[str, ...]:

@@ -1,4 +1,7 @@
-"""scaling · B @ A, in W's layout: what LoRA and DoRA share."""
+"""scaling · B @ A, in W's layout: what LoRA and DoRA share.
+
+`A` (r, in) and `B` (out, r); `factors_transposed`: the file has them as (in, r) and (r, out).
+"""
 
 from __future__ import annotations
 
@@ -46,7 +49,7 @@ def orientations(
 ) -> tuple[bool, ...]:
     """A (r, in) and B (out, r) fit W (out, in), or W (in, out) transposed; square W fits both."""
     fitting = []
-    rows_and_columns = (shapes["B"][0], shapes["A"][1])
+    rows_and_columns = outputs_and_inputs(shapes, params)
     if weight == rows_and_columns:
         fitting.append(False)
     if weight == rows_and_columns[::-1]:
@@ -56,8 +59,16 @@ def orientations(
     return tuple(fitting)
 
 
+def outputs_and_inputs(shapes: Mapping[str, Shape], params: Mapping[str, Param]) -> tuple[int, int]:
+    if params.get("factors_transposed"):
+        return shapes["B"][1], shapes["A"][0]
+    return shapes["B"][0], shapes["A"][1]
+
+
 def load(delta: Delta, source: Source) -> Factors:
     A, B = source.whole("A"), source.whole("B")
+    if delta.param("factors_transposed", False):
+        A, B = A.T, B.T
     scaling = delta.scaling
     if scaling and abs(math.frexp(scaling)[0]) == 0.5:
         # A power of two scales exactly, wherever it is applied: here it costs a pass less.

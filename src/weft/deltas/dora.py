@@ -39,7 +39,7 @@ class State:
 def orientations(
     shapes: Mapping[str, Shape], params: Mapping[str, Param], weight: Shape
 ) -> tuple[bool, ...]:
-    outputs = shapes["B"][0]
+    outputs, _ = _low_rank.outputs_and_inputs(shapes, params)
     # PEFT ≤ 0.8-style files and convolutions keep axes of size 1; only the count matters.
     if (
         max(shapes["magnitude"], default=0) != outputs

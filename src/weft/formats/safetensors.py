@@ -65,7 +65,8 @@ def read_header(path: str | Path) -> Header:
     except OSError as error:
         raise FormatError(f"cannot read {path}: {error.strerror}") from None
     content = _parse(path, raw)
-    metadata = content.pop("__metadata__", {})
+    metadata = content.pop("__metadata__", None)
+    metadata = {} if metadata is None else metadata  # MLX writes null where there is none
     if not isinstance(metadata, dict) or not all(isinstance(v, str) for v in metadata.values()):
         raise _broken(path, "its __metadata__ is not a mapping of strings")
     data = 8 + length

@@ -13,6 +13,7 @@ from weft.core.names import Match, match, nearest
 from weft.core.specs import Adapter, AdapterEntry, Checkpoint, Delta, Repair, Shape, TensorRef
 from weft.formats.checkpoint import same_values
 from weft.plan._coverage import doubts
+from weft.plan._layouts import fitted
 from weft.plan.preflight import config_value
 
 if TYPE_CHECKING:
@@ -73,9 +74,13 @@ def collect(
     for number, (adapter, weight) in enumerate(adapters):
         names = _match(base, adapter, head, targets)
         targets.warnings += doubts(base, adapter, names) if weight else []
-        for entry in adapter.entries if weight else ():
-            name = names.get(entry.target)
+        for given in adapter.entries if weight else ():
+            name = names.get(given.target)
             if name is None:
+                continue
+            entry = fitted(given, adapter.format, base)
+            if isinstance(entry, Problem):
+                targets.problems.append(entry)
                 continue
             present = base.tensors.get(name)
             if present is None and name == head:

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 from weft.core.errors import FormatError, NotFound, PlanError, Problem
 from weft.core.specs import Adapter, AdapterEntry, Param, TensorRef
 from weft.core.units import clean
+from weft.formats.adapters._config import written_by_mlx
 from weft.formats.adapters._peft_config import (
     CONFIG,
     KNOWN,
@@ -52,7 +53,8 @@ _ORIGINALS = ("token_adapter.base_layer", "base_layer", "original_module")
 
 
 def detect(path: Path) -> bool:
-    return os.path.lexists(_folder(path) / CONFIG)
+    folder = _folder(path)
+    return os.path.lexists(folder / CONFIG) and not written_by_mlx(folder)
 
 
 def _folder(path: Path) -> Path:
