@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -43,7 +43,7 @@ class MergePlan:
     """What `merge` would do: the plan, its size, and what the adapters' numbers give rise to."""
 
     inputs: Inputs
-    plan: Plan
+    plan: Plan = field(repr=False)
     work: Work
     warnings: tuple[str, ...]
 
@@ -65,7 +65,7 @@ class MergeReport:
     totals: Totals
     seconds: float
     resumed: int
-    manifest: dict[str, Any]
+    manifest: dict[str, Any] = field(repr=False)
     warnings: tuple[str, ...]
 
 
@@ -76,6 +76,7 @@ def merge(
     output: str | Path,
     dtype: str | None = None,
     max_shard_size: str | int | None = None,
+    expert_layout: str | None = None,
     threads: int | None = None,
     device: str = "cpu",
     force: bool = False,
@@ -94,6 +95,8 @@ def merge(
         output: Folder to create.
         dtype: `bfloat16`, `float16` or `float32`; None keeps each tensor's own.
         max_shard_size: Such as `5GB`; None keeps the base's shards.
+        expert_layout: `rank_major` or `grouped_by_expert`, how `lora_B` of fused experts is laid
+            out; None goes by the adapter's config, which without a word means `rank_major`.
         threads: None takes what affinity and cgroup allow.
         device: `cpu`, `cuda` or `cuda:1`, where the arithmetic is done.
         force: Replace an output that is there already.
@@ -109,8 +112,8 @@ def merge(
     """
     from weft.execute import threads as executor
     from weft.write.card import card
-    from weft.write.checkpoint import MANIFEST, CheckpointSink
-    from weft.write.manifest import manifest, to_text, totals
+    from weft.write.checkpoint import CheckpointSink
+    from weft.write.manifest import NAME, manifest, to_text, totals
 
     begin = time.perf_counter()
     place = executor.pick_device(device)
@@ -120,6 +123,7 @@ def merge(
         adapters,
         dtype=dtype,
         max_shard_size=max_shard_size,
+        expert_layout=expert_layout,
         threads=count,
         device=device,
         strict=strict,
@@ -140,7 +144,9 @@ def merge(
         except NumericsError:
             sink.discard()  # another run on these inputs ends the same way
             raise
-        command = command or _call(made.inputs, output, dtype, max_shard_size, revision)
+        command = command or _call(
+            made.inputs, output, dtype, max_shard_size, expert_layout, revision
+        )
         sums = totals(plan, sink.receipts)
         warnings = (*made.warnings, *_doubtful(sums, plan, sink.receipts))
         content = manifest(
@@ -154,9 +160,11 @@ def merge(
         )
         inputs = made.inputs
         readme = card(inputs.base, inputs.adapters, sums, command=command, version=version("weft"))
-        sink.commit({"README.md": readme, MANIFEST: to_text(content)}, lambda: _unchanged(plan))
+        sink.commit({"README.md": readme, NAME: to_text(content)}, lambda: _unchanged(plan))
     finally:
         sink.close()
+    for folder in sink.leftovers():
+        on_event(events.Noted(f"{folder} is left of a model that was replaced: remove it"))
     return MergeReport(Path(output), sums, time.perf_counter() - begin, resumed, content, warnings)
 
 
@@ -167,6 +175,7 @@ def plan_merge(
     output: str | Path | None = None,
     dtype: str | None = None,
     max_shard_size: str | int | None = None,
+    expert_layout: str | None = None,
     threads: int | None = None,
     device: str = "cpu",
     force: bool = False,
@@ -186,6 +195,10 @@ def plan_merge(
     from weft.plan.preflight import measure
     from weft.write.checkpoint import check_output
 
+    if expert_layout not in (None, "rank_major", "grouped_by_expert"):
+        raise WeftError(
+            f"unknown expert layout {expert_layout!r}", "one of rank_major, grouped_by_expert"
+        )
     executor.pick_device(device)
     threads = executor.pick_threads(threads)
     kind = dtypes.parse(dtype) if dtype else None
@@ -199,7 +212,13 @@ def plan_merge(
         warnings += said
     made: Plan | None = None
     try:
-        made = plan(inputs.base, inputs.adapters, dtype=kind, max_shard_size=size)
+        made = plan(
+            inputs.base,
+            inputs.adapters,
+            dtype=kind,
+            max_shard_size=size,
+            expert_layout=expert_layout,
+        )
     except PlanError as error:
         problems += error.problems
     if strict and made is not None:
@@ -275,13 +294,18 @@ def inspect(
 ) -> Checkpoint | Adapter:
     """What a file or folder is: a base model or an adapter, from its headers and configs.
 
+    Of a model that weft wrote, `origin` says from what, if its manifest is of these tensors.
+
     Raises:
         WeftError: Neither, or malformed.
     """
     folder = resolve(str(path), revision=revision, cache_dir=cache_dir)
     if is_adapter(folder) and not checkpoints.has_weights(folder):
         return open_adapter(folder, str(path))
-    return checkpoints.open_checkpoint(folder, str(path))
+    from weft.write.manifest import origin
+
+    found = checkpoints.open_checkpoint(folder, str(path))
+    return replace(found, origin=origin(found))
 
 
 def _named_base(adapters: Sequence[tuple[Adapter, float]]) -> str:
@@ -363,7 +387,7 @@ def _call(inputs: Inputs, output: str | Path, *options: str | int | None) -> str
     adapters = [
         a.given if weight == 1 else f"{a.given}:{weight:g}" for a, weight in inputs.adapters
     ]
-    names = ("dtype", "max_shard_size", "revision")
+    names = ("dtype", "max_shard_size", "expert_layout", "revision")
     given = zip(names, options, strict=True)
     extra = "".join(f", {name}={value!r}" for name, value in given if value is not None)
     return f"weft.merge({inputs.base.given!r}, {adapters!r}, output={str(output)!r}{extra})"

@@ -244,3 +244,15 @@ def test_whole_norms_that_mlx_shifts(folder: Path, folders: Folders, model: str)
     assert weft.plan_merge(folders.base([], norm), folder)
     with pytest.raises(PlanError, match=f"is a whole norm of {model}"):
         weft.plan_merge(folders.base([], norm, name="other", model_type=model), folder)
+
+
+def test_doctor(folder: Path, folders: Folders) -> None:
+    write(folder, factors())
+    base = folders.base([], {f"{UP}.weight": torch.ones(12, 8)})
+    found = weft.doctor(folder / "adapters.safetensors", base)
+    assert found.adapter is not None
+    assert found.plan is not None
+    with pytest.raises(
+        weft.WeftError, match="an adapter of mlx-lm, and --fix writes those of PEFT"
+    ):
+        weft.doctor(folder, fix=folders.root / "fixed")

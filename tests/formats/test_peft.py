@@ -15,6 +15,7 @@ import weft
 from weft.core.errors import FormatError, NotFound, NumericsError, PlanError, Unsupported, WeftError
 from weft.execute.health import examine
 from weft.formats.adapters import _peft_config as variants
+from weft.formats.adapters import _peft_lora as lora
 from weft.formats.adapters import formats, is_adapter, open_adapter
 from weft.formats.adapters import peft as reader
 from weft.plan import preflight
@@ -296,13 +297,7 @@ def test_other_kinds(kind: str, folder: Path) -> None:
 
 # Each variant of LoRA that is known and not merged, as PEFT would write it, and its name.
 VARIANTS = {
-    "use_qalora": (True, "QA-LoRA"),
-    "use_bdlora": ({"nblocks": 2}, "BD-LoRA"),
-    "kasa_config": ({"beta": 0.1}, "KaSA"),
-    "monteclora_config": ({"samples": 4}, "MonteCLoRA"),
-    "velora_config": ({"groups": 4}, "VeLoRA"),
     "layer_replication": ([[0, 2], [1, 3]], "layer_replication"),
-    "target_parameters": (["experts.gate_up_proj"], "target_parameters"),
     "megatron_config": ({"tp": 2}, "Megatron"),
     "alora_invocation_tokens": ([1, 2], "aLoRA"),
     "arrow_config": ({"top_k": 2}, "Arrow"),
@@ -314,7 +309,7 @@ def test_every_variant_has_a_test() -> None:
     assert set(MOVED) == set(variants._MOVED_INIT)
     assert set(QUANTISED) == {*preflight._QUANTISED_NAMES}
     assert {key.removeprefix(PREFIX + "m.") for key in ENDINGS} == {
-        ending.removeprefix(".") for ending in reader._SUFFIXES
+        ending.removeprefix(".") for ending in lora.SUFFIXES
     }
 
 
@@ -357,7 +352,7 @@ def test_initialisation_that_is_not_known(folder: Path) -> None:
         read(folder, init_lora_weights="brand_new")
 
 
-@pytest.mark.parametrize("value", [True, False, None, "gaussian", "eva", "orthogonal"])
+@pytest.mark.parametrize("value", [True, False, None, "gaussian", "eva", "orthogonal", "mica"])
 def test_initialisations_that_did_not(value: Any, folder: Path) -> None:
     assert len(read(folder, init_lora_weights=value).entries) == 1
 
@@ -389,6 +384,7 @@ ENDINGS = {
     f"{PREFIX}m.lora_B.bias": (8,),
     f"{PREFIX}m.lora_embedding_A": (2, 8),
     f"{PREFIX}m.lora_embedding_B": (8, 2),
+    f"{PREFIX}m.lora_diag": (2,),
     f"{PREFIX}m.lora_magnitude_vector": (8,),
     f"{PREFIX}m.lora_magnitude_vector.weight": (8,),
     f"{PREFIX}m.token_adapter.trainable_tokens_delta": (2, 8),
@@ -490,7 +486,7 @@ def test_module_of_which_only_the_original_was_saved(folder: Path) -> None:
 
 
 def test_repaired_keys(folder: Path) -> None:
-    """See test_repairs.py for all of them; here, that they are read and told."""
+    """See test_key_repairs.py for all of them; here, that they are read and told."""
     tensors = {
         key.removeprefix(PREFIX).replace(".weight", ".default.weight"): value
         for key, value in low_rank().items()
@@ -522,8 +518,10 @@ def shaped(A: tuple[int, ...], B: tuple[int, ...]) -> dict[str, Tensor]:
         ((16,), (16,), "are not two matrices"),
         ((), (8, 2), "are not two matrices"),
         ((2, 8), (8, 2, 1), "are not two matrices"),
-        ((2, 8, 3), (8, 2, 1), "LoRA on a convolution"),
-        ((2, 8, 3, 3), (8, 2, 1, 1), "LoRA on a convolution"),
+        ((2, 8, 3), (8, 2, 3), "are not two matrices"),
+        ((2, 8, 3), (8, 2), "are not two matrices"),
+        ((2, 8, 3), (8, 1, 1), "is a convolution of 2 groups"),
+        ((2, 8, 3, 3), (8, 3, 1, 1), "do not share a rank (2 rows of A, 3 columns of B)"),
         ((2, 8), (8, 3), "do not share a rank (2 rows of A, 3 columns of B)"),
         ((8, 2), (2, 8), "has rank 8, and adapter_config.json says r = 2"),
         ((3, 8), (8, 3), "has rank 3, and adapter_config.json says r = 2"),

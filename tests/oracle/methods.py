@@ -71,12 +71,15 @@ class Case:
         dtype: Of the base's weights.
         train: Changes the adapter's values.
         atol: Absolute, for values of about 1: what float32 arithmetic may add.
+        model: What is adapted, if it is not `Toy`, and what it is given.
     """
 
     config: Any
     dtype: torch.dtype = torch.float32
     train: Callable[[nn.Module], None] = noise
     atol: float = 2e-6
+    model: Callable[[], nn.Module] = Toy
+    inputs: Tensor = field(default_factory=lambda: TOKENS)
     merged: dict[str, Tensor] = field(init=False)
 
     def run(self, folder: Path) -> None:
@@ -110,10 +113,10 @@ class Case:
         """The merged weights do what base + adapter do, and not what the base does."""
         plain = self._base().eval()
         with torch.no_grad():
-            before = plain(TOKENS)
-            unmerged = self._load(folder, torch.float32)(TOKENS)
+            before = plain(self.inputs)
+            unmerged = self._load(folder, torch.float32)(self.inputs)
             plain.load_state_dict(self.merged)
-            after = plain(TOKENS)
+            after = plain(self.inputs)
         torch.testing.assert_close(after, unmerged, rtol=1e-4, atol=1e-4)
         assert (after - before).abs().max() > 1e-3
 
@@ -124,7 +127,7 @@ class Case:
 
     def _base(self) -> nn.Module:
         torch.manual_seed(0)
-        return Toy().to(self.dtype)
+        return self.model().to(self.dtype)
 
     def _load(self, folder: Path, dtype: torch.dtype | None) -> Any:
         base = self._base()

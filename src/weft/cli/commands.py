@@ -24,6 +24,7 @@ def merge(
     output: Output,
     dtype: str | None = None,
     max_shard_size: str | None = None,
+    expert_layout: str | None = None,
     threads: int | None = None,
     device: str = "cpu",
     revision: str | None = None,
@@ -55,6 +56,9 @@ def merge(
         bfloat16, float16 or float32 for every floating tensor; without it each keeps its own.
     max_shard_size
         Such as 5GB; without it the shards are those of the base.
+    expert_layout
+        rank_major or grouped_by_expert: how lora_B of fused experts is laid out, if the adapter's
+        config does not say so. PEFT writes rank_major, older Unsloth grouped_by_expert.
     threads
         Without it, as many as affinity and cgroup allow.
     device
@@ -72,9 +76,9 @@ def merge(
     strict
         Refuse an adapter whose keys need repair, in place of reading it as it was meant.
     json
-        Print one JSON object on stdout, the content of weft.json.
+        Print one JSON object on stdout: output, seconds, resumed, and weft.json as manifest.
     quiet
-        No notes and no progress; errors and warnings remain.
+        Nothing but warnings and errors, and what --json prints.
     """
     base, adapters = _split(paths, revision, cache_dir)
     if dry_run:
@@ -84,6 +88,7 @@ def merge(
             output=output,
             dtype=dtype,
             max_shard_size=max_shard_size,
+            expert_layout=expert_layout,
             threads=threads,
             device=device,
             force=force,
@@ -92,7 +97,8 @@ def merge(
             revision=revision,
             cache_dir=cache_dir,
         )
-        _print(show.plan_as_dict(made) if json else show.plan_as_text(made, output))
+        if json or not quiet:
+            _print(show.plan_as_dict(made) if json else show.plan_as_text(made, output))
         _warn(made.warnings)
         return
     with console.progress(quiet=quiet or json) as on_event:
@@ -102,6 +108,7 @@ def merge(
             output=output,
             dtype=dtype,
             max_shard_size=max_shard_size,
+            expert_layout=expert_layout,
             threads=threads,
             device=device,
             force=force,
@@ -112,7 +119,8 @@ def merge(
             command=shlex.join(["weft", *sys.argv[1:]]),
             on_event=on_event,
         )
-    _print(show.report_as_dict(report) if json else show.report_as_text(report))
+    if json or not quiet:
+        _print(show.report_as_dict(report) if json else show.report_as_text(report))
     _warn(report.warnings)
 
 
@@ -140,6 +148,61 @@ def inspect(
     """
     found = api.inspect(path, revision=revision, cache_dir=cache_dir)
     _print(show.inspection_as_dict(found) if json else show.inspection_as_text(found))
+
+
+def doctor(
+    adapter: str,
+    *,
+    base: str | None = None,
+    fix: Flag = False,
+    output: Annotated[Path | None, Parameter(name=["--output", "-o"])] = None,
+    force: Flag = False,
+    revision: str | None = None,
+    cache_dir: str | None = None,
+    json: Annotated[bool, Parameter(name="--json", negative=())] = False,
+) -> None:
+    """Say what an adapter is, whether it fits a base, and what is wrong with it.
+
+    Exit code 0: sound; 1: problems that are repaired or doubtful; 2: it cannot be merged.
+
+    Examples:
+        weft doctor ADAPTER
+        weft doctor ADAPTER --base BASE
+        weft doctor ADAPTER --base BASE --fix -o FIXED
+
+    Parameters
+    ----------
+    adapter
+        A folder, a file or org/name@revision.
+    base
+        The model that it should fit.
+    fix
+        Write a sound copy to --output: a PEFT folder that PEFT loads without a warning.
+    output
+        Folder to create.
+    force
+        Replace an adapter that is there.
+    revision
+        Branch, tag or commit of the base on the hub.
+    cache_dir
+        The hub's cache, in place of the one under HF_HOME.
+    json
+        Print one JSON object on stdout.
+    """
+    from weft import diagnosis
+
+    if fix != (output is not None):
+        raise WeftError(
+            "--fix needs a folder to write to" if fix else "-o is where --fix writes",
+            "weft doctor ADAPTER --fix -o FIXED",
+        )
+    found = diagnosis.doctor(
+        adapter, base, fix=output, force=force, revision=revision, cache_dir=cache_dir
+    )
+    _print(show.diagnosis_as_dict(found) if json else show.diagnosis_as_text(found))
+    if output is not None:
+        console.say("note", f"{output} holds the sound copy")
+    sys.exit(["sound", "problems", "unusable"].index(found.verdict))
 
 
 def demo(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter, defaultdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,6 +16,7 @@ if TYPE_CHECKING:
 
     from weft.api import MergePlan, MergeReport
     from weft.demo import Demo
+    from weft.diagnosis import Diagnosis
 
 SCHEMA = 1
 
@@ -39,12 +41,13 @@ def report_as_text(report: MergeReport) -> str:
 
 
 def report_as_dict(report: MergeReport) -> dict[str, Any]:
-    """`weft merge --json`: `weft.json`, with the seconds of the whole work and the folder."""
-    return report.manifest | {
-        "seconds": round(report.seconds, 3),
+    """`weft merge --json`: what is true of this run alone, and `weft.json` as it was written."""
+    return {
+        "schema": SCHEMA,
         "output": str(report.output),
+        "seconds": round(report.seconds, 3),
         "resumed": report.resumed,
-        "warnings": list(report.warnings),
+        "manifest": report.manifest,
     }
 
 
@@ -176,6 +179,7 @@ def inspection_as_dict(found: Checkpoint | Adapter) -> dict[str, Any]:
             "shards": list(found.shards),
             "tied": found.config.get("tie_word_embeddings"),
             "side_files": list(found.side_files),
+            "origin": asdict(found.origin) if found.origin else None,
         }
     return {
         "kind": "adapter",
@@ -187,6 +191,39 @@ def inspection_as_dict(found: Checkpoint | Adapter) -> dict[str, Any]:
         "scalings": sorted(_scalings(found)),
         "modules": {entry.target: entry.kind for entry in found.entries},
         "notes": list(found.notes),
+    }
+
+
+def diagnosis_as_text(found: Diagnosis) -> str:
+    """What `weft doctor` prints: the adapter, what was found, and the verdict last."""
+    lines = []
+    if found.adapter is not None:
+        lines += [inspection_as_text(replace(found.adapter, notes=())), ""]
+    for finding in found.findings:
+        lines.append(f"{finding.level:8}  {clean(finding.what)}")
+        if finding.cure:
+            lines.append(f"{'':8}  -> {clean(finding.cure)}")
+    fit = ""
+    if found.base is not None and found.adapter is not None:
+        fit = f", and {'fits' if found.plan else 'does not fit'} {found.base}"
+    verdict = {
+        "sound": f"{found.given} is sound{fit}",
+        "problems": f"{found.given} can be merged{fit}; see above",
+        "unusable": f"{found.given} cannot be merged{fit}",
+    }[found.verdict]
+    return "\n".join([*lines, *([""] if found.findings else []), verdict])
+
+
+def diagnosis_as_dict(found: Diagnosis) -> dict[str, Any]:
+    """`weft doctor --json`."""
+    return {
+        "schema": SCHEMA,
+        "given": found.given,
+        "verdict": found.verdict,
+        "base": found.base,
+        "fits": None if found.base is None else found.plan is not None,
+        "findings": [asdict(finding) for finding in found.findings],
+        "adapter": None if found.adapter is None else inspection_as_dict(found.adapter),
     }
 
 
@@ -211,6 +248,19 @@ def _checkpoint_rows(found: Checkpoint) -> list[tuple[str, str]]:
         ("quantised", str(quantised.get("quant_method", "yes")) if quantised else ""),
         ("beside", ", ".join(found.side_files)),
         ("left out", ", ".join(found.left_out)),
+        *_origin_rows(found),
+    ]
+
+
+def _origin_rows(found: Checkpoint) -> list[tuple[str, str]]:
+    made = found.origin
+    if made is None:
+        return []
+    when = f" at {made.created}" if made.created else ""
+    kept = "" if made.survival is None else f", survival {show_survival(made.survival)}"
+    return [
+        ("merged by", f"weft {made.version}{when}{kept}"),
+        ("from", " + ".join([made.base, *made.adapters])),
     ]
 
 

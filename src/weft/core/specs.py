@@ -1,5 +1,7 @@
 """The nouns of Weft as frozen records: plain data, hashable, JSON-able, with no file open inside.
 
+What is long stays out of their reprs, which people read in notebooks and tracebacks.
+
 A **checkpoint** maps tensor names to byte ranges; an **adapter** maps module paths to deltas. A
 **plan** says for every output tensor what it is: an **expression** whose leaves are byte ranges.
 An executor evaluates expressions and hands blocks to a sink; each finished tensor leaves a
@@ -18,7 +20,7 @@ if TYPE_CHECKING:
     from weft.core.selection import Selection
 
 Shape = tuple[int, ...]
-Param = bool | int | float | str | tuple[int, ...]
+Param = bool | int | float | str | tuple[int, ...] | tuple[float, ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,6 +72,27 @@ class Source:
 
 
 @dataclass(frozen=True, slots=True)
+class Origin:
+    """How weft made a checkpoint, as the manifest beside it says.
+
+    Attributes:
+        version: Of weft.
+        created: When, in UTC; None in manifests that do not say it.
+        base: The folder of the base.
+        adapters: The folders of the adapters.
+        survival: Of the whole update; None without one.
+        command: As typed.
+    """
+
+    version: str
+    created: str | None
+    base: str
+    adapters: tuple[str, ...]
+    survival: float | None
+    command: str
+
+
+@dataclass(frozen=True, slots=True)
 class Checkpoint:
     """A base model as it lies on disk.
 
@@ -83,17 +106,19 @@ class Checkpoint:
         side_files: Relative paths of the files beside the weights that belong to the model.
         left_out: Relative paths of the files in the folder that do not.
         sources: The shards and the config, as they were read.
+        origin: Where weft wrote it, from what; only `inspect` looks.
     """
 
     given: str
     folder: str
-    tensors: dict[str, TensorRef]
-    shards: tuple[str, ...]
-    metadata: dict[str, str]
-    config: dict[str, Any]
-    side_files: tuple[str, ...]
-    left_out: tuple[str, ...]
-    sources: tuple[Source, ...]
+    tensors: dict[str, TensorRef] = field(repr=False)
+    shards: tuple[str, ...] = field(repr=False)
+    metadata: dict[str, str] = field(repr=False)
+    config: dict[str, Any] = field(repr=False)
+    side_files: tuple[str, ...] = field(repr=False)
+    left_out: tuple[str, ...] = field(repr=False)
+    sources: tuple[Source, ...] = field(repr=False)
+    origin: Origin | None = None
 
     @property
     def nbytes(self) -> int:
@@ -113,6 +138,7 @@ class AdapterEntry:
         params: What else the kind needs.
         saved_as: The module of `modules_to_save` that it belongs to; one that the base does not
             have (a new task head) is added to it.
+        alternatives: What else the same tensors could mean; the shapes in the base decide.
     """
 
     module: str
@@ -122,6 +148,7 @@ class AdapterEntry:
     scaling: float = 1.0
     params: tuple[tuple[str, Param], ...] = ()
     saved_as: str | None = None
+    alternatives: tuple[AdapterEntry, ...] = ()
 
     @property
     def target(self) -> str:
@@ -163,6 +190,7 @@ class Adapter:
         base_model: What the config names as its base, and the revision of it.
         notes: What a reader of the file should know and no tensor shows.
         repairs: What was wrong with the keys and is put right in `entries`.
+        keys: The key that PEFT would have written -> the one in the file.
         side_files: Relative paths of the files of a tokenizer or processor that it brings.
         left_out: Relative paths of what else lies there, leftovers of the training aside.
         selection: The modules that the config names, if it does.
@@ -171,18 +199,19 @@ class Adapter:
 
     given: str
     folder: str
-    sources: tuple[Source, ...]
+    sources: tuple[Source, ...] = field(repr=False)
     kind: str
-    entries: tuple[AdapterEntry, ...]
-    tensors: dict[str, TensorRef]
-    config: dict[str, Any]
+    entries: tuple[AdapterEntry, ...] = field(repr=False)
+    tensors: dict[str, TensorRef] = field(repr=False)
+    config: dict[str, Any] = field(repr=False)
     base_model: str | None
     revision: str | None
-    notes: tuple[str, ...]
-    side_files: tuple[str, ...]
-    left_out: tuple[str, ...]
-    selection: Selection | None = None
-    repairs: tuple[Repair, ...] = ()
+    notes: tuple[str, ...] = field(repr=False)
+    side_files: tuple[str, ...] = field(repr=False)
+    left_out: tuple[str, ...] = field(repr=False)
+    selection: Selection | None = field(default=None, repr=False)
+    repairs: tuple[Repair, ...] = field(default=(), repr=False)
+    keys: dict[str, str] = field(default_factory=dict, repr=False)
     format: str = "PEFT"
 
     @property
@@ -293,10 +322,10 @@ class Input:
 class Plan:
     """Everything that a run will do; made from headers and configs alone."""
 
-    jobs: tuple[TensorJob, ...]
-    metadata: tuple[tuple[str, str], ...]
-    side_files: tuple[SideFile, ...]
-    inputs: tuple[Input, ...]
+    jobs: tuple[TensorJob, ...] = field(repr=False)
+    metadata: tuple[tuple[str, str], ...] = field(repr=False)
+    side_files: tuple[SideFile, ...] = field(repr=False)
+    inputs: tuple[Input, ...] = field(repr=False)
     notes: tuple[str, ...]
     warnings: tuple[str, ...]
     repairs: tuple[Repair, ...] = ()

@@ -16,7 +16,7 @@ from weft.core.blocks import rows_and_columns
 from weft.core.specs import AddDeltas, Load
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Mapping
+    from collections.abc import Callable, Iterable, Iterator, Mapping
 
     from torch import Tensor
 
@@ -36,6 +36,9 @@ class Source(Protocol):
 
     def whole(self, role: str) -> Tensor:
         """The tensor of `role`; for factors, which are small."""
+
+    def shared(self, role: str) -> Tensor:
+        """As `whole`, for factors of which many jobs use a part each; not to be changed."""
 
     def rows(self, role: str, start: int, stop: int, out: Tensor) -> None:
         """Rows `start` to `stop` of `role` into `out`; for tensors as large as W."""
@@ -107,6 +110,11 @@ def layout(job: TensorJob) -> Layout:
         elif hasattr(own, "together"):
             together = math.lcm(together, own.together(job.shape, dict(delta.params)))
     return Layout(rows, columns, together or max(rows, 1))
+
+
+def shared_at_once(jobs: Iterable[TensorJob]) -> int:
+    """How many shared factors neighbouring jobs use: of two layers, two parameters each."""
+    return 4 * max((len(list(_deltas(job.expression))) for job in jobs), default=1)
 
 
 def _deltas(expression: Expression) -> Iterator[Delta]:

@@ -47,7 +47,12 @@ class Factors:
 def orientations(
     shapes: Mapping[str, Shape], params: Mapping[str, Param], weight: Shape
 ) -> tuple[bool, ...]:
-    """A (r, in) and B (out, r) fit W (out, in), or W (in, out) transposed; square W fits both."""
+    """A (r, in) and B (out, r) fit W (out, in), or W (in, out) transposed; square W fits both.
+
+    Those of a convolution, A (r, in, kernel…) and B (out, r, 1…), fit W (out, in, kernel…).
+    """
+    if len(shapes["A"]) > 2:
+        return (False,) if weight == (shapes["B"][0], *shapes["A"][1:]) else ()
     fitting = []
     rows_and_columns = outputs_and_inputs(shapes, params)
     if weight == rows_and_columns:
@@ -66,7 +71,7 @@ def outputs_and_inputs(shapes: Mapping[str, Shape], params: Mapping[str, Param])
 
 
 def load(delta: Delta, source: Source) -> Factors:
-    A, B = source.whole("A"), source.whole("B")
+    A, B = source.whole("A").flatten(1), source.whole("B").flatten(1)
     if delta.param("factors_transposed", False):
         A, B = A.T, B.T
     scaling = delta.scaling

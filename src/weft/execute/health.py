@@ -44,7 +44,7 @@ def examine(adapter: Adapter, weight: float = 1) -> tuple[list[Problem], list[st
                 turned = {"transposed", "factors_transposed"} & dict(entry.params).keys()
                 if role == "B" and not turned:
                     shares.append((int(values.any(dim=1).count_nonzero()), values.shape[0]))
-            silent += zero and entry.kind in ("lora", "lora_bias")
+            silent += zero and entry.kind in ("lora", "lora_bias", "lora_experts")
     finally:
         files.close()
     if ranks := _sharded(shares):

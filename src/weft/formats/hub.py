@@ -122,7 +122,8 @@ def _download(
         raise NotFound(f"no such file or folder, and no id on the hub: {name}") from None
     except errors.LocalEntryNotFoundError:
         raise NotFound(
-            f"no such file or folder: {name}; the hub cannot be reached ({why}) and its cache has "
+            f"no such file or folder: {name}; the hub cannot be reached "
+            f"({why or 'the connection broke'}) and its cache has "
             "no whole copy",
             "download it first, or point --cache-dir or HF_HOME at the cache that has it",
         ) from None

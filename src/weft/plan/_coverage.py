@@ -32,11 +32,12 @@ def doubts(base: Checkpoint, adapter: Adapter, names: Mapping[str, str]) -> list
         adapter: The adapter.
         names: Where its targets were found: target -> name of the base's tensor.
     """
+    lost_biases = _lost_biases(base, adapter, names)
     if adapter.selection is None:
-        return []
+        return lost_biases
     entries = [entry for entry in adapter.entries if entry.kind not in _NAMED_ELSEWHERE]
     modules = dict.fromkeys(entry.module for entry in entries)
-    found = []
+    found = lost_biases
     if unnamed := [module for module in modules if not adapter.selection.names(module)]:
         found.append(
             f"{adapter.given} adapts {some(unnamed, 'module')}, which its config does not name in "
@@ -51,6 +52,22 @@ def doubts(base: Checkpoint, adapter: Adapter, names: Mapping[str, str]) -> list
             "left out without layers_to_transform? Look at another save of the training"
         )
     return found
+
+
+def _lost_biases(base: Checkpoint, adapter: Adapter, names: Mapping[str, str]) -> list[str]:
+    """PEFT 0.7 to 0.20 trained the biases of `lora_only` and did not save them."""
+    trained = adapter.config.get("bias")
+    saved = any(e.parameter == "bias" and e.kind == "replace" for e in adapter.entries)
+    weights = [name for name in names.values() if name.endswith(".weight")]
+    biases = [n for w in weights if (n := w.removesuffix("weight") + "bias") in base.tensors]
+    if trained not in ("all", "lora_only") or saved or not biases:
+        return []
+    warning = (
+        f"{adapter.given} says bias={trained!r}, {base.given} has {len(biases)} of these biases, "
+        "and none is in the file: PEFT 0.7 to 0.20 trained them and did not save them; the merged "
+        "model has the base's"
+    )
+    return [warning]
 
 
 def _lost(base: Checkpoint, selection: Selection, placed: Mapping[str, str]) -> list[str]:

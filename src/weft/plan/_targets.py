@@ -13,7 +13,6 @@ from weft.core.names import Match, match, nearest
 from weft.core.specs import Adapter, AdapterEntry, Checkpoint, Delta, Repair, Shape, TensorRef
 from weft.formats.checkpoint import same_values
 from weft.plan._coverage import doubts
-from weft.plan._layouts import fitted
 from weft.plan.preflight import config_value
 
 if TYPE_CHECKING:
@@ -74,13 +73,9 @@ def collect(
     for number, (adapter, weight) in enumerate(adapters):
         names = _match(base, adapter, head, targets)
         targets.warnings += doubts(base, adapter, names) if weight else []
-        for given in adapter.entries if weight else ():
-            name = names.get(given.target)
+        for entry in adapter.entries if weight else ():
+            name = names.get(entry.target)
             if name is None:
-                continue
-            entry = fitted(given, adapter.format, base)
-            if isinstance(entry, Problem):
-                targets.problems.append(entry)
                 continue
             present = base.tensors.get(name)
             if present is None and name == head:
@@ -174,8 +169,8 @@ def _unmatched(
         return Problem(f"{where} is a bias for {entry.module}, which has none in {base.given}")
     if any(name.endswith(".in_proj_weight") for name in siblings):
         return Problem(
-            f"{where} is LoRA on nn.MultiheadAttention",
-            "this release of weft does not merge it: use PEFT's merge_and_unload",
+            f"{where} is LoRA on nn.MultiheadAttention, and that on its out_proj is missing",
+            "the file lost tensors: save or download the adapter again",
         )
     pattern = re.sub(r"\d+", "*", want)  # the same question for every layer
     near = targets.near[pattern] = targets.near.get(pattern) or nearest(want, base.tensors)

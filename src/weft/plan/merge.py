@@ -24,6 +24,8 @@ from weft.core.specs import (
     job_bytes,
 )
 from weft.formats.checkpoint import describe_copied, describe_input
+from weft.plan._experts import localise
+from weft.plan._layouts import fitted
 from weft.plan._named_base import other_base
 from weft.plan._side_files import side_files
 from weft.plan._targets import Change, Targets, collect
@@ -40,6 +42,7 @@ def plan_merge(
     *,
     dtype: str | None = None,
     max_shard_size: int | None = None,
+    expert_layout: str | None = None,
 ) -> Plan:
     """Say what every output tensor is.
 
@@ -48,6 +51,8 @@ def plan_merge(
         adapters: Each with the weight that multiplies its whole update.
         dtype: Of every floating tensor of the output; None keeps each tensor's own.
         max_shard_size: Bytes per shard; None keeps the base's shards.
+        expert_layout: How `lora_B` of fused experts is laid out, `rank_major` or
+            `grouped_by_expert`; None goes by each adapter's config.
 
     Raises:
         PlanError: The adapters do not fit the base; every reason found.
@@ -55,12 +60,14 @@ def plan_merge(
     subject = " + ".join([base.given, *(adapter.given for adapter, _ in adapters)])
     if problems := quantised(base):
         raise PlanError(subject, problems)
+    adapters, problems = _localised(base, adapters, expert_layout)
     tie = find_tie(base, adapters)
     targets = collect(base, adapters, tie.head if tie else None, tie.embedding if tie else None)
     untied = tie is not None and resolve(tie, targets, base)
     if tie is None:
         targets.problems += untold(base, targets)
     rows = _new_rows(base, targets)
+    targets.problems += problems
     if targets.problems:
         raise PlanError(subject, targets.problems)
     # What was not tied before must not become so by a default of the model's class.
@@ -82,6 +89,21 @@ def plan_merge(
         warnings=tuple(warnings),
         repairs=repairs,
     )
+
+
+def _localised(
+    base: Checkpoint, adapters: Sequence[tuple[Adapter, float]], layout: str | None
+) -> tuple[list[tuple[Adapter, float]], list[Problem]]:
+    """The adapters, in the layout that the base has, experts in particular."""
+    found = []
+    problems: list[Problem] = []
+    for given, weight in adapters:
+        adapter, wrong = fitted(base, given)
+        problems += wrong
+        adapter, wrong = localise(base, adapter, layout)
+        problems += wrong
+        found.append((adapter, weight))
+    return found, problems
 
 
 def _said(

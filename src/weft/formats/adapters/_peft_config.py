@@ -12,7 +12,7 @@ from weft.core.units import clean
 from weft.formats.adapters._peft_methods import methods
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Mapping
     from pathlib import Path
 
     from weft.core.specs import TensorRef
@@ -21,18 +21,12 @@ CONFIG = "adapter_config.json"
 
 # Config fields that make the merged weight something other than W + s·BA, and what they are.
 _VARIANTS = {
-    "use_qalora": "QA-LoRA (its lora_A sees pooled inputs)",
-    "use_bdlora": "BD-LoRA (block-diagonal factors)",
-    "kasa_config": "KaSA (it truncates the base weight)",
-    "monteclora_config": "MonteCLoRA",
-    "velora_config": "VeLoRA",
     "layer_replication": "layer_replication (a deeper model that shares weights)",
-    "target_parameters": "target_parameters (fused experts)",
     "megatron_config": "Megatron parallel layers",
     "alora_invocation_tokens": "aLoRA, which is active after some tokens only: no merged weight",
     "arrow_config": "Arrow, which routes each token to another adapter: no merged weight",
 }
-_PLAIN_INIT = {"gaussian", "eva", "orthogonal"}
+_PLAIN_INIT = {"gaussian", "eva", "orthogonal", "mica"}
 _MOVED_INIT = {
     "pissa": "PiSSA",
     "olora": "OLoRA",
@@ -47,7 +41,8 @@ KNOWN = {
     *("init_lora_weights", "layers_to_transform", "layers_pattern", "rank_pattern"),
     *("alpha_pattern", "megatron_core", "trainable_token_indices", "loftq_config", "eva_config"),
     *("corda_config", "lora_ga_config", "use_dora", "qalora_group_size", "runtime_config"),
-    *("lora_bias", "ensure_weight_tying", *_VARIANTS),
+    *("lora_bias", "ensure_weight_tying", "target_parameters", "lora_B_layout", *_VARIANTS),
+    *("use_qalora", "use_bdlora", "kasa_config", "monteclora_config", "velora_config"),
 }
 
 
@@ -61,6 +56,24 @@ def _is_number(value: Any) -> bool:
 
 def _is_names(value: Any) -> bool:
     return value is None or (isinstance(value, list) and all(isinstance(v, str) for v in value))
+
+
+def _is_blocks(value: Any) -> bool:
+    """`use_bdlora`: a mapping, of which `nblocks` and two lists of names are used."""
+    if not value:
+        return True
+    if not isinstance(value, dict) or type(value.get("nblocks", 1)) is not int:
+        return False
+    sides = ("target_modules_bd_a", "target_modules_bd_b")
+    return value.get("nblocks", 1) > 0 and all(_is_names(value.get(side)) for side in sides)
+
+
+def _is_count(value: Any) -> bool:
+    return value is None or (type(value) is int and value > 0)
+
+
+def _is_layout(value: Any) -> bool:
+    return value is None or value in ("rank_major", "grouped_by_expert")
 
 
 def _is_text(value: Any) -> bool:
@@ -91,6 +104,10 @@ _FORMS: dict[str, tuple[Callable[[Any], bool], str]] = {
     "fan_in_fan_out": (_is_flag, "true or false"),
     "ensure_weight_tying": (_is_flag, "true or false"),
     "modules_to_save": (_is_names, "a list of names"),
+    "target_parameters": (_is_names, "a list of names"),
+    "use_bdlora": (_is_blocks, "a mapping with nblocks and lists of names"),
+    "qalora_group_size": (_is_count, "a positive integer"),
+    "lora_B_layout": (_is_layout, "rank_major or grouped_by_expert"),
     "rank_pattern": (_is_patterns, "a mapping of regular expressions to numbers"),
     "alpha_pattern": (_is_patterns, "a mapping of regular expressions to numbers"),
 }
@@ -192,9 +209,14 @@ def _anywhere(pattern: str) -> str:
     return rf"(.*\.)?({pattern})$"
 
 
-def rank_problem(module: str, A: TensorRef, config: dict[str, Any]) -> Problem | None:
+def ranks_of(module: str, config: Mapping[str, Any]) -> list[int]:
+    """What the config says of r: one value, or those of the patterns that match."""
+    return _matching(config.get("rank_pattern"), module) or [config.get("r")]
+
+
+def rank_problem(module: str, A: TensorRef, config: Mapping[str, Any]) -> Problem | None:
     rank = A.shape[0]
-    allowed = _matching(config.get("rank_pattern"), module) or [config.get("r")]
+    allowed = ranks_of(module, config)
     if rank in allowed:
         return None
     says = " or ".join(str(value) for value in allowed)
@@ -204,7 +226,7 @@ def rank_problem(module: str, A: TensorRef, config: dict[str, Any]) -> Problem |
     )
 
 
-def scaling_of(module: str, rank: int, config: dict[str, Any]) -> float | Problem:
+def scaling_of(module: str, rank: int, config: Mapping[str, Any]) -> float | Problem:
     """Alpha / r, or alpha / √r for rsLoRA (arXiv:2312.03732); r is that of the tensors."""
     alphas = _matching(config.get("alpha_pattern"), module) or [config.get("lora_alpha")]
     alpha = alphas[0]

@@ -14,39 +14,21 @@ from typing import TYPE_CHECKING, Any
 from weft.core.errors import FormatError, NotFound, PlanError, Problem
 from weft.core.specs import Adapter, AdapterEntry, Param, TensorRef
 from weft.core.units import clean
+from weft.formats.adapters import _peft_lora as lora
 from weft.formats.adapters._config import written_by_mlx
-from weft.formats.adapters._peft_config import (
-    CONFIG,
-    KNOWN,
-    check,
-    rank_problem,
-    scaling_of,
-    selection_of,
-)
+from weft.formats.adapters._peft_config import CONFIG, KNOWN, check, selection_of
 from weft.formats.adapters._peft_methods import Module, methods
 from weft.formats.adapters._repairs import PREFIX, repair
 from weft.formats.checkpoint import read_header, read_json_source, same_bytes
 from weft.formats.side_files import beside_adapter
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Mapping, Sequence
+    from collections.abc import Collection, Mapping, Sequence
     from pathlib import Path
 
     from weft.formats.adapters._peft_methods import PeftMethod
 
 _FILES = ("adapter_model.safetensors", "adapter_model.bin")
-
-# suffix of a key -> role of the tensor
-_SUFFIXES = {
-    ".lora_A.weight": "A",
-    ".lora_B.weight": "B",
-    ".lora_B.bias": "B_bias",
-    ".lora_embedding_A": "embedding_A",
-    ".lora_embedding_B": "embedding_B",
-    ".lora_magnitude_vector": "magnitude",
-    ".lora_magnitude_vector.weight": "magnitude",
-    ".token_adapter.trainable_tokens_delta": "rows",
-}
 
 # Where a module that is wrapped keeps the weight that it had before.
 _ORIGINALS = ("token_adapter.base_layer", "base_layer", "original_module")
@@ -89,7 +71,7 @@ def read(path: Path, given: str) -> Adapter:
         raise FormatError(f"{files[0]} holds no tensors")
     method = methods().get(config["peft_type"])
     repaired = repair(
-        tensors, method.SUFFIXES if method else _SUFFIXES, nested=_wraps_twice(tensors, config)
+        tensors, method.SUFFIXES if method else lora.SUFFIXES, nested=_wraps_twice(tensors, config)
     )
     named = {new: tensors[old] for new, old in repaired.keys.items()}
     entries, problems = _entries(named, config)
@@ -102,12 +84,7 @@ def read(path: Path, given: str) -> Adapter:
     if unknown:
         names = ", ".join(map(clean, unknown))
         notes.append(f"{CONFIG} has keys that weft does not know and ignores: {names}")
-    biases = any(e.parameter == "bias" and e.kind == "replace" for e in entries)
-    if config.get("bias") in ("all", "lora_only") and not biases:
-        notes.append(
-            f"bias={config['bias']!r}, and no bias is in the file: PEFT 0.7 to 0.20 did not save "
-            "those of lora_only"
-        )
+    notes += lora.notes(entries, named, config)
     kept, left = beside_adapter(path)
     base = config.get("base_model_name_or_path")
     revision = config.get("revision")
@@ -126,15 +103,20 @@ def read(path: Path, given: str) -> Adapter:
         left_out=tuple(left),
         selection=selection_of(config),
         repairs=repaired.repairs,
+        keys=repaired.keys,
     )
 
 
 # ------------------------------------------------------------------------------------ key grammar
 
 
-def _wraps_twice(keys: Iterable[str], config: dict[str, Any]) -> bool:
+def _wraps_twice(keys: Collection[str], config: dict[str, Any]) -> bool:
     """Whether `base_layer` before a factor is PEFT's: fused experts, and attention as a whole."""
-    return bool(config.get("target_parameters")) or any(".base_layer.out_proj." in k for k in keys)
+    return bool(config.get("target_parameters")) or any(
+        ".base_layer.out_proj." in key or key.replace(".base_layer.", ".") in keys
+        for key in keys
+        if ".base_layer." in key
+    )
 
 
 def _entries(
@@ -144,7 +126,7 @@ def _entries(
     modules: dict[str, dict[str, TensorRef]] = defaultdict(dict)
     replaced: list[tuple[str, TensorRef]] = []
     method = methods().get(config["peft_type"])
-    suffixes = _longest_first(method.SUFFIXES if method else _SUFFIXES)
+    suffixes = _longest_first(method.SUFFIXES if method else lora.SUFFIXES)
     shared_keys = getattr(method, "SHARED", {})
     shared = {shared_keys[key]: ref for key, ref in tensors.items() if key in shared_keys}
     for key, ref in tensors.items():
@@ -167,10 +149,12 @@ def _entries(
             )
             continue
         path = key.removeprefix(PREFIX)
+        if not method and lora.only_for_training(path, config):
+            continue
         suffix = next((s for s in suffixes if path.endswith(s)), None)
         if suffix:
             module = path.removesuffix(suffix)
-            if ".base_layer" in f".{module}.":
+            if method and ".base_layer" in f".{module}.":
                 problems.append(_nested(key, ref))
             elif suffixes[suffix] in modules[module]:
                 problems.append(
@@ -187,14 +171,14 @@ def _entries(
             )
         else:
             replaced.append((path, ref))
-    entries: list[AdapterEntry] = []
-    for module, roles in modules.items():
-        if method:
-            found, wrong = _method_entries(Module(module, roles, shared, config), method)
-        else:
-            found, wrong = _module_entries(module, roles, config)
-        entries += found
-        problems += wrong
+    if method:
+        read_all = [
+            _method_entries(Module(m, r, shared, config), method) for m, r in modules.items()
+        ]
+    else:
+        read_all = [lora.read(modules, config)]
+    entries = [entry for found, _ in read_all for entry in found]
+    problems += [problem for _, wrong in read_all for problem in wrong]
     copies, wrong = _saved_twice(replaced)
     problems += wrong
     entries += [_replacement(path, ref, config) for path, ref in replaced if path not in copies]
@@ -221,8 +205,8 @@ def _method_entries(module: Module, method: PeftMethod) -> tuple[list[AdapterEnt
 
 def _nested(key: str, ref: TensorRef) -> Problem:
     return Problem(
-        f"tensor {key!r} in {ref.file} wraps a layer twice (fused experts or attention)",
-        "this release of weft does not merge nested layers: use PEFT's merge_and_unload",
+        f"tensor {key!r} in {ref.file} wraps a layer twice",
+        "only LoRA's layers are nested, in experts and in attention",
     )
 
 
@@ -234,6 +218,7 @@ def _replacement(path: str, ref: TensorRef, config: dict[str, Any]) -> AdapterEn
     saved = next((p for p in _parents(module) if any(p.endswith(name) for name in named)), None)
     wrapper = next((w for w in _ORIGINALS if f".{module}".endswith("." + w)), "")
     module = module.removesuffix(wrapper or "modules_to_save").removesuffix(".")
+    module = module.replace(".base_layer.", ".")  # of attention whose out_proj is wrapped, too
     params: tuple[tuple[str, Param], ...] = ()
     if wrapper and parameter == "weight":
         params = (("own_base", True),)
@@ -300,106 +285,3 @@ def _lost_modules(entries: Sequence[AdapterEntry], config: dict[str, Any]) -> li
 def _parents(module: str) -> list[str]:
     parts = module.split(".")
     return [".".join(parts[: n + 1]) for n in range(len(parts))]
-
-
-def _module_entries(
-    module: str, roles: dict[str, TensorRef], config: dict[str, Any]
-) -> tuple[list[AdapterEntry], list[Problem]]:
-    entries: list[AdapterEntry] = []
-    problems: list[Problem] = []
-    if rows := roles.pop("rows", None):
-        entry = _trainable_tokens(module, rows, config)
-        (problems if isinstance(entry, Problem) else entries).append(entry)  # type: ignore[arg-type]
-    if not roles:
-        return entries, problems
-    file = next(iter(roles.values())).file
-    embedding = "embedding_A" in roles or "embedding_B" in roles
-    a, b = ("embedding_A", "embedding_B") if embedding else ("A", "B")
-    missing = [role for role in (a, b) if role not in roles]
-    if missing:
-        names = " and ".join(f"lora_{role}" for role in missing)
-        there = ", ".join(ref.name for ref in roles.values())
-        problems.append(
-            Problem(
-                f"module {module!r} in {file} has {there} and lacks {names}",
-                "the file lost tensors: save or download the adapter again",
-            )
-        )
-        return entries, problems
-    if embedding and {"A", "B", "B_bias"} & set(roles):
-        problems.append(Problem(f"module {module!r} in {file} has both kinds of factors"))
-        return entries, problems
-    A, B = roles[a], roles[b]
-    wrong = _factor_shapes(module, A, B) or rank_problem(module, A, config)
-    scaling = scaling_of(module, A.shape[0], config) if not wrong else Problem("")
-    if wrong or isinstance(scaling, Problem):
-        problems.append(wrong or scaling)  # type: ignore[arg-type]
-        return entries, problems
-    tensors = [("A", A), ("B", B)]
-    params: tuple[tuple[str, Param], ...] = (("transposed", True),) if embedding else ()
-    kind = "lora"
-    magnitude = roles.get("magnitude")
-    if bool(config.get("use_dora")) != (magnitude is not None):
-        problems.append(
-            Problem(
-                f"module {module!r} in {file} has {'a' if magnitude else 'no'} "
-                f"lora_magnitude_vector, and use_dora is {bool(config.get('use_dora'))}",
-                "the config and the weights are not of one save",
-            )
-        )
-    elif magnitude:
-        kind = "dora"
-        tensors.append(("magnitude", magnitude))
-    entries.append(AdapterEntry(module, "weight", kind, tuple(tensors), scaling, params))
-    if bias := roles.get("B_bias"):
-        entries.append(AdapterEntry(module, "bias", "lora_bias", (("bias", bias),), scaling))
-    return entries, problems
-
-
-def _factor_shapes(module: str, A: TensorRef, B: TensorRef) -> Problem | None:
-    shapes = f"lora_A {list(A.shape)}, lora_B {list(B.shape)}"
-    if len(A.shape) > 2 and len(A.shape) == len(B.shape):
-        return Problem(
-            f"module {module!r} in {A.file} is LoRA on a convolution ({shapes})",
-            "this release of weft does not merge convolutions: use PEFT's merge_and_unload",
-        )
-    if len(A.shape) != 2 or len(B.shape) != 2:
-        return Problem(
-            f"module {module!r} in {A.file}: {shapes} are not two matrices",
-            "flat factors are what FSDP leaves when it saves without gathering: save it again",
-        )
-    if A.shape[0] != B.shape[1]:
-        return Problem(
-            f"module {module!r} in {A.file}: {shapes} do not share a rank "
-            f"({A.shape[0]} rows of A, {B.shape[1]} columns of B)"
-        )
-    return None
-
-
-def _trainable_tokens(
-    module: str, rows: TensorRef, config: dict[str, Any]
-) -> AdapterEntry | Problem:
-    indices = config.get("trainable_token_indices")
-    if isinstance(indices, dict):
-        found = [v for k, v in indices.items() if module == k or module.endswith("." + k)]
-        # The head that is tied to the one embedding named has the same rows trained.
-        found = found or (list(indices.values()) if len(indices) == 1 else [])
-        indices = found[0] if len(found) == 1 else None
-    if not isinstance(indices, list) or not all(type(i) is int and i >= 0 for i in indices):
-        return Problem(
-            f"module {module!r} in {rows.file} has trained token rows, and trainable_token_indices "
-            f"in {CONFIG} does not say which"
-        )
-    # PEFT keeps the rows in the order of the list, and drops repeated indices when it wraps.
-    if len(set(indices)) != len(indices) or len(rows.shape) != 2 or rows.shape[0] != len(indices):
-        return Problem(
-            f"module {module!r} in {rows.file} has token rows of shape {list(rows.shape)}, and "
-            f"trainable_token_indices in {CONFIG} names {len(set(indices))} tokens"
-        )
-    return AdapterEntry(
-        module,
-        "weight",
-        "trainable_tokens",
-        (("rows", rows),),
-        params=(("indices", tuple(indices)),),
-    )
