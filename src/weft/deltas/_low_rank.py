@@ -70,10 +70,25 @@ def outputs_and_inputs(shapes: Mapping[str, Shape], params: Mapping[str, Param])
     return shapes["B"][0], shapes["A"][1]
 
 
+def in_halves(rows: Tensor, delta: Delta) -> Tensor:
+    """Rows of q or k in Hugging Face's order; `rotary_heads`: they come in Meta's and torchtune's.
+
+    The two numbers that a rotary embedding turns together are neighbours there, and here d / 2
+    apart: (heads, d / 2, 2) -> (heads, 2, d / 2).
+    """
+    heads = delta.param("rotary_heads", 0)
+    if not heads:
+        return rows
+    assert isinstance(heads, int)
+    pairs = rows.reshape(heads, -1, 2, *rows.shape[1:])
+    return pairs.transpose(1, 2).reshape(rows.shape)
+
+
 def load(delta: Delta, source: Source) -> Factors:
     A, B = source.whole("A").flatten(1), source.whole("B").flatten(1)
     if delta.param("factors_transposed", False):
         A, B = A.T, B.T
+    B = in_halves(B, delta)
     scaling = delta.scaling
     if scaling and abs(math.frexp(scaling)[0]) == 0.5:
         # A power of two scales exactly, wherever it is applied: here it costs a pass less.

@@ -51,7 +51,7 @@ def orientations(
 
 def prepare(delta: Delta, source: Source, blocks: Blocks) -> State:
     factors = _low_rank.load(delta, source)
-    magnitude = source.whole("magnitude").reshape(-1)
+    magnitude = _low_rank.in_halves(source.whole("magnitude").reshape(-1), delta)
     if not delta.param("transposed", False):
         return State(factors, magnitude, None)
     squares = torch.zeros(magnitude.shape, dtype=torch.float64, device=magnitude.device)

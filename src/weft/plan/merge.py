@@ -25,7 +25,7 @@ from weft.core.specs import (
 )
 from weft.formats.checkpoint import describe_copied, describe_input
 from weft.plan._experts import localise
-from weft.plan._layouts import fitted
+from weft.plan._layouts import doubtful_copy, fitted
 from weft.plan._named_base import other_base
 from weft.plan._side_files import side_files
 from weft.plan._targets import Change, Targets, collect
@@ -123,6 +123,7 @@ def _said(
     warnings = [
         *(warning for found, _ in named for warning in found),
         *targets.warnings,
+        *(said for adapter, weight in adapters if weight for said in doubtful_copy(base, adapter)),
         *_replaced_twice(targets),
         *_without_config(base),
     ]
