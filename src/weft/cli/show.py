@@ -267,12 +267,14 @@ def _origin_rows(found: Checkpoint) -> list[tuple[str, str]]:
 def _adapter_rows(found: Adapter) -> list[tuple[str, str]]:
     config = found.config
     modules: dict[tuple[str, str], list[str]] = defaultdict(list)
+    dot = "_" if found.flattened else r"\."
     for entry in found.entries:
-        modules[entry.module.rpartition(".")[2] + "." + entry.parameter, entry.kind].append(
-            entry.module
-        )
+        leaf = entry.module.rpartition(".")[2]
+        leaf = re.sub(r"(?<=_)\d+(?=_)", "*", leaf) if found.flattened else leaf
+        modules[f"{leaf}.{entry.parameter}", entry.kind].append(entry.module)
     targets = [f"{name} ×{len(paths)} ({kind})" for (name, kind), paths in modules.items()]
-    layers = {int(n) for e in found.entries for n in re.findall(r"\.(\d+)\.", e.module)[:1]}
+    numbered = [re.search(rf"{dot}(\d+){dot}", entry.module) for entry in found.entries]
+    layers = {int(number[1]) for number in numbered if number}
     parameters = show_count(sum(ref.numel for ref in found.tensors.values()))
     size = show_size(sum(ref.nbytes for ref in found.tensors.values()))
     return [

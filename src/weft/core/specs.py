@@ -195,6 +195,7 @@ class Adapter:
         left_out: Relative paths of what else lies there, leftovers of the training aside.
         selection: The modules that the config names, if it does.
         format: The tool whose layout the files have.
+        flattened: Its modules' paths have underscores for dots.
     """
 
     given: str
@@ -213,6 +214,7 @@ class Adapter:
     repairs: tuple[Repair, ...] = field(default=(), repr=False)
     keys: dict[str, str] = field(default_factory=dict, repr=False)
     format: str = "PEFT"
+    flattened: bool = False
 
     @property
     def files(self) -> tuple[str, ...]:

@@ -6,6 +6,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from weft.core.errors import Problem
+from weft.core.names import unflatten
 from weft.plan.preflight import config_value
 
 if TYPE_CHECKING:
@@ -27,6 +28,8 @@ _TORCHTUNE_CONFIG = {"r", "lora_alpha", "target_modules", "peft_type", "base_mod
 
 def fitted(base: Checkpoint, adapter: Adapter) -> tuple[Adapter, list[Problem]]:
     """The adapter as Hugging Face would have it for `base`, and what cannot be said so."""
+    if adapter.flattened:
+        return _with_dots(base, adapter)
     fits: dict[str, Fit] = {"mlx-lm": _unshifted, "torchtune": _in_halves}
     if adapter.format not in fits:
         return adapter, []
@@ -34,6 +37,26 @@ def fitted(base: Checkpoint, adapter: Adapter) -> tuple[Adapter, list[Problem]]:
     entries = tuple(entry for entry in read if not isinstance(entry, Problem))
     problems = [problem for problem in read if isinstance(problem, Problem)]
     return replace(adapter, entries=entries), list(dict.fromkeys(problems))
+
+
+def _with_dots(base: Checkpoint, adapter: Adapter) -> tuple[Adapter, list[Problem]]:
+    """Modules called as the base calls them; what it does not have keeps its flat name."""
+    modules = [name.removesuffix(".weight") for name in base.tensors if name.endswith(".weight")]
+    found = unflatten({entry.module for entry in adapter.entries}, modules)
+    problems = [
+        Problem(
+            f"{name} of {adapter.given} could be {' or '.join(readings[:4])} in {base.given}",
+            "its dots became underscores when it was saved: save it in PEFT's form",
+        )
+        for name, readings in found.items()
+        if len(readings) > 1
+    ]
+    entries = tuple(
+        replace(entry, module=(found[entry.module] or (entry.module,))[0])
+        for entry in adapter.entries
+        if len(found[entry.module]) < 2
+    )
+    return replace(adapter, entries=entries), problems
 
 
 def doubtful_copy(base: Checkpoint, adapter: Adapter) -> list[str]:
