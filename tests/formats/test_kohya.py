@@ -119,7 +119,7 @@ def test_broken_files_are_nobodys(file: Path) -> None:
 def test_no_base(file: Path, prefix: str) -> None:
     ending = "hada_w1_a" if prefix == "lycoris_" else "lora_down.weight"
     write(file, {f"{prefix}a.{ending}": torch.ones(2, 2)})
-    with pytest.raises(NotFound, match="is an adapter, not a base model"):
+    with pytest.raises(NotFound, match="is adapter weights, not a base model"):
         open_checkpoint(file, "a")
 
 

@@ -156,7 +156,7 @@ def _refuse_adapter(path: Path, tensors: Iterable[str]) -> None:
     """Factors under whatever file name: as a base they would be merged into, and make no model."""
     if all(name.startswith(("lora_", "lycoris_")) for name in tensors):  # Kohya's, LyCORIS's
         raise NotFound(
-            f"{path} is an adapter, not a base model", "the order is: weft merge BASE ADAPTER"
+            f"{path} is adapter weights, not a base model", "the order is: weft merge BASE ADAPTER"
         )
     if not all("lora_" in name or name.startswith("base_model.model.") for name in tensors):
         return
