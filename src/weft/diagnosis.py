@@ -98,14 +98,19 @@ def doctor(
         finding = Finding("problem", str(error), error.hint)
         found = Diagnosis(given, None, None, None, (finding,))
     else:
-        found = _examine(opened, base, revision=revision, cache_dir=cache_dir)
+        found = _examine(opened, path, base, revision=revision, cache_dir=cache_dir)
     if fix is not None:
         _fix(found, Path(fix), force=force)
     return found
 
 
 def _examine(
-    adapter: Adapter, base: str | Path | None, *, revision: str | None, cache_dir: str | None
+    adapter: Adapter,
+    path: Path,
+    base: str | Path | None,
+    *,
+    revision: str | None,
+    cache_dir: str | None,
 ) -> Diagnosis:
     from weft.execute.health import examine
 
@@ -114,7 +119,7 @@ def _examine(
     plan = None
     if base is not None:
         try:
-            made = api.plan_merge(base, [adapter.folder], revision=revision, cache_dir=cache_dir)
+            made = api.plan_merge(base, [path], revision=revision, cache_dir=cache_dir)
             plan = made.plan
             warnings = list(made.warnings)
             findings += [Finding("repaired", str(repair)) for repair in plan.repairs]
@@ -164,6 +169,11 @@ def _fix(found: Diagnosis, output: Path, *, force: bool) -> None:
             first.cure or "weft doctor without --fix lists all that is wrong",
         )
     adapter = found.adapter
+    if adapter.format != "PEFT":
+        raise WeftError(
+            f"{found.given} is an adapter of {adapter.format}, and --fix writes those of PEFT",
+            "merge it as it is: weft merge BASE ADAPTER -o OUT",
+        )
     beside = {name: Path(adapter.folder, name) for name in adapter.side_files}
     write_adapter(output, _sound(adapter, found.plan), adapter.config, beside, force=force)
 

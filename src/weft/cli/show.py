@@ -8,7 +8,7 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from weft.core.specs import Adapter, AddDeltas, Checkpoint, TensorJob, job_bytes
+from weft.core.specs import Adapter, AdapterEntry, AddDeltas, Checkpoint, TensorJob, job_bytes
 from weft.core.units import clean, show_count, show_share, show_size, show_survival, show_time
 
 if TYPE_CHECKING:
@@ -188,6 +188,7 @@ def inspection_as_dict(found: Checkpoint | Adapter) -> dict[str, Any]:
         "kind": "adapter",
         **common,
         "peft_type": found.kind,
+        "format": found.format,
         "base_model": found.base_model,
         "ranks": sorted(_ranks(found)),
         "scalings": sorted(_scalings(found)),
@@ -269,12 +270,14 @@ def _origin_rows(found: Checkpoint) -> list[tuple[str, str]]:
 def _adapter_rows(found: Adapter) -> list[tuple[str, str]]:
     config = found.config
     modules: dict[tuple[str, str], list[str]] = defaultdict(list)
+    dot = "_" if found.flattened else r"\."
     for entry in found.entries:
-        modules[entry.module.rpartition(".")[2] + "." + entry.parameter, entry.kind].append(
-            entry.module
-        )
+        leaf = entry.module.rpartition(".")[2]
+        leaf = re.sub(r"(?<=_)\d+(?=_)", "*", leaf) if found.flattened else leaf
+        modules[f"{leaf}.{entry.parameter}", entry.kind].append(entry.module)
     targets = [f"{name} ×{len(paths)} ({kind})" for (name, kind), paths in modules.items()]
-    layers = {int(n) for e in found.entries for n in re.findall(r"\.(\d+)\.", e.module)[:1]}
+    numbered = [re.search(rf"{dot}(\d+){dot}", entry.module) for entry in found.entries]
+    layers = {int(number[1]) for number in numbered if number}
     parameters = show_count(sum(ref.numel for ref in found.tensors.values()))
     size = show_size(sum(ref.nbytes for ref in found.tensors.values()))
     return [
@@ -287,27 +290,42 @@ def _adapter_rows(found: Adapter) -> list[tuple[str, str]]:
         ("dtypes", _dtype_line(found)),
         ("changes", ", ".join(targets)),
         ("layers", f"{len(layers)} ({min(layers)} to {max(layers)})" if layers else ""),
-        ("written by", f"PEFT {config['peft_version']}" if config.get("peft_version") else ""),
+        ("written by", _writer(found)),
         ("beside", ", ".join(found.side_files)),
         ("left out", ", ".join(found.left_out)),
         *(("note", note) for note in found.notes),
     ]
 
 
+def _writer(adapter: Adapter) -> str:
+    version = adapter.config.get("peft_version")
+    return f"PEFT {version}" if version else adapter.format * (adapter.format != "PEFT")
+
+
 def _adapter_line(adapter: Adapter) -> str:
     config = adapter.config
-    kind = adapter.kind + (" with DoRA" if config.get("use_dora") else "")
+    kind = adapter.kind + (" with DoRA" if adapter.kind == "LORA" and _has_dora(adapter) else "")
     kind += " (rsLoRA)" if config.get("use_rslora") else ""
     ranks, scalings = sorted(_ranks(adapter)), sorted(_scalings(adapter))
     parts = [kind]
     if ranks:
-        parts.append(f"rank {_range(ranks)}, alpha {config.get('lora_alpha')}")
+        parts.append(f"rank {_range(ranks)}")
+        parts += [f"alpha {config['lora_alpha']}"] if "lora_alpha" in config else []
         parts.append(f"scaling {_range(scalings)}")
     return ", ".join(parts)
 
 
+def _has_dora(adapter: Adapter) -> bool:
+    return any(entry.kind == "dora" for entry in adapter.entries)
+
+
 def _ranks(adapter: Adapter) -> set[int]:
-    return {dict(e.tensors)["A"].shape[0] for e in adapter.entries if e.kind in _LOW_RANK}
+    return {_rank(entry) for entry in adapter.entries if entry.kind in _LOW_RANK}
+
+
+def _rank(entry: AdapterEntry) -> int:
+    A = dict(entry.tensors)["A"]
+    return A.shape[1 if dict(entry.params).get("factors_transposed") else 0]
 
 
 def _scalings(adapter: Adapter) -> set[float]:

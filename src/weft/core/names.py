@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from collections.abc import Collection, Iterable
+    from collections.abc import Collection, Iterable, Mapping
 
 
 @dataclass(frozen=True, slots=True)
@@ -117,6 +117,41 @@ def _core(name: str) -> str:
     while len(parts) > 1 and parts[0] in _MOVING:
         parts = parts[1:]
     return ".".join(parts)
+
+
+def unflatten(flat: Iterable[str], modules: Iterable[str]) -> dict[str, tuple[str, ...]]:
+    """Paths that lost their dots to underscores -> the paths that `modules` say they can be.
+
+    Each is looked for as a whole module, else as the end of one, from a dot on. What is left may
+    have something before it, the same for all, which then stays as it is.
+    """
+    whole: dict[str, set[str]] = defaultdict(set)
+    ends: dict[str, set[str]] = defaultdict(set)
+    for module in modules:
+        whole[_flat(module)].add(module)
+        for suffix in _suffixes(module):
+            ends[_flat(suffix)].add(suffix)
+    found = {name: whole.get(name) or ends.get(name) or set() for name in flat}
+    lost = [name for name, paths in found.items() if not paths]
+    prefixes = {prefix for name in lost if (prefix := _foreign_prefix(name, whole))}
+    for name in lost if len(prefixes) == 1 else ():
+        (prefix,) = prefixes
+        rest = whole.get(name.removeprefix(prefix), set()) if name.startswith(prefix) else set()
+        found[name] = {f"{prefix[:-1]}.{module}" for module in rest}
+    return {name: tuple(sorted(paths)) for name, paths in found.items()}
+
+
+def _flat(name: str) -> str:
+    return name.replace(".", "_")
+
+
+def _foreign_prefix(name: str, whole: Mapping[str, set[str]]) -> str:
+    """`x_` of `x_model_layers_0`, where there is a `model.layers.0`."""
+    for place, letter in enumerate(name, 1):
+        # A bare `proj` would be the end of many: two parts at least.
+        if letter == "_" and any("." in module for module in whole.get(name[place:], ())):
+            return name[:place]
+    return ""
 
 
 def edit(old: str, new: str) -> tuple[str, str]:

@@ -201,6 +201,8 @@ class Adapter:
         left_out: Relative paths of what else lies there, leftovers of the training aside.
         selection: The modules that the config names, if it does.
         moved_base: The initialisation, by name, if it took its factors off the base.
+        format: The tool whose layout the files have.
+        flattened: Its modules' paths have underscores for dots.
     """
 
     given: str
@@ -219,6 +221,8 @@ class Adapter:
     repairs: tuple[Repair, ...] = field(default=(), repr=False)
     keys: dict[str, str] = field(default_factory=dict, repr=False)
     moved_base: str | None = None
+    format: str = "PEFT"
+    flattened: bool = False
 
     @property
     def files(self) -> tuple[str, ...]:

@@ -1,4 +1,7 @@
-"""scaling · B @ A, in W's layout: what LoRA, DoRA and others share."""
+"""scaling · B @ A, in W's layout: what LoRA, DoRA and others share.
+
+`A` (r, in) and `B` (out, r); `factors_transposed`: the file has them as (in, r) and (r, out).
+"""
 
 from __future__ import annotations
 
@@ -50,6 +53,8 @@ def orientations(
     """
     A, B = shapes["A"], shapes["B"]
     fitting = []
+    if params.get("factors_transposed"):
+        A, B = A[::-1], B[::-1]
     if A[0] == B[1] and weight[:1] == B[:1] and A[1:] in (weight[1:], (math.prod(weight[1:]),)):
         fitting.append(False)
     if A[0] == B[1] and weight == (A[1], B[0]) and len(A) == 2:
@@ -59,8 +64,31 @@ def orientations(
     return tuple(fitting)
 
 
+def outputs_and_inputs(shapes: Mapping[str, Shape], params: Mapping[str, Param]) -> tuple[int, int]:
+    if params.get("factors_transposed"):
+        return shapes["B"][1], shapes["A"][0]
+    return shapes["B"][0], shapes["A"][1]
+
+
+def in_halves(rows: Tensor, delta: Delta) -> Tensor:
+    """Rows of q or k in Hugging Face's order; `rotary_heads`: they come in Meta's and torchtune's.
+
+    The two numbers that a rotary embedding turns together are neighbours there, and here d / 2
+    apart: (heads, d / 2, 2) -> (heads, 2, d / 2).
+    """
+    heads = delta.param("rotary_heads", 0)
+    if not heads:
+        return rows
+    assert isinstance(heads, int)
+    pairs = rows.reshape(heads, -1, 2, *rows.shape[1:])
+    return pairs.transpose(1, 2).reshape(rows.shape)
+
+
 def load(delta: Delta, source: Source) -> Factors:
     A, B = source.whole("A").flatten(1), source.whole("B").flatten(1)
+    if delta.param("factors_transposed", False):
+        A, B = A.T, B.T
+    B = in_halves(B, delta)
     scaling = delta.scaling
     if scaling and abs(math.frexp(scaling)[0]) == 0.5:
         # A power of two scales exactly, wherever it is applied: here it costs a pass less.

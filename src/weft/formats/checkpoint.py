@@ -154,6 +154,10 @@ def _unread(path: Path, what: str) -> Unsupported:
 
 def _refuse_adapter(path: Path, tensors: Iterable[str]) -> None:
     """Factors under whatever file name: as a base they would be merged into, and make no model."""
+    if all(name.startswith(("lora_", "lycoris_")) for name in tensors):  # Kohya's, LyCORIS's
+        raise NotFound(
+            f"{path} is adapter weights, not a base model", "the order is: weft merge BASE ADAPTER"
+        )
     if not all("lora_" in name or name.startswith("base_model.model.") for name in tensors):
         return
     if (path.parent / "adapter_config.json").is_file():

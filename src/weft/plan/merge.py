@@ -26,6 +26,7 @@ from weft.core.specs import (
 from weft.formats.checkpoint import describe_copied, describe_input
 from weft.plan._experts import localise
 from weft.plan._initial import with_initial
+from weft.plan._layouts import doubtful_copy, fitted
 from weft.plan._named_base import other_base
 from weft.plan._replicated import replicated
 from weft.plan._side_files import side_files
@@ -111,14 +112,20 @@ def plan_merge(
 def _localised(
     base: Checkpoint, adapters: Sequence[tuple[Adapter, float]], layout: str | None
 ) -> tuple[list[tuple[Adapter, float]], list[Problem]]:
-    """The adapters, with experts in the form that the base has them in."""
-    found = [(localise(base, adapter, layout), weight) for adapter, weight in adapters]
-    problems = [problem for (_, wrong), _ in found for problem in wrong]
-    kinds = {entry.kind for (adapter, _), _ in found for entry in adapter.entries}
+    """The adapters, in the layout that the base has, experts in particular."""
+    found = []
+    problems: list[Problem] = []
+    for given, weight in adapters:
+        adapter, wrong = fitted(base, given)
+        problems += wrong
+        adapter, wrong = localise(base, adapter, layout)
+        problems += wrong
+        found.append((adapter, weight))
+    kinds = {entry.kind for adapter, _ in found for entry in adapter.entries}
     if layout and not kinds & {"lora_experts", "lora_expert"}:
         what = "--expert-layout is given, and no adapter is one of fused experts"
         problems.append(Problem(what, "leave it out"))
-    return [(adapter, weight) for (adapter, _), weight in found], problems
+    return found, problems
 
 
 def _said(
@@ -138,6 +145,7 @@ def _said(
     warnings = [
         *(warning for found, _ in named for warning in found),
         *targets.warnings,
+        *(said for adapter, weight in adapters if weight for said in doubtful_copy(base, adapter)),
         *_replaced_twice(targets),
         *_without_config(base),
     ]

@@ -15,6 +15,7 @@ from weft.core.errors import FormatError, NotFound, PlanError, Problem
 from weft.core.specs import Adapter, AdapterEntry, Param, TensorRef
 from weft.core.units import clean
 from weft.formats.adapters import _peft_lora as lora
+from weft.formats.adapters._config import torchtune_files, written_by_mlx
 from weft.formats.adapters._peft_config import CONFIG, KNOWN, check, moved_base, selection_of
 from weft.formats.adapters._peft_methods import Module, methods
 from weft.formats.adapters._repairs import PREFIX, repair
@@ -34,7 +35,10 @@ _ORIGINALS = ("token_adapter.base_layer", "base_layer", "original_module")
 
 
 def detect(path: Path) -> bool:
-    return os.path.lexists(_folder(path) / CONFIG)
+    if torchtune_files(path):
+        return False
+    folder = _folder(path)
+    return os.path.lexists(folder / CONFIG) and not written_by_mlx(folder)
 
 
 def _folder(path: Path) -> Path:
