@@ -77,6 +77,7 @@ def merge(
     dtype: str | None = None,
     max_shard_size: str | int | None = None,
     expert_layout: str | None = None,
+    init_adapter: str | Path | None = None,
     threads: int | None = None,
     device: str = "cpu",
     force: bool = False,
@@ -97,6 +98,8 @@ def merge(
         max_shard_size: Such as `5GB`; None keeps the base's shards.
         expert_layout: `rank_major` or `grouped_by_expert`, how `lora_B` of fused experts is laid
             out; None goes by the adapter's config, which without a word means `rank_major`.
+        init_adapter: The adapter as it was before training, where PiSSA, OLoRA, CorDA or LoRA-GA
+            moved the base; `none` says that `base` is what they, or LoftQ, left.
         threads: None takes what affinity and cgroup allow.
         device: `cpu`, `cuda` or `cuda:1`, where the arithmetic is done.
         force: Replace an output that is there already.
@@ -124,6 +127,7 @@ def merge(
         dtype=dtype,
         max_shard_size=max_shard_size,
         expert_layout=expert_layout,
+        init_adapter=init_adapter,
         threads=count,
         device=device,
         strict=strict,
@@ -145,7 +149,7 @@ def merge(
             sink.discard()  # another run on these inputs ends the same way
             raise
         command = command or _call(
-            made.inputs, output, dtype, max_shard_size, expert_layout, revision
+            made.inputs, output, dtype, max_shard_size, expert_layout, init_adapter, revision
         )
         sums = totals(plan, sink.receipts)
         warnings = (*made.warnings, *_doubtful(sums, plan, sink.receipts))
@@ -176,6 +180,7 @@ def plan_merge(
     dtype: str | None = None,
     max_shard_size: str | int | None = None,
     expert_layout: str | None = None,
+    init_adapter: str | Path | None = None,
     threads: int | None = None,
     device: str = "cpu",
     force: bool = False,
@@ -204,7 +209,7 @@ def plan_merge(
     kind = dtypes.parse(dtype) if dtype else None
     size = None if max_shard_size is None else units.parse_size(str(max_shard_size))
     inputs = open_inputs(base, adapters, revision=revision, cache_dir=cache_dir)
-    problems: list[Problem] = []
+    initial, problems = _initial(init_adapter, cache_dir)
     warnings: list[str] = []
     for adapter, weight in inputs.adapters:
         found, said = examine(adapter, weight)
@@ -218,6 +223,8 @@ def plan_merge(
             dtype=kind,
             max_shard_size=size,
             expert_layout=expert_layout,
+            initial=initial,
+            base_is_residual=str(init_adapter) == "none",
         )
     except PlanError as error:
         problems += error.problems
@@ -231,6 +238,22 @@ def plan_merge(
         check_output(Path(output), made, force=force, resume=resume)
     work = measure(made, threads)
     return MergePlan(inputs, made, work, (*warnings, *made.warnings))
+
+
+def _initial(
+    given: str | Path | None, cache_dir: str | None
+) -> tuple[Adapter | None, list[Problem]]:
+    """The adapter as it was before training, and what is wrong with it."""
+    from weft.execute.health import examine
+
+    if given is None or str(given) == "none":
+        return None, []
+    adapter = open_adapter(resolve(str(given), cache_dir=cache_dir), str(given))
+    problems, warnings = examine(adapter)
+    if warnings:
+        what = f"{given} is zero, so no initialisation that moves the base wrote it: {warnings[0]}"
+        problems.append(Problem(what, "save the adapter before the first step of the training"))
+    return adapter, problems
 
 
 def open_inputs(
@@ -383,11 +406,15 @@ def _too_large(plan: Plan, receipts: Mapping[str, Receipt]) -> list[str]:
     return [warning]
 
 
-def _call(inputs: Inputs, output: str | Path, *options: str | int | None) -> str:
+def _call(inputs: Inputs, output: str | Path, *options: str | int | Path | None) -> str:
     adapters = [
         a.given if weight == 1 else f"{a.given}:{weight:g}" for a, weight in inputs.adapters
     ]
-    names = ("dtype", "max_shard_size", "expert_layout", "revision")
+    names = ("dtype", "max_shard_size", "expert_layout", "init_adapter", "revision")
     given = zip(names, options, strict=True)
-    extra = "".join(f", {name}={value!r}" for name, value in given if value is not None)
+    extra = "".join(f", {name}={_plain(value)!r}" for name, value in given if value is not None)
     return f"weft.merge({inputs.base.given!r}, {adapters!r}, output={str(output)!r}{extra})"
+
+
+def _plain(value: str | int | Path | None) -> str | int | None:
+    return str(value) if isinstance(value, Path) else value

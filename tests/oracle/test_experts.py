@@ -405,6 +405,25 @@ def test_experts_that_were_left_out(lab: Lab, tmp_path: Path) -> None:
         assert min(changed[:, 1].tolist()) == before.shape[1] // 2
 
 
+@pytest.mark.parametrize("number", ["02", "²", "٢"])
+def test_experts_that_are_no_numbers(lab: Lab, tmp_path: Path, number: str) -> None:
+    """Else two keys would be one expert, and one of them lost."""
+    hub = lab.make("moe-mixtral-hub", lambda f: save_base("mixtral", "hub", "float32", f))
+    fused = lab.make("moe-mixtral-fused", lambda f: save_base("mixtral", "fused", "float32", f))
+    adapter = write_expert_adapter(hub, tmp_path / "adapter", names=EXPERTS["mixtral"])
+    file = adapter / "adapter_model.safetensors"
+    tensors = load_file(file)
+    tensors |= {
+        n.replace(".experts.2.", f".experts.{number}."): v.clone()
+        for n, v in tensors.items()
+        if ".0.mlp.experts.2." in n or ".0.block_sparse_moe.experts.2." in n
+    }
+    save_file(tensors, file, {"format": "pt"})
+    for base in (hub, fused):
+        with pytest.raises(PlanError, match=r"which .* does not have"):
+            weft.plan_merge(base, adapter)
+
+
 def convert(base: Path, adapter: Path, folder: Path) -> Any:
     """What PEFT makes of an adapter of single experts under transformers 5, saved by it."""
     model = peft.PeftModel.from_pretrained(open_base(base), adapter).eval()
@@ -472,6 +491,14 @@ def test_rank_that_the_config_does_not_say(lab: Lab, tmp_path: Path) -> None:
         weft.plan_merge(base, tmp_path / "adapter")
 
 
+def test_variant_that_parameters_do_not_have(lab: Lab, tmp_path: Path) -> None:
+    base, adapter = expert_adapter(lab)
+    shutil.copytree(adapter, tmp_path / "adapter")
+    edit(tmp_path / "adapter", use_dora=True)
+    with pytest.raises(PlanError, match="PEFT does not combine with use_dora"):
+        weft.plan_merge(base, tmp_path / "adapter")
+
+
 def test_number_of_experts(lab: Lab, tmp_path: Path) -> None:
     base, adapter = expert_adapter(lab)
     shutil.copytree(adapter, tmp_path / "adapter")
@@ -486,3 +513,20 @@ def test_wrapped_twice_without_parameters(lab: Lab, tmp_path: Path) -> None:
     edit(tmp_path / "adapter", target_parameters=None)
     with pytest.raises(PlanError, match="names no target_parameters that would do so"):
         weft.plan_merge(base, tmp_path / "adapter")
+
+
+def test_layout_where_there_are_no_experts(lab: Lab, tmp_path: Path) -> None:
+    base = lab.make("moe-mixtral-hub", lambda f: save_base("mixtral", "hub", "float32", f))
+    train(base, target_modules=["q_proj"]).save_pretrained(tmp_path / "adapter")
+    with pytest.raises(PlanError, match="no adapter is one of fused experts"):
+        weft.plan_merge(base, tmp_path / "adapter", expert_layout="rank_major")
+
+
+def test_bare_names_fit_every_module(lab: Lab, tmp_path: Path) -> None:
+    """Without a base an ordinary layer is shown as one."""
+    base = lab.make("moe-mixtral-hub", lambda f: save_base("mixtral", "hub", "float32", f))
+    options = {"target_parameters": ["gate_up_proj"], "target_modules": ["q_proj"]}
+    train(base, **options).save_pretrained(tmp_path / "adapter")
+    kinds = {(e.target, e.kind) for e in weft.inspect(tmp_path / "adapter").entries}
+    assert ("model.layers.0.self_attn.q_proj.weight", "lora") in kinds
+    assert ("model.layers.0.mlp.experts.gate_up_proj", "lora_experts") in kinds

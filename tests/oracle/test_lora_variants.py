@@ -176,6 +176,15 @@ def test_mica(tmp_path: Path) -> None:
     assert all(torch.equal(case.merged[n], theirs[n]) for n in case.merged)
 
 
+def test_two_variants_at_once(tmp_path: Path) -> None:
+    """PEFT has no such layer: one of the two would be left out."""
+    variant(use_dora=True, target_modules=["linear"]).run(tmp_path)
+    file = tmp_path / "adapter" / "adapter_config.json"
+    file.write_text(file.read_text().replace('"use_qalora": false', '"use_qalora": true'))
+    with pytest.raises(PlanError, match="use_dora and use_qalora, which PEFT does not combine"):
+        weft.plan_merge(tmp_path / "base", tmp_path / "adapter")
+
+
 def test_training_of_another_variant(tmp_path: Path) -> None:
     """What only training needs is known by the config: without it the tensors are unknown."""
     case = variant(target_modules=["linear"], velora_config=VeloraConfig(num_groups=2))

@@ -25,6 +25,7 @@ def merge(
     dtype: str | None = None,
     max_shard_size: str | None = None,
     expert_layout: str | None = None,
+    init_adapter: str | None = None,
     threads: int | None = None,
     device: str = "cpu",
     revision: str | None = None,
@@ -59,6 +60,9 @@ def merge(
     expert_layout
         rank_major or grouped_by_expert: how lora_B of fused experts is laid out, if the adapter's
         config does not say so. PEFT writes rank_major, older Unsloth grouped_by_expert.
+    init_adapter
+        The adapter as it was before training, where its initialisation (PiSSA, OLoRA, CorDA,
+        LoRA-GA) moved the base; or none, where BASE is the model that this left.
     threads
         Without it, as many as affinity and cgroup allow.
     device
@@ -89,6 +93,7 @@ def merge(
             dtype=dtype,
             max_shard_size=max_shard_size,
             expert_layout=expert_layout,
+            init_adapter=init_adapter,
             threads=threads,
             device=device,
             force=force,
@@ -109,6 +114,7 @@ def merge(
             dtype=dtype,
             max_shard_size=max_shard_size,
             expert_layout=expert_layout,
+            init_adapter=init_adapter,
             threads=threads,
             device=device,
             force=force,

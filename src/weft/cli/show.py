@@ -19,6 +19,8 @@ if TYPE_CHECKING:
     from weft.diagnosis import Diagnosis
 
 SCHEMA = 1
+# Kinds whose A has as many rows as their rank.
+_LOW_RANK = ("lora", "dora", "kasa", "qalora", "bdlora")
 
 
 def report_as_text(report: MergeReport) -> str:
@@ -141,7 +143,8 @@ def _grouped(jobs: Iterable[TensorJob]) -> list[tuple[str, ...]]:
         if isinstance(job.expression, AddDeltas):
             detail = ", ".join(
                 f"scaling {d.scaling:g}" + (f" weight {d.weight:g}" if d.weight != 1 else "")
-                if d.kind in ("lora", "dora", "lora_bias")
+                if d.kind
+                in (*_LOW_RANK, "lora_bias", "lora_experts", "lora_expert", "lora_stacked")
                 else f"weight {d.weight:g}"
                 for d in job.expression.deltas
             )
@@ -317,7 +320,7 @@ def _has_dora(adapter: Adapter) -> bool:
 
 
 def _ranks(adapter: Adapter) -> set[int]:
-    return {_rank(entry) for entry in adapter.entries if entry.kind in ("lora", "dora")}
+    return {_rank(entry) for entry in adapter.entries if entry.kind in _LOW_RANK}
 
 
 def _rank(entry: AdapterEntry) -> int:
@@ -326,7 +329,7 @@ def _rank(entry: AdapterEntry) -> int:
 
 
 def _scalings(adapter: Adapter) -> set[float]:
-    return {entry.scaling for entry in adapter.entries if entry.kind in ("lora", "dora")}
+    return {entry.scaling for entry in adapter.entries if entry.kind in _LOW_RANK}
 
 
 def _range(values: Sequence[float]) -> str:

@@ -139,6 +139,10 @@ class AdapterEntry:
         saved_as: The module of `modules_to_save` that it belongs to; one that the base does not
             have (a new task head) is added to it.
         alternatives: What else the same tensors could mean; the shapes in the base decide.
+        optional: The base may lack the parameter (a bias that is only scaled) beside the module's
+            weight: then there is nothing to change.
+        reads: Another parameter of the module that the change depends on; the kind finds the
+            base's tensor under its name.
     """
 
     module: str
@@ -149,6 +153,8 @@ class AdapterEntry:
     params: tuple[tuple[str, Param], ...] = ()
     saved_as: str | None = None
     alternatives: tuple[AdapterEntry, ...] = ()
+    optional: bool = False
+    reads: str | None = None
 
     @property
     def target(self) -> str:
@@ -194,6 +200,7 @@ class Adapter:
         side_files: Relative paths of the files of a tokenizer or processor that it brings.
         left_out: Relative paths of what else lies there, leftovers of the training aside.
         selection: The modules that the config names, if it does.
+        moved_base: The initialisation, by name, if it took its factors off the base.
         format: The tool whose layout the files have.
         flattened: Its modules' paths have underscores for dots.
     """
@@ -213,6 +220,7 @@ class Adapter:
     selection: Selection | None = field(default=None, repr=False)
     repairs: tuple[Repair, ...] = field(default=(), repr=False)
     keys: dict[str, str] = field(default_factory=dict, repr=False)
+    moved_base: str | None = None
     format: str = "PEFT"
     flattened: bool = False
 

@@ -16,11 +16,11 @@ from weft.core.blocks import rows_and_columns
 from weft.core.specs import AddDeltas, Load
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Iterator, Mapping
+    from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 
     from torch import Tensor
 
-    from weft.core.specs import Delta, Expression, Param, Shape, TensorJob
+    from weft.core.specs import Delta, Expression, Param, Shape, TensorJob, TensorRef
 
     Blocks = Callable[[], Iterator[tuple[int, Tensor]]]
 
@@ -35,7 +35,7 @@ class Source(Protocol):
     shape: Shape
 
     def whole(self, role: str) -> Tensor:
-        """The tensor of `role`; for factors, which are small."""
+        """The tensor of `role`; for factors, which are small. Integers come as int64."""
 
     def shared(self, role: str) -> Tensor:
         """As `whole`, for factors of which many jobs use a part each; not to be changed."""
@@ -56,6 +56,10 @@ class DeltaKind(Protocol):
     # - `together(shape, params) -> int`: that only so many rows at once, from a multiple of it on,
     #   can be computed (0: only all of them);
     # - `matrix(shape) -> (rows, columns)`: that it sees W otherwise;
+    # - `scratch(shape) -> int`: how many bytes `prepare` takes, beside its tensors, where many;
+    # - `refusal(shapes, params, weight) -> str | None`: why there is no merged weight for this W;
+    # - `across(changed) -> params`: what a delta must know of all tensors that its adapter changes
+    #   by this kind, (delta, W's byte range) each; it is asked when the plan is made;
     # - `TRANSPOSES = True`: that it deals with `transposed` itself. Else W is handed to it as
     #   (outputs, inputs), all of it at once.
 
@@ -79,6 +83,12 @@ def kind(name: str) -> DeltaKind:
 def transposes(name: str) -> bool:
     """Whether the kind takes W as it is stored, and turns its own tensors instead."""
     return getattr(kind(name), "TRANSPOSES", False)
+
+
+def across(name: str, changed: Sequence[tuple[Delta, TensorRef]]) -> Mapping[str, Param]:
+    """What deltas of the kind must know of each other; most need nothing."""
+    ask = getattr(kind(name), "across", None)
+    return ask(changed) if ask else {}
 
 
 @dataclass(frozen=True, slots=True)
@@ -115,6 +125,12 @@ def layout(job: TensorJob) -> Layout:
 def shared_at_once(jobs: Iterable[TensorJob]) -> int:
     """How many shared factors neighbouring jobs use: of two layers, two parameters each."""
     return 4 * max((len(list(_deltas(job.expression))) for job in jobs), default=1)
+
+
+def scratch(job: TensorJob) -> int:
+    """Bytes that the job's deltas take to be made ready, beside their tensors."""
+    found = [(kind(delta.kind), job.shape) for delta in _deltas(job.expression)]
+    return sum(own.scratch(shape) for own, shape in found if hasattr(own, "scratch"))
 
 
 def _deltas(expression: Expression) -> Iterator[Delta]:

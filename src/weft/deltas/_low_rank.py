@@ -1,4 +1,4 @@
-"""scaling · B @ A, in W's layout: what LoRA and DoRA share.
+"""scaling · B @ A, in W's layout: what LoRA, DoRA and others share.
 
 `A` (r, in) and `B` (out, r); `factors_transposed`: the file has them as (in, r) and (r, out).
 """
@@ -47,27 +47,25 @@ class Factors:
 def orientations(
     shapes: Mapping[str, Shape], params: Mapping[str, Param], weight: Shape
 ) -> tuple[bool, ...]:
-    """A (r, in) and B (out, r) fit W (out, in), or W (in, out) transposed; square W fits both.
+    """A (r, in…) and B (out, r, 1…) fit W (out, in…), and a matrix W (in, out) transposed.
 
-    Those of a convolution, A (r, in, kernel…) and B (out, r, 1…), fit W (out, in, kernel…).
+    A square W fits both. A may have the axes of a kernel, or one for all of them.
     """
-    if len(shapes["A"]) > 2:
-        return (False,) if weight == (shapes["B"][0], *shapes["A"][1:]) else ()
+    A, B = factor_shapes(shapes, params)
     fitting = []
-    rows_and_columns = outputs_and_inputs(shapes, params)
-    if weight == rows_and_columns:
+    if A[0] == B[1] and weight[:1] == B[:1] and A[1:] in (weight[1:], (math.prod(weight[1:]),)):
         fitting.append(False)
-    if weight == rows_and_columns[::-1]:
+    if A[0] == B[1] and weight == (A[1], B[0]) and len(A) == 2:
         fitting.append(True)
     if "transposed" in params:
         return tuple(f for f in fitting if f is params["transposed"])
     return tuple(fitting)
 
 
-def outputs_and_inputs(shapes: Mapping[str, Shape], params: Mapping[str, Param]) -> tuple[int, int]:
-    if params.get("factors_transposed"):
-        return shapes["B"][1], shapes["A"][0]
-    return shapes["B"][0], shapes["A"][1]
+def factor_shapes(shapes: Mapping[str, Shape], params: Mapping[str, Param]) -> tuple[Shape, Shape]:
+    """Those of A (r, in…) and B (out, r, 1…)."""
+    A, B = shapes["A"], shapes["B"]
+    return (A[::-1], B[::-1]) if params.get("factors_transposed") else (A, B)
 
 
 def in_halves(rows: Tensor, delta: Delta) -> Tensor:

@@ -29,7 +29,8 @@ def orientations(
     blocks = params["blocks"]
     assert isinstance(blocks, int)
     inner = shapes["A"][1] * (blocks if params["side"] == "A" else 1)
-    return (False,) if weight == (shapes["B"][0], inner) else ()
+    whole_chunks = shapes[str(params["side"])][0] % blocks == 0
+    return (False,) if whole_chunks and weight == (shapes["B"][0], inner) else ()
 
 
 def prepare(delta: Delta, source: Source, blocks: Blocks) -> Factors:

@@ -42,6 +42,12 @@ def orientations(
     return (False,) if fits and rank < min(weight) else ()
 
 
+def scratch(shape: Shape) -> int:
+    """In float64: the square, its vectors and the room to find them; and a wide W itself."""
+    rows, columns = shape
+    return 8 * (4 * min(shape) ** 2 + (rows * columns if columns > rows else 0))
+
+
 def prepare(delta: Delta, source: Source, blocks: Blocks) -> State:
     B = source.whole("B") * source.whole("diag")
     factors = _low_rank.Factors(B, source.whole("A"), delta.scaling)

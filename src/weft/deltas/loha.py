@@ -39,10 +39,16 @@ def orientations(
     if "t1" in shapes:
         out, inner = shapes["w1_a"][1], shapes["w1_b"][1]
         kernel = prod(shapes["t1"][2:])  # with an axis of 1 behind that of a Conv1d
-        return (False,) if (*weight[:2], prod(weight[2:])) == (out, inner, kernel) else ()
+        one = shapes["t1"] == shapes["t2"]
+        return (False,) if one and _flat(weight, 2) == (out, inner, kernel) else ()
     out, columns = shapes["w1_a"][0], shapes["w1_b"][1]
-    fits = [False] if weight and (weight[0], prod(weight[1:])) == (out, columns) else []
+    fits = [False] if _flat(weight, 1) == (out, columns) else []
     return (*fits, *([True] if len(weight) == 2 and weight == (columns, out) else []))
+
+
+def _flat(weight: Shape, axes: int) -> Shape:
+    """The first axes, and all others as one."""
+    return (*weight[:axes], prod(weight[axes:])) if weight else ()
 
 
 def prepare(delta: Delta, source: Source, blocks: Blocks) -> State:

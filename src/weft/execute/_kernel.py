@@ -84,7 +84,10 @@ class _Source:
         ref = self._refs[role]
         rows, columns = rows_and_columns(ref.shape)
         workspace = self._kernel.workspace
-        out = torch.empty(rows, columns, dtype=self._kernel.dtype, device=workspace.device)
+        # Indices are numbers that no float32 need hold.
+        floating = getattr(torch, ref.dtype).is_floating_point
+        dtype = self._kernel.dtype if floating else torch.int64
+        out = torch.empty(rows, columns, dtype=dtype, device=workspace.device)
         step = max(1, BLOCK[workspace.device.type] // max(columns, 1))
         for start in range(0, rows, step):
             stop = min(rows, start + step)

@@ -17,8 +17,10 @@ if TYPE_CHECKING:
 
     from weft.core.specs import Adapter, TensorRef
 
+# What changes nothing if a factor is zero.
+_SILENT = ("lora", "lora_bias", "lora_experts", "qalora", "bdlora")
 # All others are as large as weights, and are read in blocks.
-_FACTORS = ("A", "B", "magnitude", "bias", "rows")
+_FACTORS = ("A", "B", "magnitude", "bias", "diag", "rows")
 
 
 def examine(adapter: Adapter, weight: float = 1) -> tuple[list[Problem], list[str]]:
@@ -28,23 +30,30 @@ def examine(adapter: Adapter, weight: float = 1) -> tuple[list[Problem], list[st
     shares: list[tuple[int, int]] = []
     files = Files()
     workspace = Workspace(torch.device("cpu"))
+    seen: set[TensorRef] = set()
     try:
         for entry in adapter.entries:
             zero = entry.scaling == 0
             for role, ref in entry.tensors:
+                if ref in seen:
+                    continue  # what all modules share
+                seen.add(ref)
+                # A whole parameter may be a count (of BatchNorm), and indices are; nothing else is.
+                floating = getattr(torch, ref.dtype).is_floating_point
+                if not floating and role != "value" and not role.startswith("indices"):
+                    problems.append(_not_floating(ref))
+                    continue
                 if role not in _FACTORS:
                     problems += _large_not_finite(ref, files, workspace)
-                    continue
-                if not getattr(torch, ref.dtype).is_floating_point:
-                    problems.append(_not_floating(ref))
                     continue
                 values = _values(ref, files, workspace)
                 problems += _not_finite(ref, values)
                 zero = zero or not bool(values.count_nonzero())
+                low_rank = entry.kind in ("lora", "dora")
                 turned = {"transposed", "factors_transposed"} & dict(entry.params).keys()
-                if role == "B" and not turned:
+                if role == "B" and low_rank and not turned:
                     shares.append((int(values.any(dim=1).count_nonzero()), values.shape[0]))
-            silent += zero and entry.kind in ("lora", "lora_bias", "lora_experts")
+            silent += zero and entry.kind in _SILENT
     finally:
         files.close()
     if ranks := _sharded(shares):

@@ -22,6 +22,8 @@ if TYPE_CHECKING:
 
 # What other fields of a config name: modules_to_save, bias, trainable_token_indices.
 _NAMED_ELSEWHERE = ("replace", "trainable_tokens")
+# Of fused experts target_parameters speaks, or what PEFT made of target_modules.
+_EXPERTS = ("lora_experts", "lora_expert", "lora_stacked")
 
 
 def doubts(base: Checkpoint, adapter: Adapter, names: Mapping[str, str]) -> list[str]:
@@ -35,7 +37,9 @@ def doubts(base: Checkpoint, adapter: Adapter, names: Mapping[str, str]) -> list
     lost_biases = _lost_biases(base, adapter, names)
     if adapter.selection is None:
         return lost_biases
-    entries = [entry for entry in adapter.entries if entry.kind not in _NAMED_ELSEWHERE]
+    entries = [
+        entry for entry in adapter.entries if entry.kind not in (*_NAMED_ELSEWHERE, *_EXPERTS)
+    ]
     modules = dict.fromkeys(entry.module for entry in entries)
     found = lost_biases
     if unnamed := [module for module in modules if not adapter.selection.names(module)]:

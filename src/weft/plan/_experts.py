@@ -63,7 +63,7 @@ def localise(
     entries: list[AdapterEntry] = []
     groups: dict[str, list[AdapterEntry]] = defaultdict(list)
     for entry in adapter.entries:
-        if entry.kind == "lora_experts":
+        if entry.kind == "lora_experts" or entry.alternatives:
             groups[entry.module].append(entry)
         else:
             entries.append(entry)
@@ -221,7 +221,7 @@ def _parts(
     module: str, entry: AdapterEntry, known: Base
 ) -> tuple[tuple[str, tuple[TensorRef, ...]], ...]:
     """The matrices of the experts one by one, for a parameter that the base does not have."""
-    numbers = sorted(int(n) for n in known.modules[module] if n.isdigit())
+    numbers = sorted(int(n) for n in known.modules[module] if re.fullmatch("0|[1-9][0-9]*", n))
     if numbers != list(range(len(numbers))) or not numbers:
         return ()
     for names in PARTS.get(entry.parameter, ()):

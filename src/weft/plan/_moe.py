@@ -29,7 +29,7 @@ FUSED = {
     for names in PARTS[fused]
     for n, name in enumerate(names)
 }
-ONE_EXPERT = re.compile(rf"^(.*)\.(\d+)\.({'|'.join(FUSED)})$")
+ONE_EXPERT = re.compile(rf"^(.*)\.(0|[1-9][0-9]*)\.({'|'.join(FUSED)})$")
 # Segments of module paths that transformers 5 renamed in memory, and not on disk.
 RENAMED = (("mlp", "block_sparse_moe"),)
 # What has W (E, in, out), says `is_transposed` in transformers 5; and gate and up interleaved.

@@ -24,6 +24,7 @@ def side_files(
     cast: bool,
     rows: int | None,
     untied: bool,
+    stored: dict[str, Any],
 ) -> tuple[list[SideFile], list[str]]:
     """Every file beside the shards, and notes on where they come from.
 
@@ -34,12 +35,13 @@ def side_files(
         cast: All of it was asked for in that dtype.
         rows: The new size of the vocabulary, if it changed.
         untied: The output has an output embedding of its own, which the base had not.
+        stored: The config as it lies beside the base.
     """
     files = {name: SideFile(name, source=f"{base.folder}/{name}") for name in base.side_files}
     notes: list[str] = []
     if "config.json" in files:
         config = patched(base.config, dtype=dtype, cast=cast, rows=rows, untied=untied)
-        if config != base.config:
+        if config != stored:
             text = json.dumps(config, indent=2, ensure_ascii=False) + "\n"
             files["config.json"] = SideFile("config.json", text=text)
     used = [adapter for adapter, weight in adapters if weight]

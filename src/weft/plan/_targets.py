@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass, field
+from collections import defaultdict
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
 from weft import deltas
@@ -16,7 +17,9 @@ from weft.plan._coverage import doubts
 from weft.plan.preflight import config_value
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Mapping, Sequence
+
+    from weft.core.specs import Param
 
 # The architectures whose blocks are made of transformers' Conv1D, which stores (in, out).
 _CONV1D_MODELS = {"gpt2", "openai-gpt", "imagegpt", "decision_transformer"}
@@ -89,7 +92,25 @@ def collect(
     rest = [item for item in placed if not _brings_base(item, base, targets)]
     for item in rest:
         _place(item, base, targets)
+    _look_across(targets, {item.name: item.present for item in placed})
     return targets
+
+
+def _look_across(targets: Targets, present: Mapping[str, TensorRef]) -> None:
+    """Tell deltas of the other tensors that their adapter changes, where their kind asks."""
+    peers: dict[tuple[int, str], list[tuple[Delta, TensorRef]]] = defaultdict(list)
+    for name, change in targets.changes.items():
+        for owner, delta in change.deltas:
+            peers[owner, delta.kind].append((delta, change.base or present[name]))
+    told = {key: deltas.across(key[1], changed) for key, changed in peers.items()}
+    for change in targets.changes.values():
+        change.deltas = [
+            (owner, _with_params(delta, told[owner, delta.kind])) for owner, delta in change.deltas
+        ]
+
+
+def _with_params(delta: Delta, params: Mapping[str, Param]) -> Delta:
+    return replace(delta, params=tuple(sorted({**dict(delta.params), **params}.items())))
 
 
 @dataclass(frozen=True, slots=True)
@@ -109,7 +130,8 @@ def _match(
 ) -> dict[str, str]:
     """Adapter target -> tensor name of the output; what does not land is a problem."""
     present = set(base.tensors) | ({head} if head else set())
-    wanted = list(dict.fromkeys(entry.target for entry in adapter.entries))
+    needed = [entry for entry in adapter.entries if not entry.optional]
+    wanted = list(dict.fromkeys(entry.target for entry in needed))
     found = match(wanted, present)
     if len(found.edits) > 1:
         edits = "; ".join(f"{_edit(edit)} ({count})" for edit, count in found.edits.items())
@@ -139,6 +161,12 @@ def _match(
             names[want] = _renamed(want, found)
         else:
             targets.problems.append(_unmatched(want, entry, base, adapter, targets))
+    for entry in adapter.entries:
+        weight = names.get(replace(entry, parameter="weight").target)
+        if entry.optional and weight:
+            beside = weight.removesuffix("weight") + entry.parameter
+            if beside in base.tensors:
+                names[entry.target] = beside
     return names
 
 
@@ -165,7 +193,7 @@ def _unmatched(
     ref = entry.tensors[0][1]
     where = f"{ref.name} of {adapter.given} ({ref.file})"
     siblings = [name for name in base.tensors if name.startswith(entry.module + ".")]
-    if entry.kind == "lora_bias" and f"{entry.module}.weight" in siblings:
+    if entry.parameter == "bias" and f"{entry.module}.weight" in siblings:
         return Problem(f"{where} is a bias for {entry.module}, which has none in {base.given}")
     if any(name.endswith(".in_proj_weight") for name in siblings):
         return Problem(
@@ -243,10 +271,22 @@ def _place(item: _Placed, base: Checkpoint, targets: Targets) -> None:
             )
         )
         return
-    shapes = {role: ref.shape for role, ref in entry.tensors}
+    tensors = entry.tensors
+    if entry.reads:
+        if (other := _beside(item, base)) is None:
+            fact = f"{base.given} has {name} without the {entry.reads} that its change depends on"
+            targets.problems.append(Problem(fact))
+            return
+        tensors = (*tensors, (entry.reads, other))
+    shapes = {role: ref.shape for role, ref in tensors}
     params = dict(entry.params)
     shape = change.base.shape if change.base else item.present.shape
-    fits = deltas.kind(entry.kind).orientations(shapes, params, shape)
+    kind = deltas.kind(entry.kind)
+    if hasattr(kind, "refusal") and (reason := kind.refusal(shapes, params, shape)):
+        ref = entry.tensors[0][1]
+        targets.problems.append(Problem(f"{ref.name} in {ref.file} changes {name}: {reason}"))
+        return
+    fits = kind.orientations(shapes, params, shape)
     if not fits:
         targets.problems.append(_misfit(entry, name, shape, adapter))
         return
@@ -260,10 +300,14 @@ def _place(item: _Placed, base: Checkpoint, targets: Targets) -> None:
             Problem(f"two tensors of {adapter.given} change {name}: {first} is one")
         )
         return
-    delta = Delta(
-        entry.kind, entry.tensors, entry.scaling, item.weight, tuple(sorted(params.items()))
-    )
+    delta = Delta(entry.kind, tensors, entry.scaling, item.weight, tuple(sorted(params.items())))
     change.deltas.append((item.number, delta))
+
+
+def _beside(item: _Placed, base: Checkpoint) -> TensorRef | None:
+    """The parameter that the entry reads, of the module that it changes."""
+    module = item.name.removesuffix(item.entry.parameter)
+    return base.tensors.get(f"{module}{item.entry.reads}")
 
 
 def _grows(value: Shape, present: TensorRef, base: Checkpoint, own: bool) -> bool:

@@ -25,8 +25,10 @@ from weft.core.specs import (
 )
 from weft.formats.checkpoint import describe_copied, describe_input
 from weft.plan._experts import localise
+from weft.plan._initial import with_initial
 from weft.plan._layouts import doubtful_copy, fitted
 from weft.plan._named_base import other_base
+from weft.plan._replicated import replicated
 from weft.plan._side_files import side_files
 from weft.plan._targets import Change, Targets, collect
 from weft.plan._tied import find_tie, resolve, untold
@@ -43,6 +45,8 @@ def plan_merge(
     dtype: str | None = None,
     max_shard_size: int | None = None,
     expert_layout: str | None = None,
+    initial: Adapter | None = None,
+    base_is_residual: bool = False,
 ) -> Plan:
     """Say what every output tensor is.
 
@@ -53,6 +57,8 @@ def plan_merge(
         max_shard_size: Bytes per shard; None keeps the base's shards.
         expert_layout: How `lora_B` of fused experts is laid out, `rank_major` or
             `grouped_by_expert`; None goes by each adapter's config.
+        initial: What the adapters were before training, if their initialisation moved the base.
+        base_is_residual: The base is what such an initialisation left.
 
     Raises:
         PlanError: The adapters do not fit the base; every reason found.
@@ -60,7 +66,12 @@ def plan_merge(
     subject = " + ".join([base.given, *(adapter.given for adapter, _ in adapters)])
     if problems := quantised(base):
         raise PlanError(subject, problems)
-    adapters, problems = _localised(base, adapters, expert_layout)
+    stored = base.config
+    base, problems, deeper = replicated(base, adapters)
+    adapters, found = with_initial(adapters, initial, base_is_residual=base_is_residual)
+    problems += found
+    adapters, found = _localised(base, adapters, expert_layout)
+    problems += found
     tie = find_tie(base, adapters)
     targets = collect(base, adapters, tie.head if tie else None, tie.embedding if tie else None)
     untied = tie is not None and resolve(tie, targets, base)
@@ -68,6 +79,7 @@ def plan_merge(
         targets.problems += untold(base, targets)
     rows = _new_rows(base, targets)
     targets.problems += problems
+    targets.notes += deeper
     if targets.problems:
         raise PlanError(subject, targets.problems)
     # What was not tied before must not become so by a default of the model's class.
@@ -76,7 +88,13 @@ def plan_merge(
     jobs = _reshard(jobs, max_shard_size) if max_shard_size else jobs
     written = dominant_dtype((job.dtype, job_bytes(job)) for job in jobs)
     files, beside = side_files(
-        base, adapters, dtype=written, cast=dtype is not None, rows=rows, untied=untied
+        base,
+        adapters,
+        dtype=written,
+        cast=dtype is not None,
+        rows=rows,
+        untied=untied,
+        stored=stored,
     )
     notes, warnings = _said(base, adapters, targets, beside)
     repairs = (*(r for a, weight in adapters if weight for r in a.repairs), *targets.repairs)
@@ -103,6 +121,10 @@ def _localised(
         adapter, wrong = localise(base, adapter, layout)
         problems += wrong
         found.append((adapter, weight))
+    kinds = {entry.kind for adapter, _ in found for entry in adapter.entries}
+    if layout and not kinds & {"lora_experts", "lora_expert"}:
+        what = "--expert-layout is given, and no adapter is one of fused experts"
+        problems.append(Problem(what, "leave it out"))
     return found, problems
 
 

@@ -10,18 +10,26 @@ from weft.core.errors import FormatError, Problem, Unsupported
 from weft.core.selection import Modules, Selection
 from weft.core.units import clean
 from weft.formats.adapters._peft_methods import methods
+from weft.formats.adapters._peft_methods._forms import (
+    FLAG,
+    NAMES,
+    NUMBER,
+    PATTERNS,
+    TEXT,
+    anywhere,
+    is_names,
+)
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping
+    from collections.abc import Mapping
     from pathlib import Path
 
-    from weft.core.specs import TensorRef
+    from weft.formats.adapters._peft_methods._forms import Form
 
 CONFIG = "adapter_config.json"
 
 # Config fields that make the merged weight something other than W + s·BA, and what they are.
-_VARIANTS = {
-    "layer_replication": "layer_replication (a deeper model that shares weights)",
+VARIANTS = {
     "megatron_config": "Megatron parallel layers",
     "alora_invocation_tokens": "aLoRA, which is active after some tokens only: no merged weight",
     "arrow_config": "Arrow, which routes each token to another adapter: no merged weight",
@@ -41,21 +49,10 @@ KNOWN = {
     *("init_lora_weights", "layers_to_transform", "layers_pattern", "rank_pattern"),
     *("alpha_pattern", "megatron_core", "trainable_token_indices", "loftq_config", "eva_config"),
     *("corda_config", "lora_ga_config", "use_dora", "qalora_group_size", "runtime_config"),
-    *("lora_bias", "ensure_weight_tying", "target_parameters", "lora_B_layout", *_VARIANTS),
+    *("lora_bias", "ensure_weight_tying", "target_parameters", "lora_B_layout", *VARIANTS),
+    "layer_replication",
     *("use_qalora", "use_bdlora", "kasa_config", "monteclora_config", "velora_config"),
 }
-
-
-def _is_flag(value: Any) -> bool:
-    return value is None or isinstance(value, bool)
-
-
-def _is_number(value: Any) -> bool:
-    return type(value) in (int, float) and abs(value) < 1e30  # false for NaN, too
-
-
-def _is_names(value: Any) -> bool:
-    return value is None or (isinstance(value, list) and all(isinstance(v, str) for v in value))
 
 
 def _is_blocks(value: Any) -> bool:
@@ -65,56 +62,55 @@ def _is_blocks(value: Any) -> bool:
     if not isinstance(value, dict) or type(value.get("nblocks", 1)) is not int:
         return False
     sides = ("target_modules_bd_a", "target_modules_bd_b")
-    return value.get("nblocks", 1) > 0 and all(_is_names(value.get(side)) for side in sides)
+    return value.get("nblocks", 1) > 0 and all(is_names(value.get(side)) for side in sides)
 
 
-def _is_count(value: Any) -> bool:
+def _is_group(value: Any) -> bool:
     return value is None or (type(value) is int and value > 0)
+
+
+def _is_ranges(value: Any) -> bool:
+    """`layer_replication`: pairs of a first layer and the one behind the last."""
+    if not value:
+        return True
+    pairs = isinstance(value, list) and all(
+        isinstance(pair, list)
+        and len(pair) == 2
+        and all(type(n) is int for n in pair)
+        and 0 <= pair[0] < pair[1]
+        for pair in value
+    )
+    return pairs and sum(stop - start for start, stop in value) < 10_000
 
 
 def _is_layout(value: Any) -> bool:
     return value is None or value in ("rank_major", "grouped_by_expert")
 
 
-def _is_text(value: Any) -> bool:
-    return value is None or isinstance(value, str)
-
-
-def _is_patterns(value: Any) -> bool:
-    """Regular expression -> number."""
-    if value is None:
-        return True
-    if not isinstance(value, dict) or not all(map(_is_number, value.values())):
-        return False
-    try:
-        return all(re.compile(_anywhere(pattern)) for pattern in value)
-    except re.error:
-        return False
-
-
 # What a field must be, where this reader uses it.
-_FORMS: dict[str, tuple[Callable[[Any], bool], str]] = {
-    "base_model_name_or_path": (_is_text, "a string"),
-    "revision": (_is_text, "a string"),
-    "r": (_is_number, "a number"),
-    "lora_alpha": (_is_number, "a number"),
-    "use_rslora": (_is_flag, "true or false"),
-    "use_dora": (_is_flag, "true or false"),
-    "lora_bias": (_is_flag, "true or false"),
-    "fan_in_fan_out": (_is_flag, "true or false"),
-    "ensure_weight_tying": (_is_flag, "true or false"),
-    "modules_to_save": (_is_names, "a list of names"),
-    "target_parameters": (_is_names, "a list of names"),
+_FORMS: dict[str, Form] = {
+    "base_model_name_or_path": TEXT,
+    "revision": TEXT,
+    "r": NUMBER,
+    "lora_alpha": NUMBER,
+    "use_rslora": FLAG,
+    "use_dora": FLAG,
+    "lora_bias": FLAG,
+    "fan_in_fan_out": FLAG,
+    "ensure_weight_tying": FLAG,
+    "modules_to_save": NAMES,
+    "target_parameters": NAMES,
     "use_bdlora": (_is_blocks, "a mapping with nblocks and lists of names"),
-    "qalora_group_size": (_is_count, "a positive integer"),
+    "qalora_group_size": (_is_group, "a positive integer"),
+    "layer_replication": (_is_ranges, "a list of pairs such as [0, 4]"),
     "lora_B_layout": (_is_layout, "rank_major or grouped_by_expert"),
-    "rank_pattern": (_is_patterns, "a mapping of regular expressions to numbers"),
-    "alpha_pattern": (_is_patterns, "a mapping of regular expressions to numbers"),
+    "rank_pattern": PATTERNS,
+    "alpha_pattern": PATTERNS,
 }
 
 
 def check(config: dict[str, Any], given: str, path: Path) -> None:
-    """Whether this is a config of a LoRA that weft merges.
+    """Whether this is a config of an adapter that weft merges.
 
     Raises:
         FormatError: A field is not of its type.
@@ -123,11 +119,12 @@ def check(config: dict[str, Any], given: str, path: Path) -> None:
     if not isinstance(config.get("peft_type"), str):
         raise FormatError(f"{path} names no peft_type", "is it the config of a PEFT adapter?")
     _refuse_other_kinds(config, given)
-    for field, (fits, form) in _FORMS.items():
-        if field in config and not fits(config[field]):
-            shown = clean(repr(config[field]))[:60]
+    own = getattr(methods().get(config["peft_type"]), "FORMS", {})
+    for field, (fits, form) in {**_FORMS, **own}.items():
+        if (field in config or field in own) and not fits(config.get(field)):
+            shown = clean(repr(config.get(field)))[:60]
             hint = "correct it there, or save the adapter again"
-            hint = "without it the scaling is unknown" if field == "lora_alpha" else hint
+            hint = "without it the scaling is unknown" if field.endswith("alpha") else hint
             raise FormatError(f"{path}: {field} = {shown}, and must be {form}", hint)
 
 
@@ -137,6 +134,7 @@ def _refuse_other_kinds(config: dict[str, Any], given: str) -> None:
         problem = getattr(method, "check", lambda config: None)(config)
         if problem:
             raise Unsupported(f"{given}: {problem.what}", problem.hint)
+        _refuse_unknown(config, given, KNOWN | method.FIELDS)
         return
     if kind != "LORA":
         known = ", ".join(["LORA", *methods()])
@@ -144,29 +142,27 @@ def _refuse_other_kinds(config: dict[str, Any], given: str) -> None:
             f"{given} is a {kind} adapter; this release of weft merges {known}",
             "merge it with PEFT's merge_and_unload",
         )
-    for field, what in _VARIANTS.items():
+    for field, what in VARIANTS.items():
         if config.get(field):
             raise Unsupported(
                 f"{given} uses {what}, which this release of weft does not merge",
                 None if "no merged weight" in what else "merge it with PEFT's merge_and_unload",
             )
     init = config.get("init_lora_weights", True)
-    if isinstance(init, str) and init not in _PLAIN_INIT:
-        name = next((n for key, n in _MOVED_INIT.items() if init.startswith(key)), None)
+    if isinstance(init, str) and init not in _PLAIN_INIT and moved_base(config) is None:
         raise Unsupported(
-            f"{given} was initialised with {name}, which moved the base weights: its ΔW does not "
-            "belong to the base that it names"
-            if name
-            else f"{given} has init_lora_weights={clean(init)!r}, which weft does not know",
-            "convert it with PEFT (save_pretrained with path_initial_model_for_weight_conversion)"
-            if name
-            else None,
+            f"{given} has init_lora_weights={clean(init)!r}, which weft does not know"
         )
-    for field in sorted(set(config) - KNOWN):
+    _refuse_unknown(config, given, KNOWN)
+
+
+def _refuse_unknown(config: dict[str, Any], given: str, known: set[str]) -> None:
+    kind = "LoRA" if config["peft_type"] == "LORA" else clean(config["peft_type"])
+    for field in sorted(set(config) - known):
         value = config[field]
         if (field.startswith("use_") and value is True) or (field.endswith("_config") and value):
             raise Unsupported(
-                f"{given} sets {clean(field)}, a LoRA variant that this release does not know"
+                f"{given} sets {clean(field)}, a variant of {kind} that this release does not know"
             )
 
 
@@ -180,7 +176,10 @@ def selection_of(config: dict[str, Any]) -> Selection | None:
         return None
     return Selection(
         targets=targets,
-        others=tuple(map(_anywhere, config.get("rank_pattern") or {})),
+        others=(
+            *map(anywhere, config.get("rank_pattern") or {}),
+            *(anywhere(_owner(target)) for target in config.get("target_parameters") or []),
+        ),
         excluded=excluded,
         whole=frozenset(config.get("modules_to_save") or []),
         layers=frozenset(layers),
@@ -188,9 +187,23 @@ def selection_of(config: dict[str, Any]) -> Selection | None:
     )
 
 
+def moved_base(config: Mapping[str, Any]) -> str | None:
+    """The initialisation that took its factors off the base weights, by name, if one did."""
+    init = config.get("init_lora_weights")
+    if not isinstance(init, str):
+        return None
+    return next((name for key, name in _MOVED_INIT.items() if init.lower().startswith(key)), None)
+
+
+def _owner(parameter: str) -> str:
+    """A regular expression for the module that has the parameter; a bare name fits any."""
+    module = parameter.rpartition(".")[0]
+    return re.escape(module) if module else ".*"
+
+
 def _modules(value: Any) -> Modules | None:
     if not isinstance(value, str):
-        return frozenset(value) if value and _is_names(value) else frozenset()
+        return frozenset(value) if value and is_names(value) else frozenset()
     try:
         re.compile(value)
     except re.error:
@@ -198,48 +211,66 @@ def _modules(value: Any) -> Modules | None:
     return None if value.lower() == "all-linear" else value  # which is a name for many
 
 
-def _matching(patterns: Any, module: str) -> list[Any]:
+def matching(patterns: Any, module: str) -> list[Any]:
     """Values of the patterns that PEFT would find to match `module`, in the file's order."""
     patterns = patterns or {}
-    return [value for p, value in patterns.items() if re.match(_anywhere(p), module)]
+    return [value for p, value in patterns.items() if re.match(anywhere(p), module)]
 
 
-def _anywhere(pattern: str) -> str:
-    """A regular expression for whole paths of modules that end so."""
-    return rf"(.*\.)?({pattern})$"
-
-
-def ranks_of(module: str, config: Mapping[str, Any]) -> list[int]:
+def ranks_of(
+    module: str, config: Mapping[str, Any], field: str = "r", pattern: str = "rank_pattern"
+) -> list[int]:
     """What the config says of r: one value, or those of the patterns that match."""
-    return _matching(config.get("rank_pattern"), module) or [config.get("r")]
+    return matching(config.get(pattern), module) or [config.get(field)]
 
 
-def rank_problem(module: str, A: TensorRef, config: Mapping[str, Any]) -> Problem | None:
-    rank = A.shape[0]
-    allowed = ranks_of(module, config)
+def rank_problem(
+    module: str,
+    file: str,
+    rank: int,
+    config: Mapping[str, Any],
+    field: str = "r",
+    pattern: str = "rank_pattern",
+) -> Problem | None:
+    """Whether the rank that the tensors have is one that the config gives the module.
+
+    `field` and `pattern` are what the config calls it, where it is a rank by another name.
+    """
+    allowed = ranks_of(module, config, field, pattern)
     if rank in allowed:
         return None
+    what = "rank" if field == "r" else field
     says = " or ".join(str(value) for value in allowed)
     return Problem(
-        f"module {module!r} in {A.file} has rank {rank}, and {CONFIG} says r = {says}",
-        f"the config and the weights are not of one save: correct r or rank_pattern in {CONFIG}",
+        f"module {module!r} in {file} has {what} {rank}, and {CONFIG} says {field} = {says}",
+        f"the config and the weights are not of one save: correct {field} or {pattern} in {CONFIG}",
     )
 
 
-def scaling_of(module: str, rank: int, config: Mapping[str, Any]) -> float | Problem:
-    """Alpha / r, or alpha / √r for rsLoRA (arXiv:2312.03732); r is that of the tensors."""
-    alphas = _matching(config.get("alpha_pattern"), module) or [config.get("lora_alpha")]
+def scaling_of(
+    module: str, rank: int, config: Mapping[str, Any], field: str = "lora_alpha"
+) -> float | Problem:
+    """Alpha / r, or alpha / √r for rsLoRA (arXiv:2312.03732); r is that of the tensors.
+
+    `field` is what the config calls alpha.
+    """
+    alphas = matching(config.get("alpha_pattern"), module) or [config.get(field)]
     alpha = alphas[0]
     if alpha is None:
         return Problem(
-            f"module {module!r}: {CONFIG} gives no lora_alpha",
+            f"module {module!r}: {CONFIG} gives no {field}",
             "without it the scaling is unknown: set it to what the adapter was trained with",
         )
     if any(other != alpha for other in alphas[1:]):
-        says = " and ".join(str(value) for value in dict.fromkeys(alphas))
-        return Problem(
-            f"module {module!r} is matched by patterns of alpha_pattern that say {says}",
-            "PEFT saves the patterns sorted, so the order that counted in training is lost: "
-            f"leave the right one in {CONFIG}",
-        )
+        return undecided(module, "alpha_pattern", alphas)
     return float(alpha) / (math.sqrt(rank) if config.get("use_rslora") else rank)
+
+
+def undecided(module: str, field: str, values: list[Any]) -> Problem:
+    """Several patterns match one module: PEFT took the first, in an order that it did not save."""
+    says = " and ".join(str(value) for value in dict.fromkeys(values))
+    return Problem(
+        f"module {module!r} is matched by patterns of {field} that say {says}",
+        "PEFT saves the patterns sorted, so the order that counted in training is lost: "
+        f"leave the right one in {CONFIG}",
+    )

@@ -17,6 +17,12 @@ from weft.formats.adapters._peft_config import CONFIG, ranks_of, scaling_of
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
+# Variants that PEFT has for layers alone.
+_NOT_FOR_PARAMETERS = (
+    *("use_dora", "lora_bias", "kasa_config", "use_bdlora", "use_qalora", "velora_config"),
+    "monteclora_config",
+)
+
 
 def parameters(module: str, config: Mapping[str, Any]) -> list[str]:
     """The parameters of `module` that `target_parameters` may name."""
@@ -61,14 +67,14 @@ def _readings(
     names: Sequence[str],
     config: Mapping[str, Any],
 ) -> tuple[list[AdapterEntry], list[Problem]]:
-    if problem := _malformed(module, roles):
+    if problem := _malformed(module, roles) or _variant(module, roles, config):
         return [], [problem]
     A, B = roles["A"], roles["B"]
     found: list[AdapterEntry] = []
     problems: list[Problem] = []
     for name in names:
         ranks = ranks_of(f"{module}.{name}", config)
-        rank = next((r for r in ranks if r and A.shape[0] % r == 0), None)
+        rank = next((r for r in ranks if type(r) is int and r > 0 and A.shape[0] % r == 0), None)
         if rank is None:
             says = " or ".join(map(str, ranks))
             what = (
@@ -85,6 +91,19 @@ def _readings(
         tensors = (("A", A), ("B", B))
         found.append(AdapterEntry(module, name, "lora_experts", tensors, scaling, params))
     return found, problems
+
+
+def _variant(
+    module: str, roles: Mapping[str, TensorRef], config: Mapping[str, Any]
+) -> Problem | None:
+    found = next((field for field in _NOT_FOR_PARAMETERS if config.get(field)), None)
+    if not found:
+        return None
+    return Problem(
+        f"module {module!r} in {roles['A'].file} may be one of target_parameters, which PEFT does "
+        f"not combine with {found}",
+        "the config and the weights are not of one save",
+    )
 
 
 def _malformed(module: str, roles: Mapping[str, TensorRef]) -> Problem | None:

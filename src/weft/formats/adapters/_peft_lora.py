@@ -10,6 +10,7 @@ from weft.core.errors import Problem
 from weft.core.specs import AdapterEntry, Param, TensorRef
 from weft.formats.adapters import _peft_experts as _experts
 from weft.formats.adapters._peft_config import CONFIG, rank_problem, scaling_of
+from weft.formats.adapters._peft_methods._tokens import token_rows
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping, Sequence
@@ -31,6 +32,8 @@ _FOR_TRAINING = {
     "monteclora_config": ".lora_monteclora_sampler.",
     "velora_config": ".lora_velora_embed",
 }
+# Variants of which a module has one.
+_ONE_OF = ("use_dora", "kasa_config", "use_bdlora", "use_qalora", *_FOR_TRAINING)
 # How PEFT names what a wrapper wraps, inside another one: the projection of attention's output.
 _OUT_PROJ = ".base_layer.out_proj"
 
@@ -89,7 +92,9 @@ def _parameters(
         plain, problems = _module(module, levels[0], config)
         if not found:
             return (plain, []) if plain else ([], wrong or problems)
-        found = [replace(found[0], alternatives=(*found[0].alternatives, *plain))]
+        if plain:
+            others = (replace(found[0], alternatives=()), *found[0].alternatives)
+            found = [replace(plain[0], alternatives=others)]
     return found, wrong
 
 
@@ -138,7 +143,7 @@ def _module(
     problems: list[Problem] = []
     roles = dict(roles)
     if rows := roles.pop("rows", None):
-        entry = _trainable_tokens(module, rows, config)
+        entry = token_rows(module, rows, config, "trainable_token_indices")
         (problems if isinstance(entry, Problem) else entries).append(entry)  # type: ignore[arg-type]
     if not roles:
         return entries, problems
@@ -150,7 +155,9 @@ def _module(
     if isinstance(variant, Problem):
         return entries, [*problems, variant]
     kind, params = variant
-    wrong = _factor_shapes(module, A, B, dict(params)) or rank_problem(module, A, config)
+    wrong = _factor_shapes(module, A, B, dict(params)) or rank_problem(
+        module, A.file, A.shape[0], config
+    )
     scaling = scaling_of(module, A.shape[0], config) if not wrong else Problem("")
     if wrong or isinstance(scaling, Problem):
         problems.append(wrong or scaling)  # type: ignore[arg-type]
@@ -179,6 +186,11 @@ def _variant(
                 f"{field} is {said}",
                 "the config and the weights are not of one save",
             )
+    if len(several := [field for field in _ONE_OF if config.get(field)]) > 1:
+        return Problem(
+            f"{CONFIG} sets {' and '.join(several)}, which PEFT does not combine",
+            "the config was edited, or is of another tool",
+        )
     if "diag" in roles:
         return "kasa", ()
     if config.get("use_qalora"):
@@ -252,32 +264,3 @@ def _factor_shapes(
             f"({A.shape[0]} rows of A, {B.shape[1]} columns of B)"
         )
     return None
-
-
-def _trainable_tokens(
-    module: str, rows: TensorRef, config: Mapping[str, Any]
-) -> AdapterEntry | Problem:
-    indices = config.get("trainable_token_indices")
-    if isinstance(indices, dict):
-        found = [v for k, v in indices.items() if module == k or module.endswith("." + k)]
-        # The head that is tied to the one embedding named has the same rows trained.
-        found = found or (list(indices.values()) if len(indices) == 1 else [])
-        indices = found[0] if len(found) == 1 else None
-    if not isinstance(indices, list) or not all(type(i) is int and i >= 0 for i in indices):
-        return Problem(
-            f"module {module!r} in {rows.file} has trained token rows, and trainable_token_indices "
-            f"in {CONFIG} does not say which"
-        )
-    # PEFT keeps the rows in the order of the list, and drops repeated indices when it wraps.
-    if len(set(indices)) != len(indices) or len(rows.shape) != 2 or rows.shape[0] != len(indices):
-        return Problem(
-            f"module {module!r} in {rows.file} has token rows of shape {list(rows.shape)}, and "
-            f"trainable_token_indices in {CONFIG} names {len(set(indices))} tokens"
-        )
-    return AdapterEntry(
-        module,
-        "weight",
-        "trainable_tokens",
-        (("rows", rows),),
-        params=(("indices", tuple(indices)),),
-    )

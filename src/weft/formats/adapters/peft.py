@@ -16,7 +16,7 @@ from weft.core.specs import Adapter, AdapterEntry, Param, TensorRef
 from weft.core.units import clean
 from weft.formats.adapters import _peft_lora as lora
 from weft.formats.adapters._config import torchtune_files, written_by_mlx
-from weft.formats.adapters._peft_config import CONFIG, KNOWN, check, selection_of
+from weft.formats.adapters._peft_config import CONFIG, KNOWN, check, moved_base, selection_of
 from weft.formats.adapters._peft_methods import Module, methods
 from weft.formats.adapters._repairs import PREFIX, repair
 from weft.formats.checkpoint import read_header, read_json_source, same_bytes
@@ -106,6 +106,7 @@ def read(path: Path, given: str) -> Adapter:
         selection=selection_of(config),
         repairs=repaired.repairs,
         keys=repaired.keys,
+        moved_base=None if method else moved_base(config),
     )
 
 
@@ -129,6 +130,7 @@ def _entries(
     replaced: list[tuple[str, TensorRef]] = []
     method = methods().get(config["peft_type"])
     suffixes = _longest_first(method.SUFFIXES if method else lora.SUFFIXES)
+    own = re.compile(rf"\.(lora|trainable_tokens|{re.escape(config['peft_type'].lower())})_")
     shared_keys = getattr(method, "SHARED", {})
     shared = {shared_keys[key]: ref for key, ref in tensors.items() if key in shared_keys}
     for key, ref in tensors.items():
@@ -142,7 +144,7 @@ def _entries(
                 )
             )
             continue
-        if ref.numel == 0:
+        if ref.numel == 0 and not getattr(method, "MAY_BE_EMPTY", False):
             problems.append(
                 Problem(
                     f"tensor {key!r} in {ref.file} is empty, shape {list(ref.shape)}",
@@ -164,7 +166,7 @@ def _entries(
                 )
             else:
                 modules[module][suffixes[suffix]] = ref
-        elif re.search(r"\.lora_|\.trainable_tokens_", path):
+        elif own.search(path):
             problems.append(
                 Problem(
                     f"tensor {key!r} in {ref.file} has no ending that weft knows",
@@ -174,13 +176,20 @@ def _entries(
         else:
             replaced.append((path, ref))
     if method:
+        endings = {role: ending for ending, role in method.SUFFIXES.items()}
         read_all = [
-            _method_entries(Module(m, r, shared, config), method) for m, r in modules.items()
+            _method_entries(Module(m, r, shared, config, endings), method)
+            for m, r in modules.items()
         ]
     else:
         read_all = [lora.read(modules, config)]
     entries = [entry for found, _ in read_all for entry in found]
     problems += [problem for _, wrong in read_all for problem in wrong]
+    used = {ref for entry in entries for _, ref in entry.tensors}
+    if idle := [key for key, ref in tensors.items() if key in shared_keys and ref not in used]:
+        problems = problems or [
+            Problem(f"no module of the adapter has a use for {', '.join(idle)}")
+        ]
     copies, wrong = _saved_twice(replaced)
     problems += wrong
     entries += [_replacement(path, ref, config) for path, ref in replaced if path not in copies]

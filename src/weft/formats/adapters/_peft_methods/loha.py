@@ -6,7 +6,8 @@ from typing import TYPE_CHECKING
 
 from weft.core.errors import Problem
 from weft.core.specs import AdapterEntry
-from weft.formats.adapters._peft_config import scaling_of
+from weft.formats.adapters._peft_config import rank_problem, scaling_of
+from weft.formats.adapters._peft_methods._forms import NUMBER, one_of
 
 if TYPE_CHECKING:
     from weft.formats.adapters._peft_methods import Module
@@ -17,14 +18,21 @@ FIELDS = frozenset(
     {"r", "alpha", "rank_pattern", "alpha_pattern", "rank_dropout", "module_dropout"}
     | {"use_effective_conv2d", "init_weights"}
 )
+FORMS = {"alpha": NUMBER, "init_weights": one_of()}
 
 
 def read(module: Module) -> list[AdapterEntry] | Problem:
-    names = ("w1_a", "w1_b", "w2_a", "w2_b")
-    if missing := [name for name in names if name not in module.tensors]:
-        return Problem(f"module {module.name!r} in {module.file} lacks hada_{missing[0]}")
-    rank = module.tensors["w1_b"].shape[0]
-    scaling = scaling_of(module.name, rank, {**module.config, "lora_alpha": module.config["alpha"]})
+    if "t1" in module.tensors or "t2" in module.tensors:
+        patterns = {"w1_a": "r out", "w1_b": "r in", "t1": "r r ..."}
+        patterns |= {"w2_a": "r out", "w2_b": "r in", "t2": "r r ..."}
+    else:
+        patterns = {"w1_a": "out r", "w1_b": "r in", "w2_a": "out r", "w2_b": "r in"}
+    sizes = module.sizes(**patterns)
+    if isinstance(sizes, Problem):
+        return sizes
+    if wrong := rank_problem(module.name, module.file, sizes["r"], module.config):
+        return wrong
+    scaling = scaling_of(module.name, sizes["r"], module.config, "alpha")
     if isinstance(scaling, Problem):
         return scaling
-    return [AdapterEntry(module.name, "weight", "loha", tuple(module.tensors.items()), scaling)]
+    return [AdapterEntry(module.name, "weight", "loha", module.only(patterns), scaling)]
