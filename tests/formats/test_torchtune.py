@@ -11,7 +11,7 @@ from safetensors.torch import save_file
 
 import weft
 from weft.cli.show import inspection_as_text
-from weft.core.errors import FormatError, NotFound, PlanError, Unsupported
+from weft.core.errors import FormatError, NotFound, PlanError
 from weft.formats.adapters import formats, open_adapter
 
 if TYPE_CHECKING:
@@ -118,7 +118,7 @@ def test_malformed_files(folder: Path) -> None:
         open_adapter(write(folder, {}), "a")
     with pytest.raises(FormatError, match="lora_alpha = 'x'"):
         read(folder, lora_alpha="x")
-    with pytest.raises(Unsupported, match="is a IA3 adapter"):
+    with pytest.raises(FormatError, match="says peft_type IA3, and torchtune trains LORA"):
         read(folder, peft_type="IA3")
 
 

@@ -51,10 +51,8 @@ def orientations(
 
     A square W fits both. A may have the axes of a kernel, or one for all of them.
     """
-    A, B = shapes["A"], shapes["B"]
+    A, B = factor_shapes(shapes, params)
     fitting = []
-    if params.get("factors_transposed"):
-        A, B = A[::-1], B[::-1]
     if A[0] == B[1] and weight[:1] == B[:1] and A[1:] in (weight[1:], (math.prod(weight[1:]),)):
         fitting.append(False)
     if A[0] == B[1] and weight == (A[1], B[0]) and len(A) == 2:
@@ -64,10 +62,10 @@ def orientations(
     return tuple(fitting)
 
 
-def outputs_and_inputs(shapes: Mapping[str, Shape], params: Mapping[str, Param]) -> tuple[int, int]:
-    if params.get("factors_transposed"):
-        return shapes["B"][1], shapes["A"][0]
-    return shapes["B"][0], shapes["A"][1]
+def factor_shapes(shapes: Mapping[str, Shape], params: Mapping[str, Param]) -> tuple[Shape, Shape]:
+    """Those of A (r, in…) and B (out, r, 1…)."""
+    A, B = shapes["A"], shapes["B"]
+    return (A[::-1], B[::-1]) if params.get("factors_transposed") else (A, B)
 
 
 def in_halves(rows: Tensor, delta: Delta) -> Tensor:

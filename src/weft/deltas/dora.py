@@ -39,7 +39,7 @@ class State:
 def orientations(
     shapes: Mapping[str, Shape], params: Mapping[str, Param], weight: Shape
 ) -> tuple[bool, ...]:
-    outputs, _ = _low_rank.outputs_and_inputs(shapes, params)
+    outputs = _low_rank.factor_shapes(shapes, params)[1][0]
     # PEFT ≤ 0.8-style files and convolutions keep axes of size 1; only the count matters.
     if (
         max(shapes["magnitude"], default=0) != outputs

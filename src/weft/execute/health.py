@@ -49,8 +49,9 @@ def examine(adapter: Adapter, weight: float = 1) -> tuple[list[Problem], list[st
                 values = _values(ref, files, workspace)
                 problems += _not_finite(ref, values)
                 zero = zero or not bool(values.count_nonzero())
+                low_rank = entry.kind in ("lora", "dora")
                 turned = {"transposed", "factors_transposed"} & dict(entry.params).keys()
-                if role == "B" and entry.kind in ("lora", "dora") and not turned:
+                if role == "B" and low_rank and not turned:
                     shares.append((int(values.any(dim=1).count_nonzero()), values.shape[0]))
             silent += zero and entry.kind in _SILENT
     finally:

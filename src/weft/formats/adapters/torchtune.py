@@ -67,6 +67,9 @@ def read(path: Path, given: str) -> Adapter:
         )
     config, source = read_json_source(folder / CONFIG)
     check(config, given, folder / CONFIG)
+    if config["peft_type"] != "LORA":
+        kind = clean(config["peft_type"])
+        raise FormatError(f"{folder / CONFIG} says peft_type {kind}, and torchtune trains LORA")
     header = read_header(file)
     tensors = {ref.name: ref for ref in header.tensors}
     if not tensors:
@@ -80,7 +83,7 @@ def read(path: Path, given: str) -> Adapter:
         given=given,
         folder=str(folder),
         sources=(header.source, source),
-        kind=str(config["peft_type"]),
+        kind="LORA",
         entries=tuple(entries),
         tensors=tensors,
         config=config,
@@ -154,7 +157,7 @@ def _entry(
     magnitude = roles.get("magnitude")
     if magnitude and magnitude.shape != B.shape[:1]:
         return Problem(f"module {name!r} in {file}: {shapes}; magnitude has not the rows of lora_b")
-    if problem := rank_problem(module, A.file, A.shape[0], config):
+    if problem := rank_problem(module, file, A.shape[0], config):
         return problem
     scaling = scaling_of(module, A.shape[0], config)
     if isinstance(scaling, Problem):
