@@ -24,6 +24,7 @@ format: $(VENV)/.dev
 # Builds the models and the peers' environments under .bench/ the first time; about 8 GB of disk.
 bench: $(VENV)/.dev
 	$(BIN)/python benchmarks/merge.py --size 1b --rounds 5 --memory-8b
+	$(BIN)/python benchmarks/kinds.py
 
 clean:
 	rm -rf $(VENV) .bench .pytest_cache .mypy_cache .ruff_cache .hypothesis dist

@@ -18,7 +18,7 @@ import weft
 from weft.api import parse_weighted
 from weft.core.blocks import BLOCK, STRIP
 from weft.core.errors import WeftError
-from weft.core.names import match
+from weft.core.names import Match, match
 from weft.core.units import parse_size, show_size
 
 if TYPE_CHECKING:
@@ -330,9 +330,14 @@ def test_match_finds_the_prefix(names: set[str], prefix: str) -> None:
     longer = {f"{prefix}.{short}": short for short in names}
     taken, put = match(longer, names), match(names, longer)
     assert taken.names == longer
-    assert taken.edits == {(f"{prefix}.", ""): len(names)}
+    assert counts(taken) == {(f"{prefix}.", ""): len(names)}
     assert put.names == {short: long for long, short in longer.items()}
-    assert put.edits == {("", f"{prefix}."): len(names)}
+    assert counts(put) == {("", f"{prefix}."): len(names)}
+
+
+def counts(found: Match) -> dict[tuple[str, str], int]:
+    """Edits, and the moves of a part of the model, which are edits that are told otherwise."""
+    return found.edits | {change: len(names) for change, names in found.moves.items()}
 
 
 # ----------------------------------------------------------------------------------------- units

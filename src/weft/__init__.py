@@ -8,16 +8,28 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from weft.api import MergePlan, MergeReport, inspect, merge, plan_merge
     from weft.core.errors import WeftError
+    from weft.diagnosis import Diagnosis, doctor
 
 _HOMES = {
+    "Diagnosis": "weft.diagnosis",
     "MergePlan": "weft.api",
     "MergeReport": "weft.api",
     "WeftError": "weft.core.errors",
+    "doctor": "weft.diagnosis",
     "inspect": "weft.api",
     "merge": "weft.api",
     "plan_merge": "weft.api",
 }
-__all__ = ["MergePlan", "MergeReport", "WeftError", "inspect", "merge", "plan_merge"]
+__all__ = [
+    "Diagnosis",
+    "MergePlan",
+    "MergeReport",
+    "WeftError",
+    "doctor",
+    "inspect",
+    "merge",
+    "plan_merge",
+]
 
 
 def __getattr__(name: str) -> Any:

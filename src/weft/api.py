@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -20,11 +20,12 @@ from weft.core.errors import NumericsError, OutputError, PlanError, Problem, Wef
 from weft.formats import checkpoint as checkpoints
 from weft.formats.adapters import is_adapter, open_adapter
 from weft.formats.hub import resolve
+from weft.formats.identity import identify
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Mapping, Sequence
 
-    from weft.core.specs import Adapter, Checkpoint, Plan
+    from weft.core.specs import Adapter, Checkpoint, Plan, Receipt
     from weft.plan.preflight import Work
     from weft.write.manifest import Totals
 
@@ -42,7 +43,7 @@ class MergePlan:
     """What `merge` would do: the plan, its size, and what the adapters' numbers give rise to."""
 
     inputs: Inputs
-    plan: Plan
+    plan: Plan = field(repr=False)
     work: Work
     warnings: tuple[str, ...]
 
@@ -64,7 +65,7 @@ class MergeReport:
     totals: Totals
     seconds: float
     resumed: int
-    manifest: dict[str, Any]
+    manifest: dict[str, Any] = field(repr=False)
     warnings: tuple[str, ...]
 
 
@@ -75,10 +76,13 @@ def merge(
     output: str | Path,
     dtype: str | None = None,
     max_shard_size: str | int | None = None,
+    expert_layout: str | None = None,
+    init_adapter: str | Path | None = None,
     threads: int | None = None,
     device: str = "cpu",
     force: bool = False,
     resume: bool = False,
+    strict: bool = False,
     revision: str | None = None,
     cache_dir: str | None = None,
     command: str | None = None,
@@ -92,10 +96,15 @@ def merge(
         output: Folder to create.
         dtype: `bfloat16`, `float16` or `float32`; None keeps each tensor's own.
         max_shard_size: Such as `5GB`; None keeps the base's shards.
+        expert_layout: `rank_major` or `grouped_by_expert`, how `lora_B` of fused experts is laid
+            out; None goes by the adapter's config, which without a word means `rank_major`.
+        init_adapter: The adapter as it was before training, where PiSSA, OLoRA, CorDA or LoRA-GA
+            moved the base; `none` says that `base` is what they, or LoftQ, left.
         threads: None takes what affinity and cgroup allow.
         device: `cpu`, `cuda` or `cuda:1`, where the arithmetic is done.
         force: Replace an output that is there already.
         resume: Finish an interrupted run.
+        strict: Refuse adapters whose keys need repair, in place of reading them as they were meant.
         revision: Of the base on the hub.
         cache_dir: The hub's cache, in place of HF_HOME's.
         command: What the card and the manifest quote; None writes the Python call.
@@ -106,8 +115,8 @@ def merge(
     """
     from weft.execute import threads as executor
     from weft.write.card import card
-    from weft.write.checkpoint import MANIFEST, CheckpointSink
-    from weft.write.manifest import manifest, to_text, totals
+    from weft.write.checkpoint import CheckpointSink
+    from weft.write.manifest import NAME, manifest, to_text, totals
 
     begin = time.perf_counter()
     place = executor.pick_device(device)
@@ -117,8 +126,11 @@ def merge(
         adapters,
         dtype=dtype,
         max_shard_size=max_shard_size,
+        expert_layout=expert_layout,
+        init_adapter=init_adapter,
         threads=count,
         device=device,
+        strict=strict,
         revision=revision,
         cache_dir=cache_dir,
     )
@@ -136,9 +148,11 @@ def merge(
         except NumericsError:
             sink.discard()  # another run on these inputs ends the same way
             raise
-        command = command or _call(made.inputs, output, dtype, max_shard_size, revision)
+        command = command or _call(
+            made.inputs, output, dtype, max_shard_size, expert_layout, init_adapter, revision
+        )
         sums = totals(plan, sink.receipts)
-        warnings = (*made.warnings, *_weak(sums, plan))
+        warnings = (*made.warnings, *_doubtful(sums, plan, sink.receipts))
         content = manifest(
             plan,
             sink.receipts,
@@ -150,9 +164,11 @@ def merge(
         )
         inputs = made.inputs
         readme = card(inputs.base, inputs.adapters, sums, command=command, version=version("weft"))
-        sink.commit({"README.md": readme, MANIFEST: to_text(content)}, lambda: _unchanged(plan))
+        sink.commit({"README.md": readme, NAME: to_text(content)}, lambda: _unchanged(plan))
     finally:
         sink.close()
+    for folder in sink.leftovers():
+        on_event(events.Noted(f"{folder} is left of a model that was replaced: remove it"))
     return MergeReport(Path(output), sums, time.perf_counter() - begin, resumed, content, warnings)
 
 
@@ -163,10 +179,13 @@ def plan_merge(
     output: str | Path | None = None,
     dtype: str | None = None,
     max_shard_size: str | int | None = None,
+    expert_layout: str | None = None,
+    init_adapter: str | Path | None = None,
     threads: int | None = None,
     device: str = "cpu",
     force: bool = False,
     resume: bool = False,
+    strict: bool = False,
     revision: str | None = None,
     cache_dir: str | None = None,
 ) -> MergePlan:
@@ -181,22 +200,37 @@ def plan_merge(
     from weft.plan.preflight import measure
     from weft.write.checkpoint import check_output
 
+    if expert_layout not in (None, "rank_major", "grouped_by_expert"):
+        raise WeftError(
+            f"unknown expert layout {expert_layout!r}", "one of rank_major, grouped_by_expert"
+        )
     executor.pick_device(device)
     threads = executor.pick_threads(threads)
     kind = dtypes.parse(dtype) if dtype else None
     size = None if max_shard_size is None else units.parse_size(str(max_shard_size))
     inputs = open_inputs(base, adapters, revision=revision, cache_dir=cache_dir)
-    problems: list[Problem] = []
+    initial, problems = _initial(init_adapter, cache_dir)
     warnings: list[str] = []
-    for adapter, _ in inputs.adapters:
-        found, said = examine(adapter)
+    for adapter, weight in inputs.adapters:
+        found, said = examine(adapter, weight)
         problems += found
         warnings += said
     made: Plan | None = None
     try:
-        made = plan(inputs.base, inputs.adapters, dtype=kind, max_shard_size=size)
+        made = plan(
+            inputs.base,
+            inputs.adapters,
+            dtype=kind,
+            max_shard_size=size,
+            expert_layout=expert_layout,
+            initial=initial,
+            base_is_residual=str(init_adapter) == "none",
+        )
     except PlanError as error:
         problems += error.problems
+    if strict and made is not None:
+        hint = "without --strict it is read so; weft doctor --fix writes it so"
+        problems += [Problem(f"{repair}", hint) for repair in made.repairs]
     if problems or made is None:
         subject = " + ".join([inputs.base.given, *(a.given for a, _ in inputs.adapters)])
         raise PlanError(subject, problems)
@@ -204,6 +238,22 @@ def plan_merge(
         check_output(Path(output), made, force=force, resume=resume)
     work = measure(made, threads)
     return MergePlan(inputs, made, work, (*warnings, *made.warnings))
+
+
+def _initial(
+    given: str | Path | None, cache_dir: str | None
+) -> tuple[Adapter | None, list[Problem]]:
+    """The adapter as it was before training, and what is wrong with it."""
+    from weft.execute.health import examine
+
+    if given is None or str(given) == "none":
+        return None, []
+    adapter = open_adapter(resolve(str(given), cache_dir=cache_dir), str(given))
+    problems, warnings = examine(adapter)
+    if warnings:
+        what = f"{given} is zero, so no initialisation that moves the base wrote it: {warnings[0]}"
+        problems.append(Problem(what, "save the adapter before the first step of the training"))
+    return adapter, problems
 
 
 def open_inputs(
@@ -267,13 +317,18 @@ def inspect(
 ) -> Checkpoint | Adapter:
     """What a file or folder is: a base model or an adapter, from its headers and configs.
 
+    Of a model that weft wrote, `origin` says from what, if its manifest is of these tensors.
+
     Raises:
         WeftError: Neither, or malformed.
     """
     folder = resolve(str(path), revision=revision, cache_dir=cache_dir)
     if is_adapter(folder) and not checkpoints.has_weights(folder):
         return open_adapter(folder, str(path))
-    return checkpoints.open_checkpoint(folder, str(path))
+    from weft.write.manifest import origin
+
+    found = checkpoints.open_checkpoint(folder, str(path))
+    return replace(found, origin=origin(found))
 
 
 def _named_base(adapters: Sequence[tuple[Adapter, float]]) -> str:
@@ -301,32 +356,65 @@ def _size(jobs: Sequence[Any]) -> int:
 def _unchanged(plan: Plan) -> None:
     for entry in plan.inputs:
         path = Path(entry.path)
-        if not path.exists() or checkpoints.identify(path) != entry.identity:
+        if not path.exists() or identify(path) != entry.identity:
             raise OutputError(
                 f"{entry.path} changed while it was being read", "run again with --force"
             )
 
 
-def _weak(sums: Totals, plan: Plan) -> list[str]:
+def _doubtful(sums: Totals, plan: Plan, receipts: Mapping[str, Receipt]) -> list[str]:
     """Warnings that only the result can give cause for."""
     warnings = []
-    if sums.targeted and not sums.changed:
+    if not sums.changed and not any(job.operation == "cast" for job in plan.jobs):
         warnings.append("the output equals the base: no element of any tensor changed")
-    if sums.survival is not None and sums.survival < 0.5:
-        narrow = ", ".join(sorted({job.dtype for job in plan.jobs if not job.is_copy}))
-        left = units.show_share(max(sums.survival, 0.0))
+    warnings += _too_large(plan, receipts)
+    narrow = ", ".join(sorted({job.dtype for job in plan.jobs if not job.is_copy}))
+    if sums.survival is not None and sums.survival < 0:
         warnings.append(
-            f"only {left} of the update is left after rounding to {narrow}: "
-            "--dtype float32 keeps all of it"
+            f"the update is smaller than the rounding of the weights themselves: writing them as "
+            f"{narrow} moves them {1 - sums.survival:.3g} times as far; --dtype float32 keeps all "
+            "of it"
+        )
+    elif sums.survival is not None and sums.survival < 0.5:
+        warnings.append(
+            f"only {units.show_survival(sums.survival)} of the update is left after rounding to "
+            f"{narrow}: --dtype float32 keeps all of it"
         )
     return warnings
 
 
-def _call(inputs: Inputs, output: str | Path, *options: str | int | None) -> str:
+# A new head, a trained bias or token may well outweigh what was there.
+_MAY_OUTWEIGH = {"replace", "trainable_tokens", "lora_bias"}
+
+
+def _too_large(plan: Plan, receipts: Mapping[str, Receipt]) -> list[str]:
+    """Updates that outweigh what they update, as no training makes them."""
+    found = [
+        (receipts[job.name].relative or 0.0, job.name)
+        for job in plan.jobs
+        if _MAY_OUTWEIGH.isdisjoint(job.operation.split(" + "))
+    ]
+    found = [(relative, name) for relative, name in found if relative > 1]
+    if not found:
+        return []
+    share, name = max(found)
+    others = f" and over 100 % in {len(found) - 1} more" if len(found) > 1 else ""
+    warning = (
+        f"‖ΔW‖ is {units.show_share(share)} of ‖W‖ in {name}{others}: more than training does; "
+        "check lora_alpha and r, the weight given to the adapter, and that this is its base"
+    )
+    return [warning]
+
+
+def _call(inputs: Inputs, output: str | Path, *options: str | int | Path | None) -> str:
     adapters = [
         a.given if weight == 1 else f"{a.given}:{weight:g}" for a, weight in inputs.adapters
     ]
-    names = ("dtype", "max_shard_size", "revision")
+    names = ("dtype", "max_shard_size", "expert_layout", "init_adapter", "revision")
     given = zip(names, options, strict=True)
-    extra = "".join(f", {name}={value!r}" for name, value in given if value is not None)
+    extra = "".join(f", {name}={_plain(value)!r}" for name, value in given if value is not None)
     return f"weft.merge({inputs.base.given!r}, {adapters!r}, output={str(output)!r}{extra})"
+
+
+def _plain(value: str | int | Path | None) -> str | int | None:
+    return str(value) if isinstance(value, Path) else value

@@ -264,7 +264,7 @@ def test_path_is_no_path(broken: Callable[[Path], None], here: Path) -> None:
 
 def test_files_instead_of_folders(here: Path) -> None:
     (here / "notes.txt").write_text("an adapter, some day")
-    for adapter in ("notes.txt", GOOD / "adapter/adapter_model.safetensors", os.devnull):
+    for adapter in ("notes.txt", GOOD / "base/model.safetensors", os.devnull):
         result = run("merge", GOOD / "base", adapter, "-o", "out")
         assert_refused(result, "no adapter in", Path(adapter).name)
     for base in ("notes.txt", os.devnull, GOOD / "base/config.json"):
@@ -278,7 +278,7 @@ def test_base_and_adapter_confused(here: Path) -> None:
     result = run("merge", GOOD / "base", GOOD / "base", "-o", "out")
     assert_refused(result, "is a base model, not an adapter", "good/base")
     result = run("merge", GOOD / "base", "-o", "out")
-    assert_refused(result, "is a base model, and no adapter is given")
+    assert_refused(result, "is no adapter (it has no adapter_config.json), and nothing else")
     assert list(here.iterdir()) == []
 
 

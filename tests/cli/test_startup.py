@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import pytest
 
 import weft
 from weft.cli.app import main
+from weft.core.specs import Checkpoint
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -191,7 +193,7 @@ def test_hints_name_the_command_that_was_given(command: str) -> None:
 # -------------------------------------------------------------------------------- stdout and stderr
 
 
-def one_object(out: str) -> dict[str, object]:
+def one_object(out: str) -> dict[str, Any]:
     """The only thing on stdout."""
     found = json.loads(out)  # raises if anything comes before or after it
     assert isinstance(found, dict)
@@ -206,13 +208,89 @@ def test_json_of_inspect() -> None:
         assert one_object(out)["kind"] == kind
 
 
+def test_inspect_of_what_weft_wrote(here: Path) -> None:
+    """From what, when, by which version, and how much of the update is in it."""
+    assert program("merge", GOOD / "base", GOOD / "adapter", GOOD / "adapter", "-o", "out")[0] == 0
+    manifest = json.loads((here / "out/weft.json").read_text())
+    survival = manifest["totals"]["survival"]
+    text = program("inspect", "out")[1].splitlines()[-2:]
+    assert text[0].startswith(f"merged by  weft 0.1.0 at {manifest['created']}, survival ")
+    assert text[1] == f"from       {GOOD}/base + {GOOD}/adapter + {GOOD}/adapter"
+    for path in ("out", "out/model.safetensors"):
+        assert json.loads(program("inspect", path, "--json")[1])["origin"] == {
+            "version": "0.1.0",
+            "created": manifest["created"],
+            "base": str(GOOD / "base"),
+            "adapters": [str(GOOD / "adapter")] * 2,
+            "survival": survival,
+            "command": manifest["command"],
+        }
+    assert json.loads(program("inspect", GOOD / "base", "--json")[1])["origin"] is None
+
+
+BROKEN = [
+    *("", "[]", "null", "{}", "{", '{"tensors": []}', '{"tensors": {}}', "[" * 100_000),
+    '{"tensors": {"layer.weight": 1, "other": 2}}',
+]
+
+
+@pytest.mark.parametrize("content", BROKEN, ids=lambda content: content[:50] or "nothing")
+def test_manifest_that_says_nothing(content: str, here: Path) -> None:
+    """Of another program, or broken: the model is what it is without it."""
+    shutil.copytree(GOOD / "base", here / "base")
+    (here / "base/weft.json").write_text(content)
+    found = weft.inspect(here / "base")
+    assert isinstance(found, Checkpoint)
+    assert found.origin is None
+
+
+@pytest.mark.parametrize(
+    ("place", "value"),
+    [
+        *(("tensors", {}), ("inputs", []), ("inputs", [1]), ("inputs", 1)),
+        *(("totals", None), ("totals", {"survival": "much"}), ("totals", {"survival": []})),
+        ("inputs", [{"role": [], "file": "x"}]),
+        ("inputs", [{"role": "base", "file": 1}]),
+    ],
+)
+def test_manifest_that_was_edited(place: str, value: object, here: Path) -> None:
+    weft.merge(GOOD / "base", GOOD / "adapter", output=here / "out")
+    path = here / "out/weft.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {place: value}))
+    found = weft.inspect(here / "out")
+    assert isinstance(found, Checkpoint)
+    assert found.origin is None
+
+
+def test_manifest_of_other_tensors(here: Path) -> None:
+    """Somebody has put other weights into the folder: they are not what weft merged."""
+    weft.merge(GOOD / "base", GOOD / "adapter", output=here / "out", dtype="bfloat16")
+    (here / "out/model.safetensors").write_bytes((GOOD / "base/model.safetensors").read_bytes())
+    found = weft.inspect(here / "out")
+    assert isinstance(found, Checkpoint)
+    assert found.origin is None
+
+
+@pytest.mark.parametrize("name", ["adapter_model.safetensors", "adapter_config.json"])
+def test_a_file_of_the_adapter_stands_for_it(name: str, here: Path) -> None:
+    for command in (["inspect"], ["inspect", "--json"]):
+        shown = program(*command, GOOD / "adapter" / name)
+        assert shown == program(*command, GOOD / "adapter")
+    code, _, err = program("merge", GOOD / "base", GOOD / "adapter" / name, "-o", "file")
+    assert code == 0, err
+    assert program(*MERGE)[0] == 0
+    one, other = (here / n / "model.safetensors" for n in ("file", "out"))
+    assert one.read_bytes() == other.read_bytes()
+
+
 def test_json_of_merge(here: Path) -> None:
     code, out, err = program(*MERGE, "--json")
     assert (code, err) == (0, "")
-    found, written = one_object(out), json.loads((here / "out/weft.json").read_text())
-    for content in (found, written):
-        content.pop("seconds")
-    assert written.items() <= found.items()
+    found = one_object(out)
+    assert set(found) == {"schema", "output", "seconds", "resumed", "manifest"}
+    assert (found["output"], found["resumed"]) == ("out", 0)
+    assert found["manifest"] == json.loads((here / "out/weft.json").read_text())
+    assert found["seconds"] >= found["manifest"]["seconds"]
 
 
 def test_json_of_dry_run(here: Path) -> None:
@@ -225,22 +303,29 @@ def test_json_of_dry_run(here: Path) -> None:
 
 def test_dry_run_and_merge_are_of_one_plan() -> None:
     planned = one_object(program(*MERGE, "--json", "--dry-run")[1])
-    done = one_object(program(*MERGE, "--json")[1])
+    done = one_object(program(*MERGE, "--json")[1])["manifest"]
     assert planned["plan"] == done["plan"]
-    assert set(planned["tensors"]) == set(done["tensors"])  # type: ignore[call-overload]
+    assert set(planned["tensors"]) == set(done["tensors"])
 
 
 def test_notes_and_quiet(here: Path) -> None:
     base = here / "base"
     base.mkdir()
-    (base / "model.safetensors").write_bytes((GOOD / "base/model.safetensors").read_bytes())
+    for name in ("model.safetensors", "config.json"):
+        (base / name).write_bytes((GOOD / "base" / name).read_bytes())
+    (base / "training.log").write_text("left out, which a note says")
     command = ["merge", base, GOOD / "adapter", "-o"]
     code, out, err = program(*command, "loud")
     assert code == 0
     assert "note: " in err
-    code, quiet, err = program(*command, "quiet", "-q")
-    assert (code, err) == (0, "")
-    assert len(quiet.splitlines()) == len(out.splitlines())
+    assert len(out.splitlines()) == 3
+    assert program(*command, "quiet", "-q") == (0, "", "")
+    assert (here / "quiet/weft.json").exists()
+    assert program(*command, "checked", "-q", "--dry-run") == (0, "", "")
+    for more in ([], ["--dry-run"]):
+        code, out, err = program(*command, "json", "-q", "--json", *more, "--force")
+        assert (code, err) == (0, "")
+        assert one_object(out)
 
 
 def test_quiet_keeps_warnings(here: Path) -> None:
@@ -252,8 +337,8 @@ def test_quiet_keeps_warnings(here: Path) -> None:
     base.mkdir()
     (base / "model.safetensors").write_bytes(header + struct.pack("<20f", *[1e30] * 20))
     command = ["merge", base, GOOD / "adapter", "-q"]
-    code, _, err = program(*command, "-o", "out")
-    assert code == 0
+    code, out, err = program(*command, "-o", "out")
+    assert (code, out) == (0, "")
     assert "warning: the output equals the base" in err
     assert "note: " not in err
 
@@ -297,3 +382,16 @@ def test_as_a_library_and_as_a_program(here: Path) -> None:
     assert one.read_bytes() == other.read_bytes()
     report = weft.merge(GOOD / "base", GOOD / "adapter", output=here / "again")
     assert report.totals.changed == 1
+
+
+def test_reprs_are_short(here: Path) -> None:
+    """For a notebook's last line: what it is, and not every tensor of it."""
+    report = weft.merge(GOOD / "base", GOOD / "adapter", output=here / "out")
+    plan = weft.plan_merge(GOOD / "base", GOOD / "adapter")
+    for found in (report, plan, plan.plan, weft.inspect(here / "out"), plan.inputs.adapters[0][0]):
+        text = repr(found).replace(str(GOOD), "").replace(str(here), "")
+        assert len(text) < 800
+        assert "TensorRef(" not in text
+        assert "'dtype'" not in text  # of the manifest
+    assert "survival=" in repr(report)
+    assert "Checkpoint(given=" in repr(plan)

@@ -15,19 +15,21 @@ from safetensors.torch import load_file, save_file
 import weft
 from weft.core.errors import FormatError, NotFound, Unsupported
 from weft.formats.checkpoint import (
+    describe_copied,
     describe_input,
     has_weights,
-    identify,
     open_checkpoint,
     read_json,
+    same_bytes,
 )
+from weft.formats.identity import identify
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
     from torch import Tensor
 
-    from weft.core.specs import Checkpoint
+    from weft.core.specs import Checkpoint, TensorRef
 
 CONFIG = {"architectures": ["LlamaForCausalLM"], "model_type": "llama", "vocab_size": 16}
 
@@ -251,6 +253,59 @@ def test_an_adapter_without_config_is_no_base(tmp_path: Path) -> None:
         open_checkpoint(tmp_path, "given")
 
 
+@pytest.mark.parametrize("name", ["adapter_model.safetensors", "x.safetensors", "adapter.bin"])
+@pytest.mark.parametrize("key", ["base_model.model.a.lora_A.weight", "a.lora_up.weight"])
+def test_a_file_of_adapter_weights_is_no_base(key: str, name: str, tmp_path: Path) -> None:
+    """Whatever it is called: merging into factors would make a file that is nothing."""
+    save = save_bin if name.endswith(".bin") else save_file
+    save({key: torch.ones(1)}, tmp_path / name)
+    with pytest.raises(NotFound, match=rf"{name} is adapter weights, not a base") as error:
+        open_checkpoint(tmp_path / name, "given")
+    assert "no adapter_config.json beside it" in str(error.value)
+    as_json(tmp_path / "adapter_config.json", {})
+    with pytest.raises(NotFound, match=rf"{name} is adapter weights, not a base") as error:
+        open_checkpoint(tmp_path / name, "given")
+    assert error.value.hint == f"give its folder, {tmp_path}"
+
+
+def test_a_base_with_factors_of_its_own(tmp_path: Path) -> None:
+    """Some architectures have low-rank parts; a checkpoint of them has other tensors, too."""
+    save_file({"w_lora_a": torch.ones(1), "head": torch.ones(1)}, tmp_path / "x.safetensors")
+    assert len(open_checkpoint(tmp_path / "x.safetensors", "given").tensors) == 2
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("tokenizer.json", b'{"version": "1.0"}'),
+        ("tokenizer.model", b"\n\x0e\n\x05<unk>"),
+        ("README.md", b"# A model"),
+        ("empty.txt", b""),
+    ],
+)
+def test_a_file_that_is_no_weights(name: str, content: bytes, tmp_path: Path) -> None:
+    """Not a broken file of torch: something else."""
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(FormatError, match=rf"{name} is not weights: ") as error:
+        open_checkpoint(tmp_path / name, "given")
+    assert "torch file" not in str(error.value)
+    assert "folder" in str(error.value.hint)
+
+
+def test_a_gguf_file(tmp_path: Path) -> None:
+    (tmp_path / "model-Q4_K.gguf").write_bytes(b"GGUF\3\0\0\0")
+    with pytest.raises(Unsupported, match=r"model-Q4_K\.gguf is a GGUF file"):
+        open_checkpoint(tmp_path / "model-Q4_K.gguf", "given")
+
+
+@pytest.mark.parametrize("save", [save_bin, save_old_bin])
+def test_torch_files_of_any_name(
+    save: Callable[[dict[str, Tensor], Path], None], tmp_path: Path
+) -> None:
+    save(weights(), tmp_path / "model.ckpt")
+    assert_equal(load(open_checkpoint(tmp_path / "model.ckpt", "given")), weights())
+
+
 def test_shards_without_index(tmp_path: Path) -> None:
     folder = LAYOUTS["safetensors-shards"](tmp_path / "base")
     (folder / "model.safetensors.index.json").unlink()
@@ -343,9 +398,11 @@ def test_no_config(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("content", "says"),
     [
-        (b"", "is not JSON"),
-        (b"{", "is not JSON"),
-        (b"\xff\xfe{}", "is not JSON"),
+        (b"", "is not JSON: it is empty"),
+        (b"{", "is not JSON: line 1, column 2: Expecting property name"),
+        (b'{"a": 1,\n "b": 2\n "c": 3}', "is not JSON: line 3, column 2: Expecting ','"),
+        (b"<html>", "is not JSON: line 1, column 1: Expecting value"),
+        (b'{"a": "\xff"}', "is not JSON: byte 7 is not UTF-8"),
         (b"[]", "is a JSON list"),
         (b"7", "is a JSON int"),
         (b"null", "is a JSON NoneType"),
@@ -359,12 +416,24 @@ def test_read_json(content: bytes, says: str, tmp_path: Path) -> None:
         read_json(tmp_path / "it.json")
     assert "it.json" in str(error.value)
     assert len(str(error.value).splitlines()) == 1
+    assert error.value.hint == "correct it there, or save or download the file again"
 
 
 def test_read_json_that_is_not_there(tmp_path: Path) -> None:
     for path in (tmp_path, tmp_path / "nowhere.json"):
         with pytest.raises(FormatError, match="cannot read"):
             read_json(path)
+
+
+@pytest.mark.parametrize("broken", ["base/config.json", "adapter/adapter_config.json"])
+def test_broken_configs(broken: str, tmp_path: Path) -> None:
+    """Where in the file, and what to do."""
+    LAYOUTS["safetensors"](tmp_path / "base")
+    (tmp_path / "adapter").mkdir()
+    (tmp_path / broken).write_text('{\n  "r": 8,\n}')
+    with pytest.raises(FormatError, match=rf"{broken} is not JSON: line \d, column \d") as error:
+        weft.inspect((tmp_path / broken).parent)
+    assert "download the file again" in str(error.value.hint)
 
 
 def change_time(path: Path) -> None:
@@ -410,12 +479,109 @@ def test_identity_changes_with_the_file(change: Callable[[Path], None], tmp_path
 
 def test_describe_input(tmp_path: Path) -> None:
     folder = LAYOUTS["safetensors"](tmp_path / "base")
-    weight, config = (
-        describe_input("base", folder / n) for n in ("model.safetensors", "config.json")
-    )
-    assert (weight.role, weight.path) == ("base", str(folder / "model.safetensors"))
-    assert weight.size == (folder / "model.safetensors").stat().st_size
+    weight, config = sources = open_checkpoint(folder, "given").sources
+    entry = describe_input("base", weight)
+    assert (entry.role, entry.path) == ("base", str(folder / "model.safetensors"))
+    assert entry.size == (folder / "model.safetensors").stat().st_size
+    assert entry.content is None
+    assert describe_input("base", config).content == config.header  # of the whole file
+    assert describe_input("base", config).header is None
     change_content(folder / "model.safetensors")
-    assert describe_input("base", folder / "model.safetensors").header == weight.header
-    change_content(folder / "config.json")
-    assert describe_input("base", folder / "config.json").header != config.header
+    as_json(folder / "config.json", CONFIG | {"vocab_size": 17})
+    again = open_checkpoint(folder, "given").sources
+    assert [one.header == other.header for one, other in zip(sources, again, strict=True)] == [
+        *(True, False)
+    ]
+    assert not {source.identity for source in sources} & {source.identity for source in again}
+
+
+def test_an_adapters_file_that_changed_is_not_hashed(tmp_path: Path) -> None:
+    """Its hash would be of other values than those of the header that was read."""
+    name = "model.safetensors"
+    folder = LAYOUTS["safetensors"](tmp_path / "base")
+    sources = {Path(s.path).name: s for s in open_checkpoint(folder, "given").sources}
+    time.sleep(0.02)
+    change_file(folder / name)
+    with pytest.raises(FormatError, match=rf"{name} changed while it was being read"):
+        describe_input("adapter 1", sources[name])
+    (folder / name).unlink()
+    with pytest.raises(FormatError, match=rf"cannot read .*{name}"):
+        describe_input("adapter 1", sources[name])
+
+
+@pytest.mark.parametrize("layout", ["safetensors", "bin", "bin-legacy", "safetensors-shards"])
+def test_identity_is_of_the_file_that_was_read(layout: str, tmp_path: Path) -> None:
+    """Another file of the same header that takes its name afterwards is another file."""
+    folder = LAYOUTS[layout](tmp_path / "base")
+    for source in open_checkpoint(folder, "given").sources:
+        path = Path(source.path)
+        assert source.identity == identify(path)
+        change_file(path)
+        assert source.identity != identify(path)
+
+
+# -------------------------------------------------------------------------------------------- bytes
+
+
+def refs_of(path: Path, **values: Tensor) -> dict[str, TensorRef]:
+    save_file(values, path)
+    return open_checkpoint(path, "given").tensors
+
+
+@pytest.mark.parametrize("place", [0, 2**20, 2**22 + 1, 2**22 + 4095])
+def test_same_bytes(place: int, tmp_path: Path) -> None:
+    """Over several blocks, with the one difference in any of them."""
+    one = torch.zeros(2**22 + 4096, dtype=torch.uint8)
+    other = one.clone()
+    other[place] = 1
+    refs = refs_of(tmp_path / "x.safetensors", one=one, same=one.clone(), other=other)
+    assert same_bytes(refs["one"], refs["same"])
+    assert same_bytes(refs["one"], refs["one"])
+    assert not same_bytes(refs["one"], refs["other"])
+
+
+def test_same_bytes_wants_the_same_kind(tmp_path: Path) -> None:
+    refs = refs_of(
+        tmp_path / "x.safetensors",
+        one=torch.zeros(4),
+        shape=torch.zeros(2, 2),
+        dtype=torch.zeros(4, dtype=torch.int32),
+    )
+    assert not same_bytes(refs["one"], refs["shape"])
+    assert not same_bytes(refs["one"], refs["dtype"])
+
+
+def bytes_read() -> int:
+    """What this process has read so far, by the kernel's count."""
+    path = Path("/proc/self/io")
+    if not path.exists():
+        pytest.skip("no /proc")
+    return int(path.read_text().split()[1])
+
+
+def test_same_bytes_stops_at_the_first_difference(tmp_path: Path) -> None:
+    """An embedding and a head that are not tied differ at once: gigabytes need not be read."""
+    one = torch.zeros(2**26, dtype=torch.uint8)
+    other = one.clone()
+    other[0] = 1
+    refs = refs_of(tmp_path / "x.safetensors", one=one, other=other)
+    before = bytes_read()
+    assert not same_bytes(refs["one"], refs["other"])
+    assert bytes_read() - before < 2**25
+
+
+def test_same_bytes_of_a_file_that_became_shorter(tmp_path: Path) -> None:
+    refs = refs_of(tmp_path / "x.safetensors", one=torch.zeros(64), other=torch.zeros(64))
+    os.truncate(tmp_path / "x.safetensors", 100)
+    with pytest.raises(FormatError, match="became shorter while it was being read"):
+        same_bytes(refs["one"], refs["other"])
+
+
+def test_describe_input_that_is_copied(tmp_path: Path) -> None:
+    """Whatever is in it: all of it counts."""
+    folder = LAYOUTS["safetensors"](tmp_path / "base")
+    before = describe_copied("base", folder / "model.safetensors")
+    change_content(folder / "model.safetensors")
+    after = describe_copied("base", folder / "model.safetensors")
+    assert before.header is None
+    assert before.content != after.content

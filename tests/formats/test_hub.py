@@ -1,13 +1,20 @@
-"""`org/name@revision` from the hub's cache, laid out by hand, without a network."""
+"""`org/name@revision`: from the hub's cache, laid out by hand, and from a hub of one's own."""
 
 from __future__ import annotations
 
 import hashlib
 import json
 import os
+import socket
 import subprocess
 import sys
+import threading
+import time
+from contextlib import closing
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from typing import TYPE_CHECKING
+from urllib.parse import unquote
 
 import huggingface_hub.constants
 import pytest
@@ -17,7 +24,10 @@ from safetensors.torch import save_file
 import weft
 from weft.core.errors import NotFound, WeftError
 from weft.formats.checkpoint import open_checkpoint
-from weft.formats.hub import resolve
+from weft.formats.hub import resolve, wanted
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
 
 OLD, NEW = "0" * 39 + "1", "0" * 39 + "2"
 KEY = "base_model.model.layer"
@@ -112,7 +122,7 @@ def test_revision_in_the_name_comes_first(filled: Path) -> None:
 
 @pytest.mark.parametrize("given", ["org/base@v9", "org/base@" + "3" * 40])
 def test_revision_that_is_not_cached(given: str, filled: Path) -> None:
-    with pytest.raises(NotFound, match=f"{given}.* cache has no copy") as error:
+    with pytest.raises(NotFound, match=f"{given}.*offline mode.* cache has no whole copy") as error:
         resolve(given)
     assert "download it first" in str(error.value.hint)
 
@@ -261,11 +271,207 @@ def test_not_cached(tmp_path: Path) -> None:
         assert (code, out) == (2, "")
         error, hint = err.splitlines()
         assert error.startswith("error: no such file or folder: org/missing@v2")
-        assert "its cache has no copy" in error
+        assert "its cache has no whole copy" in error
         assert hint.startswith("hint: ")
         assert "--cache-dir" in hint
         assert "HF_HOME" in hint
     assert not (tmp_path / "out").exists()
+
+
+# ------------------------------------------------------------------------------- a hub of one's own
+
+
+class Hub(ThreadingHTTPServer):
+    """What the client asks of the hub for a download, answered from a dictionary.
+
+    Attributes:
+        repos: Name -> file -> content.
+        gated: Repositories that anybody may see and nobody may download.
+        fetched: The files that were downloaded.
+    """
+
+    def __init__(self) -> None:
+        super().__init__(("127.0.0.1", 0), Answers)
+        self.repos: dict[str, dict[str, bytes]] = {}
+        self.gated: set[str] = set()
+        self.fetched: list[str] = []
+        self.url = f"http://127.0.0.1:{self.server_address[1]}"
+
+
+class Answers(BaseHTTPRequestHandler):
+    server: Hub
+
+    def do_HEAD(self) -> None:
+        path = unquote(self.path.partition("?")[0]).strip("/")
+        if path.startswith("api/models/"):
+            _, _, org, name, *rest = path.split("/")
+            self._about(f"{org}/{name}", rest)
+        else:
+            org, name, _, _, file = path.split("/", 4)
+            self._file(f"{org}/{name}", file)
+
+    def do_GET(self) -> None:
+        self.do_HEAD()
+
+    def log_message(self, *_: object) -> None:
+        """Nothing on stderr."""
+
+    def _about(self, repo: str, rest: list[str]) -> None:
+        files = self.server.repos.get(repo)
+        if files is None:
+            self._answer(404, {"X-Error-Code": "RepoNotFound"})
+        elif rest[:1] == ["revision"] and rest[1:] != ["main"]:
+            self._answer(404, {"X-Error-Code": "RevisionNotFound"})
+        elif rest[:1] == ["tree"]:
+            tree = [{"type": "file", "path": n, "size": len(c)} for n, c in files.items()]
+            self._answer(200, {}, json.dumps([t | {"oid": "0" * 40} for t in tree]).encode())
+        else:
+            siblings = [{"rfilename": name} for name in files]
+            found = {"id": repo, "sha": NEW, "siblings": siblings, "tags": []}
+            self._answer(200, {}, json.dumps(found | {"downloads": 0, "likes": 0}).encode())
+
+    def _file(self, repo: str, file: str) -> None:
+        if repo in self.server.gated:
+            self._answer(403, {"X-Error-Code": "GatedRepo"})
+            return
+        content = self.server.repos[repo][file]
+        if self.command == "GET":
+            self.server.fetched.append(file)
+        etag = f'"{hashlib.sha256(content).hexdigest()}"'
+        self._answer(200, {"X-Repo-Commit": NEW, "ETag": etag}, content)
+
+    def _answer(self, status: int, headers: dict[str, str], content: bytes = b"") -> None:
+        self.send_response(status)
+        for name, value in (headers | {"Content-Length": str(len(content))}).items():
+            self.send_header(name, value)
+        self.end_headers()
+        if self.command == "GET":
+            self.wfile.write(content)
+
+
+@pytest.fixture
+def hub() -> Iterator[Hub]:
+    with Hub() as server:
+        thread = threading.Thread(target=server.serve_forever, args=(0.01,))
+        thread.start()
+        yield server
+        server.shutdown()
+        thread.join()
+
+
+def online(hub: Hub, *arguments: str | Path, home: Path) -> tuple[int, str, str]:
+    settings = {"HF_HUB_OFFLINE": "0", "HF_ENDPOINT": hub.url, "HF_HUB_DISABLE_XET": "1"}
+    return program(*arguments, HF_HOME=home, HF_HUB_DISABLE_PROGRESS_BARS="1", **settings)
+
+
+def test_download(hub: Hub, tmp_path: Path) -> None:
+    """One copy of the weights, and what belongs beside it; then all of it again from the cache."""
+    files = base_files(3, tmp_path) | {"tokenizer.json": b"{}"}
+    more = ("pytorch_model.bin", "consolidated.safetensors", "original/model.safetensors")
+    hub.repos["org/base"] = files | dict.fromkeys((*more, "onnx/config.json", "x.gguf"), b"x")
+    code, out, err = online(hub, "inspect", "org/base", "--json", home=tmp_path / "home")
+    assert code == 0, err
+    assert json.loads(out)["path"].endswith(NEW)
+    assert sorted(hub.fetched) == sorted(files)
+    again = program("inspect", "org/base", "--json", HF_HOME=tmp_path / "home")
+    assert again == (0, out, "")
+
+
+def test_what_the_hub_refuses(hub: Hub, tmp_path: Path) -> None:
+    hub.repos["org/gated"] = base_files(3, tmp_path)
+    hub.repos["org/empty"] = {"README.md": b"", "model-Q4.gguf": b"GGUF"}
+    hub.gated.add("org/gated")
+    for given, says in {
+        "org/missing": "no such repository on the hub: org/missing",
+        "org/gated": "org/gated is gated on the hub",
+        "org/gated@v9": "org/gated on the hub has no revision 'v9'",
+        "org/gated/there": "org/gated on the hub has no folder there",
+        "org/empty": "org/empty on the hub holds no .safetensors and no pytorch_model.bin, but",
+    }.items():
+        code, out, err = online(hub, "inspect", given, home=tmp_path / "home")
+        assert (code, out) == (2, "")
+        assert says in err.splitlines()[0]
+        assert len(err.splitlines()) <= 2, err
+    assert hub.fetched == []
+
+
+def test_hub_that_cannot_be_reached(tmp_path: Path) -> None:
+    """One error, and soon: huggingface_hub alone tries for 23 s, with two lines each time."""
+    begin = time.monotonic()
+    with closing(socket.socket()) as taken:  # bound, and nobody listens
+        taken.bind(("127.0.0.1", 0))
+        url = f"http://127.0.0.1:{taken.getsockname()[1]}"
+        settings = {"HF_HUB_OFFLINE": "0", "HF_ENDPOINT": url, "HF_HOME": str(tmp_path / "home")}
+        code, out, err = program("inspect", "org/base", **settings)
+    assert (code, out) == (2, "")
+    error, hint = err.splitlines()
+    assert error.startswith("error: no such file or folder: org/base; the hub cannot be reached (")
+    assert "refused" in error
+    assert hint.startswith("hint: download it first")
+    assert time.monotonic() - begin < 15
+
+
+def test_hub_that_does_not_answer(tmp_path: Path) -> None:
+    with closing(socket.create_server(("127.0.0.1", 0))) as silent:
+        url = f"http://127.0.0.1:{silent.getsockname()[1]}"
+        settings = {"HF_HUB_OFFLINE": "0", "HF_ENDPOINT": url, "HF_HOME": str(tmp_path / "home")}
+        code, _, err = program("inspect", "org/base", HF_HUB_ETAG_TIMEOUT="1", **settings)
+    assert code == 2
+    assert "no answer in 1 s; HF_HUB_ETAG_TIMEOUT=60 waits longer" in err.splitlines()[0]
+
+
+def test_cache_where_the_hub_cannot_be_reached(filled: Path, tmp_path: Path) -> None:
+    with closing(socket.socket()) as taken:
+        taken.bind(("127.0.0.1", 0))
+        url = f"http://127.0.0.1:{taken.getsockname()[1]}"
+        settings = {"HF_HUB_OFFLINE": "0", "HF_ENDPOINT": url, "HF_HOME": str(tmp_path / "hf")}
+        code, out, err = program("inspect", "org/base", "--json", **settings)
+    assert (code, err) == (0, "")
+    assert json.loads(out)["path"].endswith(NEW)
+
+
+# ------------------------------------------------------------------------------- what is downloaded
+
+BESIDE = ["config.json", "tokenizer.json", "tokenizer.model", "modeling_x.py", "LICENSE", "a.spm"]
+NEVER = [
+    *("original/consolidated.00.pth", "original/params.json", "original/model.safetensors"),
+    *("onnx/model.onnx", "onnx/config.json", "openvino/openvino_model.xml", "coreml/x.json"),
+    *("tf_model.h5", "flax_model.msgpack", "model.onnx", "rust_model.ot", "model.gguf", "x.pth"),
+    *("checkpoint-500/model.safetensors", "checkpoint-500/config.json", "runs/log.json"),
+    *("training_args.bin", "optimizer.bin", "optimizer.pt", "image.png", ".gitattributes"),
+]
+SHARDS = [f"model-0000{n}-of-00002.safetensors" for n in (1, 2)]
+PICKLES = [f"pytorch_model-0000{n}-of-00002.bin" for n in (1, 2)]
+INDEXES = ["model.safetensors.index.json", "pytorch_model.bin.index.json"]
+
+
+@pytest.mark.parametrize(
+    ("weights", "others"),
+    [
+        ([*SHARDS, INDEXES[0]], ["pytorch_model.bin", "consolidated.safetensors"]),
+        ([*SHARDS, *INDEXES], [*PICKLES, "consolidated-00001.safetensors"]),
+        ([*PICKLES, INDEXES[1]], ["consolidated.safetensors"]),
+        (["pytorch_model.bin"], []),
+        (["adapter_model.bin", "adapter_config.json"], []),
+        (["adapter_model.safetensors", "adapter_config.json"], ["adapter_model.bin"]),
+        (["consolidated.safetensors"], []),
+    ],
+)
+@pytest.mark.parametrize("inside", ["", "deep/er/"])
+def test_wanted(weights: list[str], others: list[str], inside: str) -> None:
+    files = [inside + file for file in [*weights, *others, *BESIDE, *NEVER]]
+    files += ["elsewhere/" + file for file in weights]
+    assert sorted(wanted(files, inside, "x")) == sorted(inside + f for f in [*weights, *BESIDE])
+
+
+def test_wanted_folders() -> None:
+    """Templates always; modules where there are such."""
+    templates = ["chat_templates/a.jinja", "additional_chat_templates/b/c.jinja"]
+    modules = ["1_Pooling/config.json", "2_Dense/model.safetensors"]
+    files = ["model.safetensors", *templates, *modules, "other/config.json"]
+    assert wanted(files, "", "x") == ["model.safetensors", *templates]
+    found = wanted([*files, "modules.json"], "", "x")
+    assert sorted(found) == sorted(["model.safetensors", "modules.json", *templates, *modules])
 
 
 def test_merge_by_names(filled: Path, tmp_path: Path) -> None:

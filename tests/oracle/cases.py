@@ -5,10 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+import pytest
 from helpers import MODELS
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Mapping, Sequence
 
 
 @dataclass(frozen=True)
@@ -37,6 +38,11 @@ class Case:
     @property
     def id(self) -> str:
         return f"{self.name}-{self.model}"
+
+    @property
+    def auto(self) -> str:
+        """The class of transformers that loads the model."""
+        return MODELS[self.model].auto
 
 
 def _linear(model: str, **config: Any) -> dict[str, Any]:
@@ -305,3 +311,14 @@ CASES = [
         )
     ),
 ]
+
+
+def named(*ids: str) -> list[Case]:
+    """The cases of these ids."""
+    known = {case.id: case for case in CASES}
+    return [known[name] for name in ids]
+
+
+def each(cases: Sequence[Case] = CASES) -> pytest.MarkDecorator:
+    """One test for each case."""
+    return pytest.mark.parametrize("case", cases, ids=lambda case: case.id)

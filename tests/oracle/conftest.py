@@ -27,6 +27,12 @@ class Lab:
             self._made[name] = folder
         return self._made[name]
 
+    def base(self, model: str, dtype: str = "float32") -> Path:
+        """A checkpoint of the tiny `model`."""
+        from helpers import save_base  # which skips the module where PEFT is missing
+
+        return self.make(f"{model}-{dtype}", save_base, model, dtype)
+
 
 @pytest.fixture(scope="session")
 def lab(tmp_path_factory: pytest.TempPathFactory) -> Lab:

@@ -100,7 +100,7 @@ def test_refuses(tmp_path: Path) -> None:
     masks = {"square.lora_E": [True, False]}
     assert "has rank 6, and" in refusal(config(), tmp_path / "mask", rank_pattern=masks)
     assert "lists of true and false" in refusal(config(), tmp_path / "form", rank_pattern={"a": 3})
-    assert "layer_replication" in refusal(config(), tmp_path / "more", layer_replication=[[0, 1]])
+    assert "replicates layers" in refusal(config(), tmp_path / "more", layer_replication=[[0, 1]])
 
 
 def test_config_is_what_peft_writes(tmp_path: Path) -> None:

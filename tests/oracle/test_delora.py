@@ -54,6 +54,7 @@ def test_refuses(tmp_path: Path) -> None:
     assert "lacks delora_w_norm" in refusal(config, tmp_path / "missing", lambda t: t.pop(key))
     message = refusal(config, tmp_path / "norm", lambda t: t.update({key: torch.ones(35)}))
     assert "delora_w_norm [35]" in message
+    assert "has rank 4, and" in refusal(config, tmp_path / "rank", r=5)
     key = "base_model.model.square.delora_B"
     message = refusal(config, tmp_path / "cut", lambda t: t.update({key: torch.ones(35, 4)}))
     assert "square.weight is [36, 36]" in message

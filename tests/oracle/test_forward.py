@@ -25,7 +25,7 @@ from helpers import (
 )
 from safetensors.torch import save_file
 
-from oracle.cases import CASES, Case
+from oracle.cases import CASES, Case, each, named
 from weft.core.errors import PlanError, WeftError
 
 if TYPE_CHECKING:
@@ -72,12 +72,11 @@ def check(
 
 def trained(base: Path, case: Case, adapter: Path, **kwargs: Any) -> Tensor:
     """The logits of the trained model, unmerged, once its adapter is saved."""
-    auto = MODELS[case.model].auto
-    model = train(base, auto, case.config, rows=case.rows, **kwargs)
+    model = train(base, case.auto, case.config, rows=case.rows, **kwargs)
     model.save_pretrained(adapter)
     want = logits(model.double())
     if not case.rows:
-        before = logits(open_model(base, auto))
+        before = logits(open_model(base, case.auto))
         assert (want - before).abs().max() > 0.1 * before.abs().max(), "the adapter does little"
     return want
 
@@ -93,47 +92,35 @@ def check_config(case: Case, base: Path, merged: Path) -> None:
     assert after == expected
 
 
-@pytest.mark.parametrize("case", CASES, ids=lambda case: case.id)
+def check_case(base: Path, case: Case, folder: Path, dtype: str | None = None, **kw: Any) -> None:
+    """Train, merge in `folder`, and compare the two; `kw` is for the training."""
+    want = trained(base, case, folder / "adapter", **kw)
+    merged = check(base, folder / "adapter", folder / "merged", case.auto, want, dtype=dtype)
+    if dtype is None:
+        check_config(case, base, merged)
+
+
+@each()
 def test_trained_model(lab: Lab, tmp_path: Path, case: Case) -> None:
-    base = lab.make(f"{case.model}-float32", save_base, case.model, "float32")
-    want = trained(base, case, tmp_path / "adapter")
-    check(base, tmp_path / "adapter", tmp_path / "merged", MODELS[case.model].auto, want)
-    check_config(case, base, tmp_path / "merged")
+    check_case(lab.base(case.model), case, tmp_path)
 
 
-@pytest.mark.parametrize("case", [c for c in CASES if c.model == "gpt2"], ids=lambda case: case.id)
+@each([case for case in CASES if case.model == "gpt2"])
 def test_original_gpt2(lab: Lab, tmp_path: Path, case: Case) -> None:
     """GPT-2's own file: `h.0…` for what the adapter calls `transformer.h.0…`, and masks in it."""
     base = lab.make("gpt2-bare", save_base, "gpt2", "float32", bare=True)
-    want = trained(base, case, tmp_path / "adapter")
-    check(base, tmp_path / "adapter", tmp_path / "merged", MODELS[case.model].auto, want)
-    check_config(case, base, tmp_path / "merged")
+    check_case(base, case, tmp_path)
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
-@pytest.mark.parametrize(
-    "case",
-    [
-        case
-        for case in CASES
-        if case.id
-        in (
-            "linear-gpt2",
-            "dora-qwen2",
-            "embedding-lora-bert",
-            "both-lora-llama-tied",
-            "tokens-llama-tied",
-            "together-saved-llama-tied",
-            "resized-head-lora-llama-tied",
-        )
-    ],
-    ids=lambda case: case.id,
+@each(
+    named(
+        *("linear-gpt2", "dora-qwen2", "embedding-lora-bert", "both-lora-llama-tied"),
+        *("tokens-llama-tied", "together-saved-llama-tied", "resized-head-lora-llama-tied"),
+    )
 )
 def test_sixteen_bit_base_written_wide(lab: Lab, tmp_path: Path, case: Case, dtype: str) -> None:
-    base = lab.make(f"{case.model}-{dtype}", save_base, case.model, dtype)
-    want = trained(base, case, tmp_path / "adapter")
-    auto = MODELS[case.model].auto
-    check(base, tmp_path / "adapter", tmp_path / "merged", auto, want, dtype="float32")
+    check_case(lab.base(case.model, dtype), case, tmp_path, dtype="float32")
 
 
 # ---------------------------------------------------------------------------- tied, and then not
@@ -144,17 +131,14 @@ def test_tied_factors_that_training_made_differ(lab: Lab, tmp_path: Path) -> Non
 
     `ensure_weight_tying` is in the config all the same. What was trained has two deltas.
     """
-    case = next(c for c in CASES if c.id == "together-lora-llama-tied")
-    base = lab.make("llama-tied-bfloat16", save_base, "llama-tied", "bfloat16")
-    want = trained(base, case, tmp_path / "adapter", tie=False)
-    auto = MODELS[case.model].auto
-    check(base, tmp_path / "adapter", tmp_path / "merged", auto, want, dtype="float32")
+    (case,) = named("together-lora-llama-tied")
+    check_case(lab.base(case.model, "bfloat16"), case, tmp_path, dtype="float32", tie=False)
 
 
 @pytest.mark.filterwarnings("ignore:Unsupported layer type")
 def test_head_saved_beside_trained_tokens_of_a_tied_model(lab: Lab, tmp_path: Path) -> None:
     """PEFT saves such an adapter without the head that it trained, and cannot load it."""
-    base = lab.make("llama-tied-float32", save_base, "llama-tied", "float32")
+    base = lab.base("llama-tied")
     config = {
         "target_modules": ["o_proj"],
         "modules_to_save": ["lm_head"],
@@ -169,7 +153,7 @@ def test_head_saved_beside_trained_tokens_of_a_tied_model(lab: Lab, tmp_path: Pa
 @pytest.mark.parametrize("target", ["embed_tokens", "lm_head"])
 def test_resize_that_peft_saved_by_half(lab: Lab, tmp_path: Path, target: str) -> None:
     """LoRA on one end of an untied, resized model: PEFT leaves the other's new rows out."""
-    base = lab.make("llama-float32", save_base, "llama", "float32")
+    base = lab.base("llama")
     adapter = tmp_path / "adapter"
     config = {"target_modules": [target]}
     train(base, "AutoModelForCausalLM", config, rows=121).save_pretrained(adapter)
@@ -186,12 +170,9 @@ def test_one_end_saved_and_lora_on_the_other(
     lab: Lab, tmp_path: Path, model: str, saved: str, target: str, rows: int | None
 ) -> None:
     """Two tensors, whatever they were before: one trained in full, the other with a ΔW."""
-    base = lab.make(f"{model}-float32", save_base, model, "float32")
     config = {"target_modules": [target], "modules_to_save": [saved]}
     case = Case("ends", model, config, rows=rows, apart=model == "llama-tied")
-    want = trained(base, case, tmp_path / "adapter")
-    check(base, tmp_path / "adapter", tmp_path / "merged", MODELS[model].auto, want)
-    check_config(case, base, tmp_path / "merged")
+    check_case(lab.base(model), case, tmp_path)
 
 
 # ---------------------------------------------------------------------------------- other layouts
@@ -205,7 +186,7 @@ def test_adapter_of_single_experts(lab: Lab, tmp_path: Path) -> None:
 
     (Of Qwen2-MoE it drops those of the experts without a word, so that one is not here.)
     """
-    base = lab.make("mixtral-float32", save_base, "mixtral", "float32")
+    base = lab.base("mixtral")
     adapter = lab.make("mixtral-experts", write_expert_adapter, base, names=EXPERTS["mixtral"])
     auto = MODELS["mixtral"].auto
     want = logits(open_peft(base, auto, adapter).double())
@@ -227,11 +208,9 @@ def _without_head(folder: Path) -> Path:
 def test_classifier_on_bert(lab: Lab, tmp_path: Path, layout: str, use_dora: bool) -> None:
     """A new head comes with the adapter; `bert.` may be missing from the checkpoint's names."""
     base = {
-        "bare": lambda: lab.make("bert-float32", save_base, "bert", "float32"),
+        "bare": lambda: lab.base("bert"),
         "prefix": lambda: lab.make("bert-headless", _without_head),
-        "prefix-and-head": lambda: lab.make(
-            "bert-classifier-float32", save_base, "bert-classifier", "float32"
-        ),
+        "prefix-and-head": lambda: lab.base("bert-classifier"),
     }[layout]()
     config = {
         "target_modules": list(MODELS["bert"].linear),
@@ -260,7 +239,7 @@ def test_bert_adapter_on_a_prefixed_checkpoint(lab: Lab, tmp_path: Path) -> None
 @pytest.mark.parametrize(("model", "spare"), [("llama", ["lm_head.weight"]), ("llama-tied", [])])
 def test_classifier_on_a_decoder(lab: Lab, tmp_path: Path, model: str, spare: list[str]) -> None:
     """`score` in place of `lm_head`, which stays in the files."""
-    base = lab.make(f"{model}-float32", save_base, model, "float32")
+    base = lab.base(model)
     config = {"target_modules": ["q_proj", "down_proj"], "task_type": "SEQ_CLS"}
     auto, padding = "AutoModelForSequenceClassification", {"pad_token_id": 0}
     trained_model = train(base, auto, config, **padding)
@@ -276,7 +255,7 @@ def test_classifier_on_a_decoder(lab: Lab, tmp_path: Path, model: str, spare: li
 def test_two_adapters_with_weights(lab: Lab, tmp_path: Path, model: str) -> None:
     """PEFT's `cat` of two LoRAs is the exact sum, with the weights in the factors."""
     auto = MODELS[model].auto
-    base = lab.make(f"{model}-float32", save_base, model, "float32")
+    base = lab.base(model)
     folders = [tmp_path / "one", tmp_path / "other"]
     targets = list(MODELS[model].linear)
     train(base, auto, {"target_modules": targets}).save_pretrained(folders[0])

@@ -8,7 +8,7 @@ import pytest
 import torch
 from peft import HiraConfig
 
-from tests.oracle.methods import Case, Turned, refusal
+from tests.oracle.methods import Case, Turned, Volume, refusal
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -38,6 +38,10 @@ def test_has_the_bits_of_peft(tmp_path: Path, layers: list[str], model: object) 
     case = Case(HiraConfig(r=4, target_modules=layers), **({"model": model} if model else {}))
     case.run(tmp_path)
     case.check_bits(tmp_path)
+
+
+def test_merges_conv3d(tmp_path: Path) -> None:
+    Case(HiraConfig(r=4, target_modules=["conv3"]), model=Volume).run(tmp_path)
 
 
 def test_refuses(tmp_path: Path) -> None:

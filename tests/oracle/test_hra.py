@@ -34,6 +34,7 @@ def test_refuses(tmp_path: Path) -> None:
     message = refusal(config, tmp_path / "cut", lambda t: t.update({key: torch.ones(35, 4)}))
     assert "square.weight is [36, 36]" in message
     assert "square.hra_u [35, 4]" in message
+    assert "has rank 4, and" in refusal(config, tmp_path / "rank", r=5)
     message = refusal(config, tmp_path / "flat", lambda t: t.update({key: torch.ones(144)}))
     assert "hra_u [144]" in message
     other = "base_model.model.square.hra_v"

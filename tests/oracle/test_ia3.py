@@ -9,7 +9,7 @@ import torch
 from peft import IA3Config
 from torch import nn
 
-from tests.oracle.methods import Case, Toy, Turned, refusal
+from tests.oracle.methods import Case, Toy, Turned, Volume, refusal
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -46,6 +46,14 @@ def test_merges(tmp_path: Path, dtype: torch.dtype, feedforward: Any, model: Any
 def test_merges_conv1d(tmp_path: Path, dtype: torch.dtype, feedforward: list[str]) -> None:
     config = IA3Config(target_modules=["c_fc", "c_proj"], feedforward_modules=feedforward)
     case = Case(config, dtype, model=Turned)
+    case.run(tmp_path)
+    case.check_bits(tmp_path)
+
+
+@pytest.mark.parametrize("feedforward", [[], ["conv3"]], ids=["outputs", "inputs"])
+def test_merges_conv3d(tmp_path: Path, feedforward: list[str]) -> None:
+    config = IA3Config(target_modules=["conv3"], feedforward_modules=feedforward)
+    case = Case(config, model=Volume)
     case.run(tmp_path)
     case.check_bits(tmp_path)
 

@@ -61,6 +61,7 @@ def test_refuses(tmp_path: Path) -> None:
     message = refusal(config, tmp_path / "cut", lambda t: t.update({key: torch.ones(4, 12)}))
     assert "square.weight is [36, 36]" in message
     assert "square.miss_block [4, 12]" in message
+    assert "has rank 4, and" in refusal(config, tmp_path / "rank", r=5)
     message = refusal(config, tmp_path / "bat", init_weights="bat")
     assert "init_weights is 'bat'" in message
     assert "miss_block [4, 36]" in message

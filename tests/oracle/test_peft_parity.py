@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import shutil
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
@@ -33,7 +33,8 @@ from helpers import (
 )
 from safetensors.torch import load_file, save_file
 
-from oracle.cases import CASES, Case
+import weft
+from oracle.cases import CASES, Case, each, named
 from weft.core.blocks import BLOCK, STRIP
 
 if TYPE_CHECKING:
@@ -54,21 +55,19 @@ class Run:
 
 
 def run(lab: Lab, case: Case, dtype: str) -> Run:
-    auto = MODELS[case.model].auto
-    base = lab.make(f"{case.model}-{dtype}", save_base, case.model, dtype)
+    base = lab.base(case.model, dtype)
     name = f"{case.id}-{dtype}"
     adapter = lab.make(
-        f"{name}-adapter", make_adapter, base, auto, config=case.config, rows=case.rows
+        f"{name}-adapter", make_adapter, base, case.auto, config=case.config, rows=case.rows
     )
     return Run(base, adapter, lab.make(f"{name}-merged", weft_merge, base, adapter))
 
 
-each_case = pytest.mark.parametrize("case", CASES, ids=lambda case: case.id)
 each_dtype = pytest.mark.parametrize("dtype", DTYPES)
 
 
 @each_dtype
-@each_case
+@each()
 def test_float64(lab: Lab, case: Case, dtype: str) -> None:
     made = run(lab, case, dtype)
     base, merged = load(made.base), load(made.merged)
@@ -94,15 +93,13 @@ def test_float64(lab: Lab, case: Case, dtype: str) -> None:
 
 
 @each_dtype
-@pytest.mark.parametrize("case", [c for c in CASES if not c.broken], ids=lambda case: case.id)
+@each([case for case in CASES if not case.broken])
 def test_bits_of_peft(lab: Lab, case: Case, dtype: str) -> None:
     made = run(lab, case, dtype)
     theirs = load(
         lab.make(
             f"{case.id}-{dtype}-peft",
-            lambda folder: peft_merge(
-                made.base, MODELS[case.model].auto, made.adapter, folder, rows=case.rows
-            ),
+            lambda folder: peft_merge(made.base, case.auto, made.adapter, folder, rows=case.rows),
         )
     )
     merged = load(made.merged)
@@ -114,28 +111,41 @@ def test_bits_of_peft(lab: Lab, case: Case, dtype: str) -> None:
     assert not differing
 
 
-# ------------------------------------------------------------------------- what leaves bits alone
+@each()
+def test_no_doubts(lab: Lab, case: Case) -> None:
+    """Whatever PEFT saved is what its config says."""
+    made = run(lab, case, "bfloat16")
+    assert weft.plan_merge(made.base, made.adapter).warnings == ()
 
 
 @pytest.mark.parametrize(
-    "case",
+    "config",
     [
-        case
-        for case in CASES
-        if case.id
-        in (
-            "linear-llama",
-            "dora-llama",
-            "linear-gpt2",
-            "dora-gpt2",
-            "lora-bias-bert",
-            "embedding-lora-llama",
-            "embedding-dora-llama",
-            "tokens-llama",
-            "both-lora-llama-tied",
-        )
+        {"target_modules": "all-linear"},
+        {"target_modules": r".*layers\.1\..*\.(q_proj|up_proj)"},
+        {"target_modules": ["q_proj", "layers.0.mlp.up_proj"]},
+        {"target_modules": ["q_proj", "v_proj"], "layers_to_transform": 1},
+        {"target_modules": ["q_proj"], "layers_to_transform": [0], "layers_pattern": "layers"},
+        {"target_modules": ["q_proj", "v_proj"], "exclude_modules": ["layers.1.self_attn.v_proj"]},
+        {"target_modules": ["q_proj", "v_proj"], "exclude_modules": r".*0\.self_attn\.v_proj"},
+        {"target_modules": ["up_proj"], "modules_to_save": ["layers.1.mlp.up_proj"]},
     ],
-    ids=lambda case: case.id,
+    ids=str,
+)
+def test_no_doubts_of_a_choice(lab: Lab, tmp_path: Path, config: dict[str, Any]) -> None:
+    base, auto = lab.base("llama", "bfloat16"), MODELS["llama"].auto
+    adapter = make_adapter(base, auto, tmp_path / "adapter", config=config)
+    assert weft.plan_merge(base, adapter).warnings == ()
+
+
+# ------------------------------------------------------------------------- what leaves bits alone
+
+
+@each(
+    named(
+        *("linear-llama", "dora-llama", "linear-gpt2", "dora-gpt2", "lora-bias-bert"),
+        *("embedding-lora-llama", "embedding-dora-llama", "tokens-llama", "both-lora-llama-tied"),
+    )
 )
 def test_blocks_leave_no_trace(
     lab: Lab, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, case: Case
@@ -150,7 +160,7 @@ def test_blocks_leave_no_trace(
     assert [name for name in whole if not same_bytes(whole[name], cut[name])] == []
 
 
-@pytest.mark.parametrize("case", [c for c in CASES if c.id == "linear-llama"], ids=lambda c: c.id)
+@each(named("linear-llama"))
 @pytest.mark.parametrize("limit", [None, "60kB"])
 def test_shards(lab: Lab, tmp_path: Path, case: Case, limit: str | None) -> None:
     made = run(lab, case, "bfloat16")
@@ -175,14 +185,14 @@ def test_shards(lab: Lab, tmp_path: Path, case: Case, limit: str | None) -> None
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 def test_factors_in_sixteen_bits(lab: Lab, tmp_path: Path, dtype: str) -> None:
     """Factors are widened, whatever they are stored in: PEFT does so, too."""
-    made = run(lab, CASES[0], "bfloat16")
+    (case,) = named("linear-llama")
+    made = run(lab, case, "bfloat16")
     adapter = tmp_path / "adapter"
     shutil.copytree(made.adapter, adapter)
     narrow = {name: value.to(getattr(torch, dtype)) for name, value in load(adapter).items()}
     save_file(narrow, adapter / "adapter_model.safetensors", {"format": "pt"})
     merged = load(weft_merge(made.base, adapter, tmp_path / "merged"))
-    auto = MODELS[CASES[0].model].auto
-    theirs = load(peft_merge(made.base, auto, adapter, tmp_path / "peft"))
+    theirs = load(peft_merge(made.base, case.auto, adapter, tmp_path / "peft"))
     base = load(made.base)
     want = exact(base, [(adapter, 1)])
     assert any(not same_bytes(merged[name], value) for name, value in load(made.merged).items())
@@ -200,7 +210,7 @@ def test_factors_in_sixteen_bits(lab: Lab, tmp_path: Path, dtype: str) -> None:
 def test_single_experts(lab: Lab, model: str, dtype: str) -> None:
     """The layout before transformers 5, one matrix an expert, which the files still have."""
     name = f"{model}-{dtype}"
-    base = lab.make(name, save_base, model, dtype)
+    base = lab.base(model, dtype)
     adapter = lab.make(f"{name}-experts", write_expert_adapter, base, names=EXPERTS[model])
     merged = load(lab.make(f"{name}-experts-merged", weft_merge, base, adapter))
     before = load(base)
@@ -232,8 +242,7 @@ PAIRS = [
 @pytest.mark.parametrize(("one", "other"), PAIRS, ids=map(" and ".join, PAIRS))
 def test_two_adapters(lab: Lab, tmp_path: Path, one: str, other: str, dtype: str) -> None:
     """W + 0.7 · ΔW₁ + 0.3 · ΔW₂: every ΔW is taken from the same W, one rounding at the end."""
-    cases = {case.id: case for case in CASES}
-    first, second = run(lab, cases[one], dtype), run(lab, cases[other], dtype)
+    first, second = (run(lab, case, dtype) for case in named(one, other))
     adapters = [f"{first.adapter}:0.7", f"{second.adapter}:0.3"]
     merged = load(weft_merge(first.base, adapters, tmp_path / "merged"))
     base = load(first.base)

@@ -68,6 +68,7 @@ def test_refuses(tmp_path: Path, kind: Any) -> None:
     message = refusal(config, tmp_path / "cut", lambda t: t.update({key: torch.ones(4)}))
     assert "module 'square'" in message
     assert f"{name}_lambda_d [4]" in message
+    assert "has rank 5, and" in refusal(config, tmp_path / "rank", r=4)
     message = refusal(config, tmp_path / "half", lambda t: t.pop(f"base_model.{name}_B"))
     assert f"lacks {name}_B" in message
     small = {f"base_model.{name}_B": torch.ones(40, 5)}

@@ -8,6 +8,7 @@ import io
 import json
 import os
 import random
+import resource
 import shutil
 import signal
 import subprocess
@@ -25,8 +26,11 @@ import torch
 from safetensors.torch import save_file
 
 import weft
+from weft import api
 from weft.cli.app import main
 from weft.core.errors import OutputError, WeftError
+from weft.formats import checkpoint
+from weft.write._replace import exchange, replaced
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
@@ -314,8 +318,8 @@ def steps(kill: int, inside: Path) -> str:
     return STEPS.format(events=EVENTS, inside=str(inside), kill=kill)
 
 
-def count_steps(nursery: Nursery, model: Model, out: Path, *more: str) -> int:
-    assert nursery.run(model.command(out, *more), steps(-1, out)) == 0, nursery.stderr
+def count_steps(nursery: Nursery, model: Model, out: Path, *more: str, before: str = "") -> int:
+    assert nursery.run(model.command(out, *more), before + steps(-1, out)) == 0, nursery.stderr
     lines = [line for line in nursery.stderr.splitlines() if line.split()[0] in EVENTS]
     assert len(lines) > 8
     return len(lines)
@@ -362,31 +366,119 @@ def test_what_a_kill_leaves_is_not_taken_for_a_model(
     assert wrong == []
 
 
+# For systems that cannot exchange two names.
+TWO_RENAMES = "import weft.write._replace as r; r.exchange = lambda one, other: False\n"
+
+
+def can_exchange(folder: Path) -> bool:
+    for name in ("one", "other"):
+        (folder / name).mkdir()
+    done = exchange(folder / "one", folder / "other")
+    for name in ("one", "other"):
+        (folder / name).rmdir()
+    return done
+
+
+def assert_one_is_whole(out: Path, *models: Model) -> None:
+    places = [out, *replaced(out)]
+    assert [
+        path
+        for path in places
+        for model in models
+        if path.exists() and not differences(path, model.merged)
+    ], "neither model is whole"
+
+
+@pytest.mark.parametrize("before", ["", TWO_RENAMES], ids=["exchange", "two renames"])
 def test_killed_while_it_replaces(
-    nursery: Nursery, small: Model, single: Model, tmp_path: Path
+    before: str, nursery: Nursery, small: Model, single: Model, tmp_path: Path
 ) -> None:
-    """With --force there is one of the two models, whole, at every moment."""
+    """With --force there is one of the two models, whole, at every moment; and under its name."""
     out = tmp_path / "out"
+    atomic = not before and can_exchange(tmp_path)
     shutil.copytree(single.merged, out)
-    total = count_steps(nursery, small, out, "--force")
+    total = count_steps(nursery, small, out, "--force", before=before)
     between = 0
     for number in range(1, total + 1):
         for path in tmp_path.iterdir():
             shutil.rmtree(path)
         shutil.copytree(single.merged, out)
-        assert nursery.run(small.command(out, "--force"), steps(number, out)) == -signal.SIGKILL
-        places = [out, *tmp_path.glob("out.replaced-*")]
-        whole = [
-            path
-            for path in places
-            for model in (small, single)
-            if path.exists() and not differences(path, model.merged)
-        ]
-        assert whole, f"step {number}: neither model is whole"
+        code = nursery.run(small.command(out, "--force"), before + steps(number, out))
+        assert code == -signal.SIGKILL
+        assert_one_is_whole(out, small, single)
         between += not out.exists()
         assert nursery.run(small.command(out, "--force")) == 0, nursery.stderr
         assert differences(out, small.merged) == []
-    assert between <= 1
+        assert not partial_of(out).exists()
+        for path in replaced(out):  # half deleted: it is for the user to say what it is
+            assert not (path / "weft.json").exists()
+    assert between == (not atomic)
+
+
+@pytest.mark.parametrize("after", [False, True])
+def test_killed_beside_the_exchange(
+    after: bool, nursery: Nursery, small: Model, single: Model, tmp_path: Path
+) -> None:
+    if not can_exchange(tmp_path):
+        pytest.skip("two names cannot be exchanged here")
+    kill = f"""
+import os, signal
+import weft.write._replace as r
+real = r.exchange
+def exchange(one, other):
+    if {after}:
+        real(one, other)
+    os.kill(os.getpid(), signal.SIGKILL)
+r.exchange = exchange
+"""
+    out = tmp_path / "out"
+    shutil.copytree(single.merged, out)
+    assert nursery.run(small.command(out, "--force"), kill) == -signal.SIGKILL
+    one, other = (small, single) if after else (single, small)
+    assert differences(out, one.merged) == differences(partial_of(out), other.merged) == []
+    assert nursery.run(small.command(out, "--force")) == 0, nursery.stderr
+    assert_whole(out, small)
+
+
+def test_old_model_comes_back_where_the_new_one_cannot(
+    small: Model, single: Model, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = tmp_path / "out"
+    shutil.copytree(single.merged, out)
+    real = os.rename
+
+    def faulty(one: Any, other: Any, **options: Any) -> None:
+        if str(one).endswith(".partial") and str(other) == str(out):
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+        real(one, other, **options)
+
+    monkeypatch.setattr("weft.write._replace.exchange", lambda one, other: False)
+    monkeypatch.setattr(os, "rename", faulty)
+    assert_refused(run(*small.command(out, "--force")), str(partial_of(out)))
+    assert differences(out, single.merged) == []
+    assert replaced(out) == []
+
+
+def test_what_is_left_of_a_replaced_model(small: Model, single: Model, tmp_path: Path) -> None:
+    """A model goes where --force was said; anything else is somebody's, and named."""
+    out = tmp_path / "out"
+    old, half, alike = (out.with_name(f"out.replaced-{end}") for end in ("1", "2", "me"))
+    shutil.copytree(single.merged, old)
+    shutil.copytree(single.merged, alike)
+    half.mkdir()
+    (half / "config.json").write_text("{}")
+    command = [argument for argument in small.command(out) if argument != "--quiet"]
+    code, err = run(*command)
+    assert code == 0
+    assert [line for line in err.splitlines() if "is left of a model" in line] == [
+        f"note: {path} is left of a model that was replaced: remove it" for path in (old, half)
+    ]
+    code, err = run(*command, "--force")
+    assert code == 0
+    assert err.count("is left of a model that was replaced") == 1
+    assert differences(out, small.merged) == differences(alike, single.merged) == []
+    assert not old.exists()
+    assert [path.name for path in half.iterdir()] == ["config.json"]
 
 
 @pytest.mark.parametrize("calls", [1, 2, 3, 5])
@@ -978,6 +1070,31 @@ def test_input_without_permission(
     assert_refused((2, nursery.stderr), str(folder / name))
 
 
+# -------------------------------------------------------------------------------------- many files
+
+
+@pytest.fixture(scope="module")
+def many(tmp_path_factory: pytest.TempPathFactory) -> Model:
+    """A base in three hundred shards."""
+    return make_model(tmp_path_factory.mktemp("many"), layers=150, width=8, shards=300)
+
+
+def test_more_shards_than_open_files(many: Model, nursery: Nursery, tmp_path: Path) -> None:
+    """`ulimit -n 256`, as macOS has it: a limit that a program may raise by itself."""
+    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if 0 <= hard < 2000:
+        pytest.skip("the system allows too few files")
+    limit = "import resource\nresource.setrlimit(resource.RLIMIT_NOFILE, (256, {}))\n"
+    out = tmp_path / "out"
+    assert nursery.run(many.command(out), limit.format(hard)) == 0, nursery.stderr
+    assert_whole(out, many)
+    for more in ([], ["--dry-run"]):
+        assert nursery.run(many.command(tmp_path / "other", *more), limit.format(256)) == 2
+        says = ("300 shards take", "the system allows 256", "ulimit -n", "--max-shard-size")
+        assert_refused((2, nursery.stderr), *says)
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
 # ------------------------------------------------------------------------------------ what is there
 
 
@@ -1248,6 +1365,7 @@ def own(small: Model, tmp_path: Path) -> Model:
     [
         "base/model-00001-of-00002.safetensors",
         "base/config.json",
+        "base/tokenizer.json",
         "adapter/adapter_model.safetensors",
     ],
 )
@@ -1259,6 +1377,50 @@ def test_input_that_is_touched_meanwhile(name: str, own: Model, tmp_path: Path) 
         merge(own, out, on_event=at_start(lambda: touch(tmp_path / name)))
     assert name in str(error.value)
     assert not out.exists()
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "base/model-00001-of-00002.safetensors",
+        "base/config.json",
+        "adapter/adapter_model.safetensors",
+        "adapter/adapter_config.json",
+    ],
+)
+def test_input_that_is_replaced_before_the_plan(
+    name: str, own: Model, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The header was that of another file, even if it reads the same."""
+    real = api.open_inputs
+
+    def open_inputs(*arguments: Any, **options: Any) -> Any:
+        opened = real(*arguments, **options)
+        rewrite(tmp_path / name)
+        return opened
+
+    monkeypatch.setattr(api, "open_inputs", open_inputs)
+    with pytest.raises(WeftError, match=f"{name} changed while it was being read"):
+        merge(own, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_headers_are_read_once(own: Model, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two readings could be of two files."""
+    read: list[str] = []
+    real = checkpoint.read_safetensors_header
+
+    def read_header(path: Path) -> Any:
+        read.append(path.name)
+        return real(path)
+
+    monkeypatch.setattr(checkpoint, "read_safetensors_header", read_header)
+    weft.plan_merge(own.base, own.adapter)
+    assert sorted(read) == [
+        "adapter_model.safetensors",
+        "model-00001-of-00002.safetensors",
+        "model-00002-of-00002.safetensors",
+    ]
 
 
 @pytest.mark.parametrize(

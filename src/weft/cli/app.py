@@ -1,7 +1,7 @@
 """The command line: commands by import path, so that `weft --help` imports none of them.
 
-The one door to cyclopts, with `commands.py`. Exit codes: 0 done, 1 the check ran and the answer is
-no, 2 the user can fix it, 3 a defect of weft, 130 interrupted.
+The one door to cyclopts, with `commands.py`. Exit codes: 0 done, 2 the user can fix it, 3 a defect
+of weft, 130 interrupted; 1 is kept for commands that check something, and find it wanting.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ from weft.core.units import clean
 _COMMANDS = {
     "merge": ("weft.cli.commands:merge", "Merge adapters into a base model."),
     "inspect": ("weft.cli.commands:inspect", "Say what a file or folder is."),
+    "doctor": ("weft.cli.commands:doctor", "Examine an adapter; repair what has one reading."),
     "demo": ("weft.cli.commands:demo", "Teach a real model something new, and check the result."),
 }
 

@@ -24,6 +24,8 @@ def merge(
     output: Output,
     dtype: str | None = None,
     max_shard_size: str | None = None,
+    expert_layout: str | None = None,
+    init_adapter: str | None = None,
     threads: int | None = None,
     device: str = "cpu",
     revision: str | None = None,
@@ -31,6 +33,7 @@ def merge(
     dry_run: Flag = False,
     force: Flag = False,
     resume: Flag = False,
+    strict: Flag = False,
     json: Annotated[bool, Parameter(name="--json", negative=())] = False,
     quiet: Quiet = False,
 ) -> None:
@@ -54,6 +57,12 @@ def merge(
         bfloat16, float16 or float32 for every floating tensor; without it each keeps its own.
     max_shard_size
         Such as 5GB; without it the shards are those of the base.
+    expert_layout
+        rank_major or grouped_by_expert: how lora_B of fused experts is laid out, if the adapter's
+        config does not say so. PEFT writes rank_major, older Unsloth grouped_by_expert.
+    init_adapter
+        The adapter as it was before training, where its initialisation (PiSSA, OLoRA, CorDA,
+        LoRA-GA) moved the base; or none, where BASE is the model that this left.
     threads
         Without it, as many as affinity and cgroup allow.
     device
@@ -68,10 +77,12 @@ def merge(
         Replace an output that is there, or start over an interrupted one.
     resume
         Finish an interrupted run.
+    strict
+        Refuse an adapter whose keys need repair, in place of reading it as it was meant.
     json
-        Print one JSON object on stdout, the content of weft.json.
+        Print one JSON object on stdout: output, seconds, resumed, and weft.json as manifest.
     quiet
-        No notes and no progress; errors and warnings remain.
+        Nothing but warnings and errors, and what --json prints.
     """
     base, adapters = _split(paths, revision, cache_dir)
     if dry_run:
@@ -81,14 +92,18 @@ def merge(
             output=output,
             dtype=dtype,
             max_shard_size=max_shard_size,
+            expert_layout=expert_layout,
+            init_adapter=init_adapter,
             threads=threads,
             device=device,
             force=force,
             resume=resume,
+            strict=strict,
             revision=revision,
             cache_dir=cache_dir,
         )
-        _print(show.plan_as_dict(made) if json else show.plan_as_text(made, output))
+        if json or not quiet:
+            _print(show.plan_as_dict(made) if json else show.plan_as_text(made, output))
         _warn(made.warnings)
         return
     with console.progress(quiet=quiet or json) as on_event:
@@ -98,16 +113,20 @@ def merge(
             output=output,
             dtype=dtype,
             max_shard_size=max_shard_size,
+            expert_layout=expert_layout,
+            init_adapter=init_adapter,
             threads=threads,
             device=device,
             force=force,
             resume=resume,
+            strict=strict,
             revision=revision,
             cache_dir=cache_dir,
             command=shlex.join(["weft", *sys.argv[1:]]),
             on_event=on_event,
         )
-    _print(show.report_as_dict(report) if json else show.report_as_text(report))
+    if json or not quiet:
+        _print(show.report_as_dict(report) if json else show.report_as_text(report))
     _warn(report.warnings)
 
 
@@ -135,6 +154,61 @@ def inspect(
     """
     found = api.inspect(path, revision=revision, cache_dir=cache_dir)
     _print(show.inspection_as_dict(found) if json else show.inspection_as_text(found))
+
+
+def doctor(
+    adapter: str,
+    *,
+    base: str | None = None,
+    fix: Flag = False,
+    output: Annotated[Path | None, Parameter(name=["--output", "-o"])] = None,
+    force: Flag = False,
+    revision: str | None = None,
+    cache_dir: str | None = None,
+    json: Annotated[bool, Parameter(name="--json", negative=())] = False,
+) -> None:
+    """Say what an adapter is, whether it fits a base, and what is wrong with it.
+
+    Exit code 0: sound; 1: problems that are repaired or doubtful; 2: it cannot be merged.
+
+    Examples:
+        weft doctor ADAPTER
+        weft doctor ADAPTER --base BASE
+        weft doctor ADAPTER --base BASE --fix -o FIXED
+
+    Parameters
+    ----------
+    adapter
+        A folder, a file or org/name@revision.
+    base
+        The model that it should fit.
+    fix
+        Write a sound copy to --output: a PEFT folder that PEFT loads without a warning.
+    output
+        Folder to create.
+    force
+        Replace an adapter that is there.
+    revision
+        Branch, tag or commit of the base on the hub.
+    cache_dir
+        The hub's cache, in place of the one under HF_HOME.
+    json
+        Print one JSON object on stdout.
+    """
+    from weft import diagnosis
+
+    if fix != (output is not None):
+        raise WeftError(
+            "--fix needs a folder to write to" if fix else "-o is where --fix writes",
+            "weft doctor ADAPTER --fix -o FIXED",
+        )
+    found = diagnosis.doctor(
+        adapter, base, fix=output, force=force, revision=revision, cache_dir=cache_dir
+    )
+    _print(show.diagnosis_as_dict(found) if json else show.diagnosis_as_text(found))
+    if output is not None:
+        console.say("note", f"{output} holds the sound copy")
+    sys.exit(["sound", "problems", "unusable"].index(found.verdict))
 
 
 def demo(
@@ -169,7 +243,8 @@ def _split(
         return None, list(paths)
     if len(paths) == 1:
         raise WeftError(
-            f"{paths[0]} is a base model, and no adapter is given", "weft merge BASE ADAPTER -o OUT"
+            f"{paths[0]} is no adapter (it has no adapter_config.json), and nothing else is given",
+            "weft merge BASE ADAPTER -o OUT",
         )
     return paths[0], list(paths[1:])
 

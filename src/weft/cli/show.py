@@ -4,19 +4,23 @@ from __future__ import annotations
 
 import re
 from collections import Counter, defaultdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from weft.core.specs import Adapter, AddDeltas, Checkpoint, TensorJob, job_bytes
-from weft.core.units import clean, show_count, show_share, show_size, show_time
+from weft.core.specs import Adapter, AdapterEntry, AddDeltas, Checkpoint, TensorJob, job_bytes
+from weft.core.units import clean, show_count, show_share, show_size, show_survival, show_time
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
 
     from weft.api import MergePlan, MergeReport
     from weft.demo import Demo
+    from weft.diagnosis import Diagnosis
 
 SCHEMA = 1
+# Kinds whose A has as many rows as their rank.
+_LOW_RANK = ("lora", "dora", "kasa", "qalora", "bdlora")
 
 
 def report_as_text(report: MergeReport) -> str:
@@ -32,19 +36,20 @@ def report_as_text(report: MergeReport) -> str:
     ]
     if sums.survival is not None and sums.worst:
         lines.append(
-            f"‖ΔW‖/‖W‖ {show_share(sums.relative)}, survival {show_share(sums.survival)}, "
-            f"worst {show_share(sums.worst[1])} in {sums.worst[0]}"
+            f"‖ΔW‖/‖W‖ {show_share(sums.relative)}, survival {show_survival(sums.survival)}, "
+            f"worst {show_survival(sums.worst[1])} in {sums.worst[0]}"
         )
     return "\n".join(lines)
 
 
 def report_as_dict(report: MergeReport) -> dict[str, Any]:
-    """`weft merge --json`: `weft.json`, with the seconds of the whole work and the folder."""
-    return report.manifest | {
-        "seconds": round(report.seconds, 3),
+    """`weft merge --json`: what is true of this run alone, and `weft.json` as it was written."""
+    return {
+        "schema": SCHEMA,
         "output": str(report.output),
+        "seconds": round(report.seconds, 3),
         "resumed": report.resumed,
-        "warnings": list(report.warnings),
+        "manifest": report.manifest,
     }
 
 
@@ -91,7 +96,7 @@ def plan_as_text(made: MergePlan, output: Path) -> str:
     for job in plan.jobs:
         shards[job.shard] += job_bytes(job)
     rows += [
-        ("read", f"{show_size(work.read)} from {len({e.path for e in plan.inputs})} files"),
+        ("read", f"{show_size(work.read)} from {_count(work.files, 'file')}"),
         ("write", f"{show_size(work.written)} in {_count(len(shards), 'shard')} to {output}"),
         ("change", f"{work.changed} of {work.tensors} tensors"),
         ("memory", f"about {show_size(work.memory)} at most"),
@@ -138,7 +143,8 @@ def _grouped(jobs: Iterable[TensorJob]) -> list[tuple[str, ...]]:
         if isinstance(job.expression, AddDeltas):
             detail = ", ".join(
                 f"scaling {d.scaling:g}" + (f" weight {d.weight:g}" if d.weight != 1 else "")
-                if d.kind in ("lora", "dora", "lora_bias")
+                if d.kind
+                in (*_LOW_RANK, "lora_bias", "lora_experts", "lora_expert", "lora_stacked")
                 else f"weight {d.weight:g}"
                 for d in job.expression.deltas
             )
@@ -176,16 +182,51 @@ def inspection_as_dict(found: Checkpoint | Adapter) -> dict[str, Any]:
             "shards": list(found.shards),
             "tied": found.config.get("tie_word_embeddings"),
             "side_files": list(found.side_files),
+            "origin": asdict(found.origin) if found.origin else None,
         }
     return {
         "kind": "adapter",
         **common,
         "peft_type": found.kind,
+        "format": found.format,
         "base_model": found.base_model,
         "ranks": sorted(_ranks(found)),
         "scalings": sorted(_scalings(found)),
         "modules": {entry.target: entry.kind for entry in found.entries},
         "notes": list(found.notes),
+    }
+
+
+def diagnosis_as_text(found: Diagnosis) -> str:
+    """What `weft doctor` prints: the adapter, what was found, and the verdict last."""
+    lines = []
+    if found.adapter is not None:
+        lines += [inspection_as_text(replace(found.adapter, notes=())), ""]
+    for finding in found.findings:
+        lines.append(f"{finding.level:8}  {clean(finding.what)}")
+        if finding.cure:
+            lines.append(f"{'':8}  -> {clean(finding.cure)}")
+    fit = ""
+    if found.base is not None and found.adapter is not None:
+        fit = f", and {'fits' if found.plan else 'does not fit'} {found.base}"
+    verdict = {
+        "sound": f"{found.given} is sound{fit}",
+        "problems": f"{found.given} can be merged{fit}; see above",
+        "unusable": f"{found.given} cannot be merged{fit}",
+    }[found.verdict]
+    return "\n".join([*lines, *([""] if found.findings else []), verdict])
+
+
+def diagnosis_as_dict(found: Diagnosis) -> dict[str, Any]:
+    """`weft doctor --json`."""
+    return {
+        "schema": SCHEMA,
+        "given": found.given,
+        "verdict": found.verdict,
+        "base": found.base,
+        "fits": None if found.base is None else found.plan is not None,
+        "findings": [asdict(finding) for finding in found.findings],
+        "adapter": None if found.adapter is None else inspection_as_dict(found.adapter),
     }
 
 
@@ -210,18 +251,33 @@ def _checkpoint_rows(found: Checkpoint) -> list[tuple[str, str]]:
         ("quantised", str(quantised.get("quant_method", "yes")) if quantised else ""),
         ("beside", ", ".join(found.side_files)),
         ("left out", ", ".join(found.left_out)),
+        *_origin_rows(found),
+    ]
+
+
+def _origin_rows(found: Checkpoint) -> list[tuple[str, str]]:
+    made = found.origin
+    if made is None:
+        return []
+    when = f" at {made.created}" if made.created else ""
+    kept = "" if made.survival is None else f", survival {show_survival(made.survival)}"
+    return [
+        ("merged by", f"weft {made.version}{when}{kept}"),
+        ("from", " + ".join([made.base, *made.adapters])),
     ]
 
 
 def _adapter_rows(found: Adapter) -> list[tuple[str, str]]:
     config = found.config
     modules: dict[tuple[str, str], list[str]] = defaultdict(list)
+    dot = "_" if found.flattened else r"\."
     for entry in found.entries:
-        modules[entry.module.rpartition(".")[2] + "." + entry.parameter, entry.kind].append(
-            entry.module
-        )
+        leaf = entry.module.rpartition(".")[2]
+        leaf = re.sub(r"(?<=_)\d+(?=_)", "*", leaf) if found.flattened else leaf
+        modules[f"{leaf}.{entry.parameter}", entry.kind].append(entry.module)
     targets = [f"{name} ×{len(paths)} ({kind})" for (name, kind), paths in modules.items()]
-    layers = {int(n) for e in found.entries for n in re.findall(r"\.(\d+)\.", e.module)[:1]}
+    numbered = [re.search(rf"{dot}(\d+){dot}", entry.module) for entry in found.entries]
+    layers = {int(number[1]) for number in numbered if number}
     parameters = show_count(sum(ref.numel for ref in found.tensors.values()))
     size = show_size(sum(ref.nbytes for ref in found.tensors.values()))
     return [
@@ -234,30 +290,46 @@ def _adapter_rows(found: Adapter) -> list[tuple[str, str]]:
         ("dtypes", _dtype_line(found)),
         ("changes", ", ".join(targets)),
         ("layers", f"{len(layers)} ({min(layers)} to {max(layers)})" if layers else ""),
-        ("written by", f"PEFT {config['peft_version']}" if config.get("peft_version") else ""),
+        ("written by", _writer(found)),
         ("beside", ", ".join(found.side_files)),
+        ("left out", ", ".join(found.left_out)),
         *(("note", note) for note in found.notes),
     ]
 
 
+def _writer(adapter: Adapter) -> str:
+    version = adapter.config.get("peft_version")
+    return f"PEFT {version}" if version else adapter.format * (adapter.format != "PEFT")
+
+
 def _adapter_line(adapter: Adapter) -> str:
     config = adapter.config
-    kind = adapter.kind + (" with DoRA" if config.get("use_dora") else "")
+    kind = adapter.kind + (" with DoRA" if adapter.kind == "LORA" and _has_dora(adapter) else "")
     kind += " (rsLoRA)" if config.get("use_rslora") else ""
     ranks, scalings = sorted(_ranks(adapter)), sorted(_scalings(adapter))
     parts = [kind]
     if ranks:
-        parts.append(f"rank {_range(ranks)}, alpha {config.get('lora_alpha')}")
+        parts.append(f"rank {_range(ranks)}")
+        parts += [f"alpha {config['lora_alpha']}"] if "lora_alpha" in config else []
         parts.append(f"scaling {_range(scalings)}")
     return ", ".join(parts)
 
 
+def _has_dora(adapter: Adapter) -> bool:
+    return any(entry.kind == "dora" for entry in adapter.entries)
+
+
 def _ranks(adapter: Adapter) -> set[int]:
-    return {dict(e.tensors)["A"].shape[0] for e in adapter.entries if e.kind in ("lora", "dora")}
+    return {_rank(entry) for entry in adapter.entries if entry.kind in _LOW_RANK}
+
+
+def _rank(entry: AdapterEntry) -> int:
+    A = dict(entry.tensors)["A"]
+    return A.shape[1 if dict(entry.params).get("factors_transposed") else 0]
 
 
 def _scalings(adapter: Adapter) -> set[float]:
-    return {entry.scaling for entry in adapter.entries if entry.kind in ("lora", "dora")}
+    return {entry.scaling for entry in adapter.entries if entry.kind in _LOW_RANK}
 
 
 def _range(values: Sequence[float]) -> str:

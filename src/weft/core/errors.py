@@ -74,7 +74,8 @@ class PlanError(WeftError):
         # A defect of the whole adapter is the same in every layer: one line stands for all.
         alike: dict[str, list[str]] = {}
         for problem in self.problems:
-            alike.setdefault(re.sub(r"\.\d+\.", ".*.", problem.what), []).append(problem.what)
+            layers = re.sub(r"(?<=[._])\d+(?=[._])", "*", problem.what)
+            alike.setdefault(layers, []).append(problem.what)
         for first, *others in alike.values():
             lines.append(f"  - {first}" + (f" (and {len(others)} more like it)" if others else ""))
         hints = list(dict.fromkeys(problem.hint for problem in self.problems if problem.hint))

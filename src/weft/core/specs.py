@@ -1,5 +1,7 @@
 """The nouns of Weft as frozen records: plain data, hashable, JSON-able, with no file open inside.
 
+What is long stays out of their reprs, which people read in notebooks and tracebacks.
+
 A **checkpoint** maps tensor names to byte ranges; an **adapter** maps module paths to deltas. A
 **plan** says for every output tensor what it is: an **expression** whose leaves are byte ranges.
 An executor evaluates expressions and hands blocks to a sink; each finished tensor leaves a
@@ -12,10 +14,13 @@ import hashlib
 import math
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+if TYPE_CHECKING:
+    from weft.core.selection import Selection
 
 Shape = tuple[int, ...]
-Param = bool | int | float | str | tuple[int, ...]
+Param = bool | int | float | str | tuple[int, ...] | tuple[float, ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,6 +46,52 @@ class TensorRef:
 # ---------------------------------------------------------------------------------------- inputs
 
 
+class Identity(NamedTuple):
+    """What tells that a file has changed, or that another one has taken its name."""
+
+    device: int
+    inode: int
+    size: int
+    modified: int
+    changed: int
+
+
+@dataclass(frozen=True, slots=True)
+class Source:
+    """A file that was read, as it was then.
+
+    Attributes:
+        path: Absolute.
+        header: SHA-256 of the part that says where the tensors are (and of the whole of a config).
+        identity: Of the open file that was read, not of what bears its name later.
+    """
+
+    path: str
+    header: str
+    identity: Identity
+
+
+@dataclass(frozen=True, slots=True)
+class Origin:
+    """How weft made a checkpoint, as the manifest beside it says.
+
+    Attributes:
+        version: Of weft.
+        created: When, in UTC; None in manifests that do not say it.
+        base: The folder of the base.
+        adapters: The folders of the adapters.
+        survival: Of the whole update; None without one.
+        command: As typed.
+    """
+
+    version: str
+    created: str | None
+    base: str
+    adapters: tuple[str, ...]
+    survival: float | None
+    command: str
+
+
 @dataclass(frozen=True, slots=True)
 class Checkpoint:
     """A base model as it lies on disk.
@@ -54,16 +105,20 @@ class Checkpoint:
         config: The parsed `config.json`; empty if there is none.
         side_files: Relative paths of the files beside the weights that belong to the model.
         left_out: Relative paths of the files in the folder that do not.
+        sources: The shards and the config, as they were read.
+        origin: Where weft wrote it, from what; only `inspect` looks.
     """
 
     given: str
     folder: str
-    tensors: dict[str, TensorRef]
-    shards: tuple[str, ...]
-    metadata: dict[str, str]
-    config: dict[str, Any]
-    side_files: tuple[str, ...]
-    left_out: tuple[str, ...]
+    tensors: dict[str, TensorRef] = field(repr=False)
+    shards: tuple[str, ...] = field(repr=False)
+    metadata: dict[str, str] = field(repr=False)
+    config: dict[str, Any] = field(repr=False)
+    side_files: tuple[str, ...] = field(repr=False)
+    left_out: tuple[str, ...] = field(repr=False)
+    sources: tuple[Source, ...] = field(repr=False)
+    origin: Origin | None = None
 
     @property
     def nbytes(self) -> int:
@@ -83,6 +138,7 @@ class AdapterEntry:
         params: What else the kind needs.
         saved_as: The module of `modules_to_save` that it belongs to; one that the base does not
             have (a new task head) is added to it.
+        alternatives: What else the same tensors could mean; the shapes in the base decide.
         optional: The base may lack the parameter (a bias that is only scaled) beside the module's
             weight: then there is nothing to change.
         reads: Another parameter of the module that the change depends on; the kind finds the
@@ -96,6 +152,7 @@ class AdapterEntry:
     scaling: float = 1.0
     params: tuple[tuple[str, Param], ...] = ()
     saved_as: str | None = None
+    alternatives: tuple[AdapterEntry, ...] = ()
     optional: bool = False
     reads: str | None = None
 
@@ -105,33 +162,72 @@ class AdapterEntry:
 
 
 @dataclass(frozen=True, slots=True)
+class Repair:
+    """A defect of an adapter's keys that has one reading, and was read so.
+
+    Attributes:
+        what: The defect and what became of it.
+        old, new: One of the keys, before and after.
+        count: How many keys.
+    """
+
+    what: str
+    old: str
+    new: str
+    count: int
+
+    def __str__(self) -> str:
+        more = f", and {self.count - 1} more" if self.count > 1 else ""
+        return f"{self.what}: {self.old} -> {self.new}{more}"
+
+
+@dataclass(frozen=True, slots=True)
 class Adapter:
     """An adapter as it lies on disk, whatever wrote it.
 
     Attributes:
         given: What the user wrote.
         folder: The local folder that holds it.
-        files: The weight files, by absolute path.
+        sources: The weights and the config, as they were read.
         kind: The adapter method as its config spells it, such as `LORA`.
         entries: Every change, one per module parameter.
         tensors: Every tensor of the file: the ledger that the entries must use up.
         config: The parsed adapter config.
         base_model: What the config names as its base, and the revision of it.
         notes: What a reader of the file should know and no tensor shows.
-        side_files: Relative paths of the tokenizer and chat-template files that it brings.
+        repairs: What was wrong with the keys and is put right in `entries`.
+        keys: The key that PEFT would have written -> the one in the file.
+        side_files: Relative paths of the files of a tokenizer or processor that it brings.
+        left_out: Relative paths of what else lies there, leftovers of the training aside.
+        selection: The modules that the config names, if it does.
+        moved_base: The initialisation, by name, if it took its factors off the base.
+        format: The tool whose layout the files have.
+        flattened: Its modules' paths have underscores for dots.
     """
 
     given: str
     folder: str
-    files: tuple[str, ...]
+    sources: tuple[Source, ...] = field(repr=False)
     kind: str
-    entries: tuple[AdapterEntry, ...]
-    tensors: dict[str, TensorRef]
-    config: dict[str, Any]
+    entries: tuple[AdapterEntry, ...] = field(repr=False)
+    tensors: dict[str, TensorRef] = field(repr=False)
+    config: dict[str, Any] = field(repr=False)
     base_model: str | None
     revision: str | None
-    notes: tuple[str, ...]
-    side_files: tuple[str, ...]
+    notes: tuple[str, ...] = field(repr=False)
+    side_files: tuple[str, ...] = field(repr=False)
+    left_out: tuple[str, ...] = field(repr=False)
+    selection: Selection | None = field(default=None, repr=False)
+    repairs: tuple[Repair, ...] = field(default=(), repr=False)
+    keys: dict[str, str] = field(default_factory=dict, repr=False)
+    moved_base: str | None = None
+    format: str = "PEFT"
+    flattened: bool = False
+
+    @property
+    def files(self) -> tuple[str, ...]:
+        """The weights and the config, by absolute path."""
+        return tuple(source.path for source in self.sources)
 
 
 # ------------------------------------------------------------------------------------ expressions
@@ -218,30 +314,31 @@ class Input:
 
     Attributes:
         role: `base`, or `adapter 1` and so on.
-        header: SHA-256 of the part that says where the tensors are (and of the whole of a config).
-        content: SHA-256 of the whole file, for adapters, which are small; else None.
-        identity: Device, inode, size, and modification and change times; these do not go into the
-            plan's hash, which must be the same on another machine.
+        header: As in `Source`; None for a file that holds no tensors and is only copied.
+        content: SHA-256 of the whole file; None for the base's weights, which are large.
+        identity: Of the file whose header was read. It does not go into the plan's hash, which
+            must be the same on another machine.
     """
 
     role: str
     path: str
     size: int
-    header: str
+    header: str | None
     content: str | None
-    identity: tuple[int, ...] = field(compare=False)
+    identity: Identity = field(compare=False)
 
 
 @dataclass(frozen=True)
 class Plan:
     """Everything that a run will do; made from headers and configs alone."""
 
-    jobs: tuple[TensorJob, ...]
-    metadata: tuple[tuple[str, str], ...]
-    side_files: tuple[SideFile, ...]
-    inputs: tuple[Input, ...]
+    jobs: tuple[TensorJob, ...] = field(repr=False)
+    metadata: tuple[tuple[str, str], ...] = field(repr=False)
+    side_files: tuple[SideFile, ...] = field(repr=False)
+    inputs: tuple[Input, ...] = field(repr=False)
     notes: tuple[str, ...]
     warnings: tuple[str, ...]
+    repairs: tuple[Repair, ...] = ()
 
     @property
     def nbytes(self) -> int:

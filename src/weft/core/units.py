@@ -4,8 +4,12 @@ from __future__ import annotations
 
 import math
 import re
+from typing import TYPE_CHECKING
 
 from weft.core.errors import WeftError
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
 
 _FACTORS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12}
 _BINARY = {"ki": 2**10, "mi": 2**20, "gi": 2**30, "ti": 2**40}
@@ -56,7 +60,21 @@ def show_share(share: float | None) -> str:
     percent = share * 100
     if 99.9 < percent < 100:
         return f"{math.floor(percent * 1000) / 1000:.3f} %"
-    return f"{percent:.1f} %" if percent >= 0.1 or percent <= 0 else f"{percent:.1e} %"
+    readable = percent <= 0 or 0.1 <= percent < 999.95
+    return f"{percent:.1f} %" if readable else f"{percent:.1e} %"
+
+
+def show_survival(survival: float | None) -> str:
+    """What is left of an update, in percent: below none there is nothing to tell apart."""
+    return show_share(None if survival is None else max(survival, 0.0))
+
+
+def some(names: Sequence[str], noun: str, shown: int = 3) -> str:
+    """`5 modules (a, b, c …)`, or `module a` where it is the only one."""
+    if len(names) == 1:
+        return f"{noun} {names[0]}"
+    more = " …" if len(names) > shown else ""
+    return f"{len(names)} {noun}s ({', '.join(names[:shown])}{more})"
 
 
 def clean(text: str) -> str:

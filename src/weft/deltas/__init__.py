@@ -16,7 +16,7 @@ from weft.core.blocks import rows_and_columns
 from weft.core.specs import AddDeltas, Load
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Mapping, Sequence
+    from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 
     from torch import Tensor
 
@@ -40,6 +40,9 @@ class Source(Protocol):
     def whole(self, role: str) -> Tensor:
         """The tensor of `role`; for factors, which are small. Integers come as int64."""
 
+    def shared(self, role: str) -> Tensor:
+        """As `whole`, for factors of which many jobs use a part each; not to be changed."""
+
     def rows(self, role: str, start: int, stop: int, out: Tensor) -> None:
         """Rows `start` to `stop` of `role` into `out`; for tensors as large as W."""
 
@@ -56,6 +59,7 @@ class DeltaKind(Protocol):
     # - `together(shape, params) -> int`: that only so many rows at once, from a multiple of it on,
     #   can be computed (0: only all of them);
     # - `matrix(shape) -> (rows, columns)`: that it sees W otherwise;
+    # - `scratch(shape) -> int`: how many bytes `prepare` takes, beside its tensors, where many;
     # - `refusal(shapes, params, weight) -> str | None`: why there is no merged weight for this W;
     # - `across(changed) -> params`: what a delta must know of all tensors that its adapter changes
     #   by this kind, (delta, W's byte range) each; it is asked when the plan is made;
@@ -119,6 +123,17 @@ def layout(job: TensorJob) -> Layout:
         elif hasattr(own, "together"):
             together = math.lcm(together, own.together(job.shape, dict(delta.params)))
     return Layout(rows, columns, together or max(rows, 1))
+
+
+def shared_at_once(jobs: Iterable[TensorJob]) -> int:
+    """How many shared factors neighbouring jobs use: of two layers, two parameters each."""
+    return 4 * max((len(list(_deltas(job.expression))) for job in jobs), default=1)
+
+
+def scratch(job: TensorJob) -> int:
+    """Bytes that the job's deltas take to be made ready, beside their tensors."""
+    found = [(kind(delta.kind), job.shape) for delta in _deltas(job.expression)]
+    return sum(own.scratch(shape) for own, shape in found if hasattr(own, "scratch"))
 
 
 def _deltas(expression: Expression) -> Iterator[Delta]:

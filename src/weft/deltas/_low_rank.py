@@ -1,4 +1,7 @@
-"""scaling · B @ A, in W's layout: what LoRA, DoRA and others share."""
+"""scaling · B @ A, in W's layout: what LoRA, DoRA and others share.
+
+`A` (r, in) and `B` (out, r); `factors_transposed`: the file has them as (in, r) and (r, out).
+"""
 
 from __future__ import annotations
 
@@ -48,7 +51,7 @@ def orientations(
 
     A square W fits both. A may have the axes of a kernel, or one for all of them.
     """
-    A, B = shapes["A"], shapes["B"]
+    A, B = factor_shapes(shapes, params)
     fitting = []
     if A[0] == B[1] and weight[:1] == B[:1] and A[1:] in (weight[1:], (math.prod(weight[1:]),)):
         fitting.append(False)
@@ -59,8 +62,31 @@ def orientations(
     return tuple(fitting)
 
 
+def factor_shapes(shapes: Mapping[str, Shape], params: Mapping[str, Param]) -> tuple[Shape, Shape]:
+    """Those of A (r, in…) and B (out, r, 1…)."""
+    A, B = shapes["A"], shapes["B"]
+    return (A[::-1], B[::-1]) if params.get("factors_transposed") else (A, B)
+
+
+def in_halves(rows: Tensor, delta: Delta) -> Tensor:
+    """Rows of q or k in Hugging Face's order; `rotary_heads`: they come in Meta's and torchtune's.
+
+    The two numbers that a rotary embedding turns together are neighbours there, and here d / 2
+    apart: (heads, d / 2, 2) -> (heads, 2, d / 2).
+    """
+    heads = delta.param("rotary_heads", 0)
+    if not heads:
+        return rows
+    assert isinstance(heads, int)
+    pairs = rows.reshape(heads, -1, 2, *rows.shape[1:])
+    return pairs.transpose(1, 2).reshape(rows.shape)
+
+
 def load(delta: Delta, source: Source) -> Factors:
     A, B = source.whole("A").flatten(1), source.whole("B").flatten(1)
+    if delta.param("factors_transposed", False):
+        A, B = A.T, B.T
+    B = in_halves(B, delta)
     scaling = delta.scaling
     if scaling and abs(math.frexp(scaling)[0]) == 0.5:
         # A power of two scales exactly, wherever it is applied: here it costs a pass less.

@@ -39,7 +39,7 @@ class State:
 def orientations(
     shapes: Mapping[str, Shape], params: Mapping[str, Param], weight: Shape
 ) -> tuple[bool, ...]:
-    outputs = shapes["B"][0]
+    outputs = _low_rank.factor_shapes(shapes, params)[1][0]
     # PEFT ≤ 0.8-style files and convolutions keep axes of size 1; only the count matters.
     if (
         max(shapes["magnitude"], default=0) != outputs
@@ -51,7 +51,7 @@ def orientations(
 
 def prepare(delta: Delta, source: Source, blocks: Blocks) -> State:
     factors = _low_rank.load(delta, source)
-    magnitude = source.whole("magnitude").reshape(-1)
+    magnitude = _low_rank.in_halves(source.whole("magnitude").reshape(-1), delta)
     if not delta.param("transposed", False):
         return State(factors, magnitude, None)
     squares = torch.zeros(magnitude.shape, dtype=torch.float64, device=magnitude.device)

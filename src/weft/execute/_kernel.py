@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+import threading
+from collections import OrderedDict
+from dataclasses import dataclass, field
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -15,7 +17,7 @@ from weft.core.errors import NumericsError
 from weft.core.specs import AddDeltas, Delta, Expression, Load, TensorJob, leaves
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Callable, Hashable, Iterator
 
     from torch import Tensor
 
@@ -41,6 +43,35 @@ class Sums:
         )
 
 
+class Shared:
+    """Factors that several jobs use, widened: the last few of them.
+
+    The experts of a layer follow each other in a checkpoint, and all of them use the same B.
+    """
+
+    def __init__(self, count: int) -> None:
+        self._count = count
+        self._slots: OrderedDict[Hashable, _Slot] = OrderedDict()
+        self._lock = threading.Lock()
+
+    def get(self, key: Hashable, load: Callable[[], Tensor]) -> Tensor:
+        with self._lock:
+            slot = self._slots.setdefault(key, _Slot())
+            self._slots.move_to_end(key)
+            while len(self._slots) > self._count:
+                self._slots.popitem(last=False)
+        with slot.lock:
+            if slot.values is None:
+                slot.values = load()
+            return slot.values
+
+
+@dataclass(slots=True)
+class _Slot:
+    values: Tensor | None = None
+    lock: threading.Lock = field(default_factory=threading.Lock)
+
+
 class _Source:
     """The tensors of one delta, read and widened on demand (see `weft.deltas.Source`)."""
 
@@ -64,6 +95,18 @@ class _Source:
             workspace.load(self._kernel.files, ref, start, stop, out[start:stop])
         return out.view(ref.shape)
 
+    def shared(self, role: str) -> Tensor:
+        ref = self._refs[role]
+        key = (ref.file, ref.start, ref.dtype, ref.shape, self._kernel.dtype)
+        found = self._kernel.shared.get(key, lambda: self._load(role))
+        self._kernel.keep(found)
+        return found
+
+    def _load(self, role: str) -> Tensor:
+        values = self.whole(role)
+        self._kernel.synchronise()  # other threads read it on their own streams
+        return values
+
     def rows(self, role: str, start: int, stop: int, out: Tensor) -> None:
         self._kernel.workspace.load(self._kernel.files, self._refs[role], start, stop, out)
 
@@ -74,18 +117,28 @@ class Kernel:
     Blocks may then run in any order and in any thread; each uses its own buffers of `workspace`.
     """
 
-    def __init__(self, job: TensorJob, files: Files, workspace: Workspace) -> None:
+    def __init__(self, job: TensorJob, files: Files, workspace: Workspace, shared: Shared) -> None:
         self.job = job
         self.files = files
         self.workspace = workspace
+        self.shared = shared
+        self._kept: list[Tensor] = []
         wide = {ref.dtype for ref in leaves(job.expression)} | {job.dtype}
         self.dtype = torch.float64 if "float64" in wide else torch.float32
         self.layout = deltas.layout(job)
         self._states: dict[int, tuple[DeltaKind, Any]] = {}
         self._prepare(job.expression)
         self._square = self._square_of(job.expression)
-        if workspace.stream is not None:
-            workspace.stream.synchronize()  # the factors are read on other threads' streams
+        self.synchronise()  # the factors are read on other threads' streams
+        self._kept.clear()
+
+    def synchronise(self) -> None:
+        if self.workspace.stream is not None:
+            self.workspace.stream.synchronize()
+
+    def keep(self, values: Tensor) -> None:
+        """Hold a shared tensor until all that reads it here is done."""
+        self._kept.append(values)
 
     @property
     def closed_form(self) -> Sums:
@@ -181,6 +234,23 @@ class Kernel:
         if not rest and first.weight == 1 and not kind.ADDITIVE:
             self._run_kind(first, start, weight, value)
             torch.sub(value, weight, out=delta)
+            return
+        if expression is self.job.expression and self._square == 0:
+            delta.zero_()
+            value.copy_(weight)  # and not W + 0, which makes +0 of −0
+            return
+        if rest and not all(self._states[id(each)][0].ADDITIVE for each in expression.deltas):
+            # Several may take W's place together (0.7 and 0.3 of two heads). Where |W| ≫ |v|, v − W
+            # loses v in float32; in float64 it keeps it, and is 0 still where v equals W.
+            rows, columns = weight.shape
+            total = self.workspace.compute("total", rows, columns, torch.float64).zero_()
+            for each in expression.deltas:
+                self._run_kind(each, start, weight, value)
+                total.add_(value, alpha=each.weight)
+                if not self._states[id(each)][0].ADDITIVE:
+                    total.sub_(weight, alpha=each.weight)
+            delta.copy_(total)
+            value.copy_(total.add_(weight))
             return
         self._add_one(first, start, weight, delta)
         if first.weight != 1:

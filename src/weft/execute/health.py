@@ -17,11 +17,13 @@ if TYPE_CHECKING:
 
     from weft.core.specs import Adapter, TensorRef
 
+# What changes nothing if a factor is zero.
+_SILENT = ("lora", "lora_bias", "lora_experts", "qalora", "bdlora")
 # All others are as large as weights, and are read in blocks.
-_FACTORS = ("A", "B", "magnitude", "bias", "rows")
+_FACTORS = ("A", "B", "magnitude", "bias", "diag", "rows")
 
 
-def examine(adapter: Adapter) -> tuple[list[Problem], list[str]]:
+def examine(adapter: Adapter, weight: float = 1) -> tuple[list[Problem], list[str]]:
     """What the values of the adapter's factors say: problems that forbid a merge, and warnings."""
     problems: list[Problem] = []
     silent = 0
@@ -31,13 +33,14 @@ def examine(adapter: Adapter) -> tuple[list[Problem], list[str]]:
     seen: set[TensorRef] = set()
     try:
         for entry in adapter.entries:
-            zero = False
+            zero = entry.scaling == 0
             for role, ref in entry.tensors:
                 if ref in seen:
                     continue  # what all modules share
                 seen.add(ref)
+                # A whole parameter may be a count (of BatchNorm), and indices are; nothing else is.
                 floating = getattr(torch, ref.dtype).is_floating_point
-                if not floating and entry.kind != "replace" and not role.startswith("indices"):
+                if not floating and role != "value" and not role.startswith("indices"):
                     problems.append(_not_floating(ref))
                     continue
                 if role not in _FACTORS:
@@ -47,9 +50,10 @@ def examine(adapter: Adapter) -> tuple[list[Problem], list[str]]:
                 problems += _not_finite(ref, values)
                 zero = zero or not bool(values.count_nonzero())
                 low_rank = entry.kind in ("lora", "dora")
-                if role == "B" and low_rank and not dict(entry.params).get("transposed"):
+                turned = {"transposed", "factors_transposed"} & dict(entry.params).keys()
+                if role == "B" and low_rank and not turned:
                     shares.append((int(values.any(dim=1).count_nonzero()), values.shape[0]))
-            silent += zero and entry.kind == "lora"
+            silent += zero and entry.kind in _SILENT
     finally:
         files.close()
     if ranks := _sharded(shares):
@@ -60,13 +64,15 @@ def examine(adapter: Adapter) -> tuple[list[Problem], list[str]]:
                 "gathered (full state dict)",
             )
         )
-    if silent and silent == len(adapter.entries):
-        warning = (
-            f"{adapter.given} changes nothing: lora_A or lora_B is zero in all {silent} modules "
+    why = None
+    if weight == 0:
+        why = "its weight is 0"
+    elif silent and silent == len(adapter.entries):
+        why = (
+            f"lora_A, lora_B or the scaling is zero in all {silent} modules "
             "(an adapter that was never trained, or a save that lost its weights)"
         )
-        return problems, [warning]
-    return problems, []
+    return problems, [f"{adapter.given} changes nothing: {why}"] if why else []
 
 
 def _large_not_finite(ref: TensorRef, files: Files, workspace: Workspace) -> list[Problem]:

@@ -25,7 +25,7 @@ from weft.core.errors import WeftError
 from weft.core.events import Moved, OnEvent
 from weft.core.specs import Load, Receipt, TensorJob
 from weft.execute._blocks import Files, Workspace
-from weft.execute._kernel import Kernel, Sums
+from weft.execute._kernel import Kernel, Shared, Sums
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -145,6 +145,7 @@ def run(
     stop = threading.Event()
     files = Files()
     workspace = Workspace(device)
+    shared = Shared(deltas.shared_at_once(jobs))
 
     def work() -> None:
         with _one_torch_thread(), _stream(workspace):
@@ -153,7 +154,7 @@ def run(
                     item = next(queue, None)
                 if item is None:
                     return
-                _run_piece(*item, sink, files, workspace, cores, on_event)
+                _run_piece(*item, sink, files, workspace, shared, cores, on_event)
 
     workers = WORKERS * threads
     pool = ThreadPoolExecutor(workers, thread_name_prefix="weft")
@@ -236,6 +237,7 @@ def _run_piece(
     sink: Sink,
     files: Files,
     workspace: Workspace,
+    shared: Shared,
     cores: threading.Semaphore,
     on_event: OnEvent,
 ) -> None:
@@ -248,7 +250,7 @@ def _run_piece(
         on_event(Moved(stop - start, stop - start))
     else:
         with group.lock, cores:
-            kernel = group.kernel = group.kernel or Kernel(job, files, workspace)
+            kernel = group.kernel = group.kernel or Kernel(job, files, workspace, shared)
         row = kernel.layout.columns * getattr(torch, job.dtype).itemsize
         offset = sink.offset(job.name) + start * row
         with cores:

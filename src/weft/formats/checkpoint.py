@@ -10,31 +10,18 @@ from typing import TYPE_CHECKING, Any
 
 from weft.core.errors import FormatError, NotFound, Unsupported
 from weft.core.names import nearest
-from weft.core.specs import Checkpoint, Input, TensorRef
+from weft.core.specs import Checkpoint, Input, Source, TensorRef
 from weft.core.units import clean
+from weft.formats.identity import identify
 from weft.formats.safetensors import Header
 from weft.formats.safetensors import read_header as read_safetensors_header
+from weft.formats.side_files import beside_model
 
 if TYPE_CHECKING:
+    from collections.abc import Iterable, Iterator
+
     import numpy as np
 
-_KEPT_SUFFIXES = {
-    ".json",
-    ".txt",
-    ".model",
-    ".jinja",
-    ".py",
-    ".tiktoken",
-    ".bpe",
-    ".spm",
-    ".vocab",
-    ".md",
-}
-_KEPT_NAMES = {"LICENSE", "NOTICE"}
-# Written anew, and about the training and not about the model.
-_NOT_KEPT = {"README.md", "weft.json"}
-_OF_TRAINING = {"adapter_config.json", "trainer_state.json", "all_results.json"}
-_KEPT_FOLDERS = {"additional_chat_templates", "chat_templates"}
 _WEIGHT_SUFFIXES = {".safetensors", ".bin", ".pt", ".pth"}
 
 
@@ -48,31 +35,47 @@ def open_checkpoint(path: Path, given: str) -> Checkpoint:
     """
     path = path.absolute()
     if path.is_file():
+        _refuse_other_files(path)
         folder, files, weight_map = path.parent, [path.name], None
         alone = [f for f in folder.iterdir() if f.suffix in _WEIGHT_SUFFIXES] == [path]
     else:
         folder, alone = path, True
         files, weight_map = _find_weights(folder)
-    tensors, metadata = _read_shards(folder, files, weight_map)
-    kept, left = _side_files(folder, files) if alone else ([], [])
-    config = _read_config(folder / "config.json") if "config.json" in kept else {}
+    headers = {file: read_header(folder / file) for file in files}
+    sources = [header.source for header in headers.values()]
+    tensors = _tensors(folder, headers, weight_map)
+    _refuse_adapter(folder / files[0], tensors)
+    kept, left = beside_model(folder, files) if alone else ([], [])
+    config: dict[str, Any] = {}
+    if "config.json" in kept:
+        config, source = _read_config(folder / "config.json")
+        sources.append(source)
     return Checkpoint(
-        given, str(folder), tensors, tuple(files), metadata, config, tuple(kept), tuple(left)
+        given=given,
+        folder=str(folder),
+        tensors=tensors,
+        shards=tuple(files),
+        metadata=headers[files[0]].metadata,
+        config=config,
+        side_files=tuple(kept),
+        left_out=tuple(left),
+        sources=tuple(sources),
     )
 
 
-def _read_config(path: Path) -> dict[str, Any]:
+def _read_config(path: Path) -> tuple[dict[str, Any], Source]:
     """`config.json`; the fields that weft uses have the type that it expects."""
-    config = read_json(path)
+    config, source = read_json_source(path)
     parts = [config, *(part for part in config.values() if isinstance(part, dict))]
     for field, form in _CONFIG_FORMS.items():
         for part in parts:
             if part.get(field) is not None and not isinstance(part[field], form):
-                raise FormatError(f"{path}: {field} is {clean(repr(part[field]))[:60]}")
+                shown = clean(repr(part[field]))[:60]
+                raise FormatError(f"{path}: {field} is {shown}, not a {form.__name__}", _CORRECT)
     architectures = config.get("architectures") or []
     if not all(isinstance(name, str) for name in architectures):
-        raise FormatError(f"{path}: architectures is not a list of names")
-    return config
+        raise FormatError(f"{path}: architectures is not a list of names", _CORRECT)
+    return config, source
 
 
 def has_weights(folder: Path) -> bool:
@@ -107,7 +110,7 @@ def _find_weights(folder: Path) -> tuple[list[str], dict[str, str] | None]:
     if (folder / "adapter_config.json").is_file():
         raise NotFound(f"{folder} is an adapter, not a base model", "give its base model first")
     others = sorted(f.name for f in folder.glob("*.safetensors"))
-    if "adapter_model.safetensors" in others:
+    if any(folder.glob("adapter_model.*")):
         raise NotFound(
             f"{folder} holds an adapter without adapter_config.json, which says how to scale it",
             "finish the download, or the save that was cut short",
@@ -121,11 +124,51 @@ def _find_weights(folder: Path) -> tuple[list[str], dict[str, str] | None]:
         )
     for pattern, what in (("*.gguf", "a GGUF file"), ("lit_model.pth", "a LitGPT checkpoint")):
         if any(folder.glob(pattern)):
-            raise Unsupported(
-                f"{folder} holds {what}, which weft does not read yet",
-                "give the Hugging Face checkpoint that it was made from",
-            )
+            raise _unread(folder, f"holds {what}")
     raise NotFound(f"no model in {folder}: no .safetensors and no pytorch_model.bin")
+
+
+def _refuse_other_files(path: Path) -> None:
+    """A tokenizer or a config is not a torch file that is broken: it is something else."""
+    try:
+        with path.open("rb") as file:
+            head = file.read(4)
+    except OSError as error:
+        raise FormatError(f"cannot read {path}: {error.strerror}") from None
+    if head == b"GGUF":
+        raise _unread(path, "is a GGUF file")
+    torch = head == b"PK\3\4" or head[:1] == b"\x80"  # an archive, or a pickle
+    if path.suffix not in _WEIGHT_SUFFIXES and not torch:
+        raise FormatError(
+            f"{path} is not weights: neither safetensors nor a file of torch",
+            "give the model's folder, or a .safetensors, .bin, .pt or .pth file",
+        )
+
+
+def _unread(path: Path, what: str) -> Unsupported:
+    return Unsupported(
+        f"{path} {what}, which weft does not read yet",
+        "give the Hugging Face checkpoint that it was made from",
+    )
+
+
+def _refuse_adapter(path: Path, tensors: Iterable[str]) -> None:
+    """Factors under whatever file name: as a base they would be merged into, and make no model."""
+    if all(name.startswith(("lora_", "lycoris_")) for name in tensors):  # Kohya's, LyCORIS's
+        raise NotFound(
+            f"{path} is adapter weights, not a base model", "the order is: weft merge BASE ADAPTER"
+        )
+    if not all("lora_" in name or name.startswith("base_model.model.") for name in tensors):
+        return
+    if (path.parent / "adapter_config.json").is_file():
+        raise NotFound(
+            f"{path} is adapter weights, not a base model", f"give its folder, {path.parent}"
+        )
+    raise NotFound(
+        f"{path} is adapter weights, not a base model, and no adapter_config.json beside it says "
+        "how to scale them",
+        "finish the download, or the save that was cut short: PEFT's folder has both files",
+    )
 
 
 def _read_index(path: Path) -> dict[str, str]:
@@ -160,14 +203,12 @@ def read_header(path: Path) -> Header:
     return header
 
 
-def _read_shards(
-    folder: Path, files: list[str], weight_map: dict[str, str] | None
-) -> tuple[dict[str, TensorRef], dict[str, str]]:
+def _tensors(
+    folder: Path, headers: dict[str, Header], weight_map: dict[str, str] | None
+) -> dict[str, TensorRef]:
+    """The tensors of all shards; the index decides where two have one of the same name."""
     tensors: dict[str, TensorRef] = {}
-    metadata: dict[str, str] = {}
-    for number, file in enumerate(files):
-        header = read_header(folder / file)
-        metadata = metadata if number else header.metadata
+    for file, header in headers.items():
         for ref in header.tensors:
             home = weight_map.get(ref.name, file) if weight_map else file
             if home != file:
@@ -184,44 +225,11 @@ def _read_shards(
                 f"the nearest name there is {near[0]!r}" if near else None,
             )
     if not tensors:
-        raise FormatError(f"{folder}: {', '.join(files)} hold no tensors")
-    return tensors, metadata
+        raise FormatError(f"{folder}: {', '.join(headers)} hold no tensors")
+    return tensors
 
 
-def _side_files(folder: Path, weights: list[str]) -> tuple[list[str], list[str]]:
-    """What belongs to the model beside its weights, and what else lies in the folder."""
-    kept: list[str] = []
-    left: list[str] = []
-    folders = set(_KEPT_FOLDERS)
-    if (folder / "modules.json").is_file():  # sentence-transformers: one folder per module
-        folders |= _module_folders(folder / "modules.json")
-    for path in sorted(folder.iterdir()):
-        if path.name.startswith(".") or path.name in weights or path.name.endswith(".index.json"):
-            continue
-        if path.is_dir():
-            if path.name in folders:
-                kept += [str(f.relative_to(folder)) for f in sorted(path.rglob("*")) if f.is_file()]
-            else:
-                left.append(path.name + "/")
-        elif path.name in _NOT_KEPT:
-            continue
-        elif path.name in _OF_TRAINING:
-            left.append(path.name)
-        elif path.suffix in _KEPT_SUFFIXES or path.name in _KEPT_NAMES:
-            if not path.is_file():
-                raise FormatError(f"{path} is a link to nothing", "finish the download")
-            kept.append(path.name)
-        else:
-            left.append(path.name)
-    return kept, left
-
-
-def _module_folders(path: Path) -> set[str]:
-    try:
-        modules = json.loads(path.read_text(encoding="utf-8"))
-        return {m["path"] for m in modules if m["path"]}
-    except (ValueError, TypeError, KeyError, RecursionError):
-        raise FormatError(f"{path} is not a list of modules with their paths") from None
+_CORRECT = "correct it there, or save or download the file again"
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -230,35 +238,78 @@ def read_json(path: Path) -> dict[str, Any]:
     Raises:
         FormatError: Not JSON, or not an object.
     """
+    return read_json_source(path)[0]
+
+
+def read_json_source(path: Path) -> tuple[dict[str, Any], Source]:
+    """A JSON object from `path`, and which file that was.
+
+    Raises:
+        FormatError: Not JSON, or not an object.
+    """
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        with path.open("rb") as file:
+            identity, raw = identify(file), file.read()
+        content = json.loads(raw.decode("utf-8"))
     except (ValueError, RecursionError) as error:
-        raise FormatError(f"{path} is not JSON: {str(error)[:100]}") from None
+        raise FormatError(f"{path} is not JSON: {_what_is_wrong(error)}", _CORRECT) from None
     except OSError as error:
         raise FormatError(f"cannot read {path}: {error.strerror}") from None
     if not isinstance(content, dict):
-        raise FormatError(f"{path} is a JSON {type(content).__name__}, not an object")
-    return content
+        what = f"{path} is a JSON {type(content).__name__}, not an object"
+        raise FormatError(what, _CORRECT)
+    return content, Source(str(path.absolute()), hashlib.sha256(raw).hexdigest(), identity)
 
 
-def describe_input(role: str, path: Path) -> Input:
-    """What the manifest says of an input file, and what tells later that it has changed."""
-    stat = path.stat()
-    if path.suffix in _WEIGHT_SUFFIXES:
-        sha256 = read_header(path).sha256
-    else:
-        sha256 = hashlib.sha256(path.read_bytes()).hexdigest()
-    content = None
-    if role != "base":  # two checkpoints of one training differ in nothing else
+def _what_is_wrong(error: ValueError | RecursionError) -> str:
+    if isinstance(error, json.JSONDecodeError):
+        if not error.doc.strip():
+            return "it is empty"
+        return f"line {error.lineno}, column {error.colno}: {error.msg}"
+    if isinstance(error, UnicodeDecodeError):
+        return f"byte {error.start} is not UTF-8"
+    return str(error)[:100]
+
+
+def describe_input(role: str, source: Source) -> Input:
+    """What the manifest says of a file that was read, and what tells later that it has changed.
+
+    Raises:
+        FormatError: An adapter's file is another one by now.
+    """
+    path, identity = Path(source.path), source.identity
+    if path.suffix not in _WEIGHT_SUFFIXES:
+        return Input(role, source.path, identity.size, None, source.header, identity)
+    # A base is too large to be hashed. Of an adapter the header is not enough: two checkpoints of
+    # one training differ in nothing else.
+    content = None if role == "base" else _digest(source)
+    return Input(role, source.path, identity.size, source.header, content, identity)
+
+
+def describe_copied(role: str, path: Path) -> Input:
+    """The same of a file that is copied, whatever is in it.
+
+    (sentence-transformers has weights among such.)
+    """
+    try:
         with path.open("rb") as file:
+            identity = identify(file)
             content = hashlib.file_digest(file, "sha256").hexdigest()
-    return Input(role, str(path.absolute()), stat.st_size, sha256, content, identify(path))
+    except OSError as error:
+        raise FormatError(f"cannot read {path}: {error.strerror}") from None
+    return Input(role, str(path.absolute()), identity.size, None, content, identity)
 
 
-def identify(path: Path) -> tuple[int, ...]:
-    """Numbers that change when the file does."""
-    stat = path.stat()
-    return (stat.st_dev, stat.st_ino, stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns)
+def _digest(source: Source) -> str:
+    try:
+        with Path(source.path).open("rb") as file:
+            if identify(file) == source.identity:
+                return hashlib.file_digest(file, "sha256").hexdigest()
+    except OSError as error:
+        raise FormatError(f"cannot read {source.path}: {error.strerror}") from None
+    raise FormatError(
+        f"{source.path} changed while it was being read", "run the same command again"
+    )
 
 
 def same_bytes(one: TensorRef, other: TensorRef) -> bool:
@@ -269,21 +320,23 @@ def same_bytes(one: TensorRef, other: TensorRef) -> bool:
     """
     if (one.dtype, one.shape) != (other.dtype, other.shape):
         return False
-    return _digest(one) == _digest(other)
+    if (one.file, one.start) == (other.file, other.start):
+        return True
+    return all(mine == yours for mine, yours in zip(_blocks(one), _blocks(other), strict=True))
 
 
-def _digest(ref: TensorRef) -> bytes:
-    digest = hashlib.sha256()
+def _blocks(ref: TensorRef, size: int = 2**22) -> Iterator[bytes]:
+    """The tensor's bytes, a few at a time."""
     with Path(ref.file).open("rb") as file:
         file.seek(ref.start)
-        left = ref.nbytes
-        while left:
-            data = file.read(min(left, 2**22))
+        for start in range(0, ref.nbytes, size):
+            data = file.read(min(size, ref.nbytes - start))
             if not data:
-                break
-            digest.update(data)
-            left -= len(data)
-    return digest.digest()
+                raise FormatError(
+                    f"{ref.file} became shorter while it was being read",
+                    "run the same command again",
+                )
+            yield data
 
 
 def same_values(one: TensorRef, other: TensorRef) -> bool:

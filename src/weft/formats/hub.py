@@ -1,23 +1,33 @@
 """What a user writes for a model or an adapter -> a local folder; the one door to huggingface_hub.
 
 `path`, `org/name`, `org/name@revision`, `org/name/subfolder@revision`, and the `models--org--name`
-folders of the hub's own cache. Token, offline mode and cache directory are huggingface_hub's:
-`HF_TOKEN`, `HF_HUB_OFFLINE`, `HF_HOME`, `HF_HUB_CACHE`.
+folders of the hub's own cache. Token, offline mode, cache directory and patience are those of
+huggingface_hub: `HF_TOKEN`, `HF_HUB_OFFLINE`, `HF_HOME`, `HF_HUB_CACHE`, `HF_HUB_ETAG_TIMEOUT`.
 """
 
 from __future__ import annotations
 
+import glob
 import re
-from pathlib import Path
+from pathlib import Path, PurePosixPath
+from typing import TYPE_CHECKING
 
 from weft.core.errors import NotFound, WeftError
 from weft.core.units import clean
+from weft.formats.side_files import KEPT_FOLDERS, KEPT_NAMES, KEPT_SUFFIXES
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
 
 _ID = re.compile(
     r"(?P<repo>[\w.-]+/[\w.-]+)(?:/(?P<subfolder>[\w./-]+?))?(?:@(?P<revision>[\w./-]+))?"
 )
-_WEIGHTS = ("*.safetensors", "*.bin")
-_REST = ("*.json", "*.txt", "*.model", "*.jinja", "*.py", "*.tiktoken", "*.bpe", "*.md", "LICENSE*")
+_CACHED = re.compile(r"(?:^|[/\\])models--(?P<repo>[\w.-]+)(?:[/\\]|$)")
+_FOLDERS = {
+    *("model", "models", "base_models", "pretrained", "weights", "checkpoints", "ckpt", "ckpts"),
+    *("output", "outputs", "results", "runs", "saves", "data", "home", "mnt", "workspace"),
+}
+_PICKLES = re.compile(r"(pytorch|adapter)_model.*\.bin")
 
 
 def resolve(given: str, *, revision: str | None = None, cache_dir: str | None = None) -> Path:
@@ -26,12 +36,7 @@ def resolve(given: str, *, revision: str | None = None, cache_dir: str | None = 
     Raises:
         NotFound: Neither a path nor, as far as can be reached, a repository on the hub.
     """
-    try:
-        path = Path(given).expanduser()
-        there = bool(given) and path.exists()
-    except (OSError, RuntimeError, ValueError):  # too long, no such user, a NUL
-        there = False
-    if there:
+    if path := _local(given):
         return _snapshot_of(path, revision) if path.name.startswith("models--") else path
     match = _ID.fullmatch(given)
     if match is None or given.startswith((".", "/", "~")):
@@ -41,6 +46,28 @@ def resolve(given: str, *, revision: str | None = None, cache_dir: str | None = 
     revision = match["revision"] or revision
     folder = _download(match["repo"], match["subfolder"], revision, cache_dir)
     return folder / match["subfolder"] if match["subfolder"] else folder
+
+
+def _local(given: str) -> Path | None:
+    """The path that `given` is on this machine, if it is one."""
+    try:
+        path = Path(given).expanduser()
+        return path if given and path.exists() else None
+    except (OSError, RuntimeError, ValueError):  # too long, no such user, a NUL
+        return None
+
+
+def repository(text: str) -> str | None:
+    """`org/name` of an id, or of a path into the hub's cache; None for what is neither.
+
+    `models/llama` is both an id and a path on somebody's machine: by its first part it is a path.
+    """
+    if cached := _CACHED.search(text):
+        return cached["repo"].replace("--", "/")
+    match = _ID.fullmatch(text)
+    if match is None or text.startswith((".", "/", "~")) or _local(text):
+        return None
+    return None if match["repo"].partition("/")[0].lower() in _FOLDERS else match["repo"]
 
 
 def _snapshot_of(path: Path, revision: str | None) -> Path:
@@ -61,13 +88,25 @@ def _download(
 
     name = f"{repo}@{revision}" if revision else repo
     inside = f"{subfolder}/" if subfolder else ""
-    ignore: list[str] = []
-    offline = False
+    why = ""
     try:
-        files = huggingface_hub.HfApi().list_repo_files(repo, revision=revision)
-        # A repository often has the same weights twice; the pickles are the ones not to want.
-        if any(f.startswith(inside) and f.endswith(".safetensors") for f in files):
-            ignore = ["*.bin"]
+        files, why = _list(repo, revision)
+        if files is None:
+            # Patterns of what must be in the cache, of which only newer releases of huggingface_hub
+            # take notice; which weights there must be, their index says.
+            allow = [f"{inside}*{suffix}" for suffix in sorted(KEPT_SUFFIXES - {".md"})]
+            ignore = [f"{inside}*/*"]
+        else:
+            allow = [glob.escape(file) for file in wanted(files, inside, name)]
+            ignore = []
+        folder = huggingface_hub.snapshot_download(
+            repo,
+            revision=revision,
+            cache_dir=cache_dir,
+            allow_patterns=allow,
+            ignore_patterns=ignore or None,
+            local_files_only=files is None,
+        )
     except errors.RevisionNotFoundError:
         raise NotFound(f"{repo} on the hub has no revision {revision!r}") from None
     except errors.GatedRepoError:
@@ -79,24 +118,82 @@ def _download(
             f"no such file or folder, and no such repository on the hub: {repo}",
             "check the spelling; a private repository needs HF_TOKEN",
         ) from None
-    except Exception:  # offline mode, no network, a server in trouble: the cache may still have it
-        offline = True
-    try:
-        folder = huggingface_hub.snapshot_download(
-            repo,
-            revision=revision,
-            cache_dir=cache_dir,
-            allow_patterns=[inside + pattern for pattern in (*_WEIGHTS, *_REST)],
-            ignore_patterns=ignore or None,
-            local_files_only=offline,
-        )
     except errors.HFValidationError:
         raise NotFound(f"no such file or folder, and no id on the hub: {name}") from None
     except errors.LocalEntryNotFoundError:
         raise NotFound(
-            f"no such file or folder: {name}; the hub cannot be reached and its cache has no copy",
+            f"no such file or folder: {name}; the hub cannot be reached "
+            f"({why or 'the connection broke'}) and its cache has "
+            "no whole copy",
             "download it first, or point --cache-dir or HF_HOME at the cache that has it",
         ) from None
     except (OSError, errors.HfHubHTTPError) as error:
-        raise WeftError(f"cannot download {name}: {str(error).splitlines()[0]}") from None
+        raise WeftError(f"cannot download {name}: {_first_line(error)}") from None
     return Path(folder)
+
+
+def _list(repo: str, revision: str | None) -> tuple[list[str] | None, str]:
+    """The files of a repository; or None and why, if the hub cannot be asked.
+
+    One request, without the retries that huggingface_hub makes elsewhere: where there is no network
+    that should be said at once, and the cache may have what is wanted. Downloads are retried.
+    """
+    from huggingface_hub import HfApi, constants, errors
+
+    patience = constants.HF_HUB_ETAG_TIMEOUT
+    try:
+        info = HfApi().model_info(repo, revision=revision, timeout=patience)
+    except (errors.RepositoryNotFoundError, errors.RevisionNotFoundError, errors.HFValidationError):
+        raise
+    except errors.OfflineModeIsEnabled:
+        return None, "offline mode"
+    except Exception as error:  # whatever the HTTP client of this release raises
+        if "Timeout" in type(error).__name__:
+            return None, f"no answer in {patience} s; HF_HUB_ETAG_TIMEOUT=60 waits longer"
+        return None, _first_line(error)
+    return [sibling.rfilename for sibling in info.siblings or []], ""
+
+
+def _first_line(error: Exception) -> str:
+    lines = str(error).splitlines() or [type(error).__name__]
+    return clean(lines[0])[:160]
+
+
+def wanted(files: Iterable[str], inside: str, name: str) -> list[str]:
+    """Of a repository's files those that weft reads: one copy of the weights, and what is beside.
+
+    Many repositories hold their weights several times: as pickles, as their authors had them
+    (`original/`, `consolidated…`), for other frameworks, of every step of the training.
+
+    Args:
+        files: All of them, by path.
+        inside: The folder that is meant, with a slash behind it, or nothing.
+        name: Of the repository, for errors.
+
+    Raises:
+        NotFound: There is no such folder, or no weights in it.
+    """
+    here = [file.removeprefix(inside) for file in files if file.startswith(inside)]
+    if inside and not here:
+        raise NotFound(f"{name} on the hub has no folder {inside.rstrip('/')}")
+    top = [file for file in here if "/" not in file]
+    safe = [file for file in top if file.endswith(".safetensors")]
+    weights = [file for file in safe if not file.startswith("consolidated")]
+    weights = weights or [file for file in top if _PICKLES.fullmatch(file)] or safe
+    if not weights:
+        others = sorted({PurePosixPath(file).suffix for file in here} & {".gguf", ".pth", ".onnx"})
+        raise NotFound(
+            f"{name} on the hub holds no .safetensors and no pytorch_model.bin"
+            + (f", but {', '.join(others)}, which weft does not read" if others else ""),
+            "give the repository with the Hugging Face checkpoint, or with PEFT's adapter",
+        )
+    modular = "modules.json" in top  # sentence-transformers: one folder per module, with a number
+    beside = [file for file in here if _is_beside(PurePosixPath(file), modular)]
+    return [inside + file for file in (*weights, *beside)]
+
+
+def _is_beside(file: PurePosixPath, modular: bool) -> bool:
+    if len(file.parts) > 1:
+        first = file.parts[0]
+        return first in KEPT_FOLDERS or (modular and re.match(r"\d+_", first) is not None)
+    return file.suffix in KEPT_SUFFIXES or file.name in KEPT_NAMES

@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-import os
+import struct
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,22 +19,25 @@ from typing import TYPE_CHECKING, Any
 from weft.core.blocks import PAGE
 from weft.core.dtypes import CODES, NAMES, itemsize
 from weft.core.errors import FormatError, NotFound
-from weft.core.specs import Shape, TensorRef
+from weft.core.specs import Shape, Source, TensorRef
+from weft.formats.identity import identify
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
 _LARGEST = 2**64  # bytes
+# As `struct` knows them; a bfloat16 is the upper half of a float32.
+_FORMATS = {"float64": "d", "float32": "f", "bfloat16": "f", "float16": "e", "int64": "q"}
 MAX_HEADER = 100_000_000  # bytes, the limit of the reference implementation
 
 
 @dataclass(frozen=True, slots=True)
 class Header:
-    """What one file holds: its tensors in the order of their bytes, its metadata, its hash."""
+    """What one file holds: its tensors in the order of their bytes, its metadata, and itself."""
 
     tensors: tuple[TensorRef, ...]
     metadata: dict[str, str]
-    sha256: str
+    source: Source
 
 
 def read_header(path: str | Path) -> Header:
@@ -47,7 +50,8 @@ def read_header(path: str | Path) -> Header:
     path = Path(path)
     try:
         with path.open("rb") as file:
-            size = os.fstat(file.fileno()).st_size
+            identity = identify(file)
+            size = identity.size
             first = file.read(8)
             if len(first) < 8:
                 raise _broken(path, f"it has {size} bytes, and a header length alone takes 8")
@@ -64,14 +68,29 @@ def read_header(path: str | Path) -> Header:
     except OSError as error:
         raise FormatError(f"cannot read {path}: {error.strerror}") from None
     content = _parse(path, raw)
-    metadata = content.pop("__metadata__", {})
+    metadata = content.pop("__metadata__", None)
+    metadata = {} if metadata is None else metadata  # MLX writes null where there is none
     if not isinstance(metadata, dict) or not all(isinstance(v, str) for v in metadata.values()):
         raise _broken(path, "its __metadata__ is not a mapping of strings")
     data = 8 + length
     refs = [_entry(path, name, entry, data, size) for name, entry in content.items()]
     refs.sort(key=lambda ref: (ref.start, ref.stop))
     _check_cover(path, refs, data, size)
-    return Header(tuple(refs), metadata, hashlib.sha256(first + raw).hexdigest())
+    sha256 = hashlib.sha256(first + raw).hexdigest()
+    return Header(tuple(refs), metadata, Source(str(path), sha256, identity))
+
+
+def read_scalar(ref: TensorRef) -> float:
+    """The one number of a tensor that has only one; NaN for a dtype that Python has no word for."""
+    if ref.dtype not in _FORMATS:
+        return math.nan
+    with Path(ref.file).open("rb") as file:
+        file.seek(ref.start)
+        raw = file.read(ref.nbytes)
+    if ref.dtype == "bfloat16":
+        raw = b"\0\0" + raw
+    (number,) = struct.unpack(f"<{_FORMATS[ref.dtype]}", raw)
+    return float(number)
 
 
 def build_header(

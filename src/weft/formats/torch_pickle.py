@@ -21,8 +21,9 @@ import torch
 
 from weft.core.dtypes import CODES
 from weft.core.errors import FormatError, NotFound, Unsupported, WeftError
-from weft.core.specs import TensorRef
+from weft.core.specs import Source, TensorRef
 from weft.core.units import clean
+from weft.formats.identity import identify
 from weft.formats.safetensors import Header
 
 if TYPE_CHECKING:
@@ -54,16 +55,18 @@ def read_header(path: str | Path) -> Header:
     if not path.is_file():
         raise NotFound(f"no such file: {path}")
     try:
-        state, storages, sha256 = (_read_zip if zipfile.is_zipfile(path) else _read_legacy)(path)
+        with path.open("rb") as file:
+            identity = identify(file)
+            read = _read_zip if zipfile.is_zipfile(file) else _read_legacy
+            state, storages, sha256 = read(path, file)
         places = {s.meta._cdata: s for s in storages.values()}
-        size = path.stat().st_size
-        refs = [_ref(path, name, tensor, places, size) for name, tensor in state.items()]
+        refs = [_ref(path, name, tensor, places, identity.size) for name, tensor in state.items()]
     except WeftError:
         raise
     except Exception as error:  # a malformed pickle makes the unpickler raise anything at all
         raise _not_sound(path, error) from None
     refs.sort(key=lambda ref: (ref.start, ref.stop))
-    return Header(tuple(refs), {}, sha256)
+    return Header(tuple(refs), {}, Source(str(path), sha256, identity))
 
 
 def _not_sound(path: Path, error: Exception) -> FormatError:
@@ -85,9 +88,9 @@ def _not_sound(path: Path, error: Exception) -> FormatError:
 _Found = tuple["Mapping[str, torch.Tensor]", dict[str, _Storage], str]
 
 
-def _read_zip(path: Path) -> _Found:
+def _read_zip(path: Path, file: BinaryIO) -> _Found:
     """An archive whose `data.pkl` names the records `data/0`, `data/1` … that hold the bytes."""
-    with zipfile.ZipFile(path) as archive:
+    with zipfile.ZipFile(file) as archive:
         for info in archive.infolist():
             if info.compress_type != zipfile.ZIP_STORED:
                 raise ValueError(f"{info.filename} is compressed, which torch never does")
@@ -98,39 +101,38 @@ def _read_zip(path: Path) -> _Found:
             raise ValueError("it has no data.pkl, so it is no torch archive")
         content = archive.read(pickled[0])
         state, storages = _unpickle(io.BytesIO(content))
-        with path.open("rb") as file:
-            for key, storage in storages.items():
-                info = archive.getinfo(pickled[0].removesuffix("data.pkl") + f"data/{key}")
-                if info.file_size != storage.meta.nbytes():
-                    raise ValueError(
-                        f"{info.filename} has {info.file_size:,} bytes, not the "
-                        f"{storage.meta.nbytes():,} of its storage"
-                    )
-                file.seek(info.header_offset + 26)  # the record's own lengths of name and extra
-                name, extra = struct.unpack("<HH", file.read(4))
-                storage.start = info.header_offset + 30 + name + extra
+        for key, storage in storages.items():
+            info = archive.getinfo(pickled[0].removesuffix("data.pkl") + f"data/{key}")
+            if info.file_size != storage.meta.nbytes():
+                raise ValueError(
+                    f"{info.filename} has {info.file_size:,} bytes, not the "
+                    f"{storage.meta.nbytes():,} of its storage"
+                )
+            file.seek(info.header_offset + 26)  # the record's own lengths of name and extra
+            name, extra = struct.unpack("<HH", file.read(4))
+            storage.start = info.header_offset + 30 + name + extra
     return _tensors(path, state), storages, hashlib.sha256(content).hexdigest()
 
 
-def _read_legacy(path: Path) -> _Found:
+def _read_legacy(path: Path, file: BinaryIO) -> _Found:
     """Five pickles (magic, protocol, system, state dict, storage keys), then the storages."""
-    with path.open("rb") as file:
-        for _ in range(3):
-            for _ in pickletools.genops(file):  # reads up to STOP and executes nothing
-                pass
-        state, storages = _unpickle(file)
-        keys, _ = _unpickle(file)
-        head = file.tell()
-        for key in keys:
-            storage = storages[key]
-            numel = int.from_bytes(file.read(8), "little")
-            if numel * storage.width != storage.meta.nbytes():
-                expected = storage.meta.nbytes() // storage.width
-                raise ValueError(f"storage {key} has {numel} elements, not {expected}")
-            storage.start = file.tell()
-            file.seek(numel * storage.width, 1)
-        file.seek(0)
-        sha256 = hashlib.sha256(file.read(head)).hexdigest()
+    file.seek(0)
+    for _ in range(3):
+        for _ in pickletools.genops(file):  # reads up to STOP and executes nothing
+            pass
+    state, storages = _unpickle(file)
+    keys, _ = _unpickle(file)
+    head = file.tell()
+    for key in keys:
+        storage = storages[key]
+        numel = int.from_bytes(file.read(8), "little")
+        if numel * storage.width != storage.meta.nbytes():
+            expected = storage.meta.nbytes() // storage.width
+            raise ValueError(f"storage {key} has {numel} elements, not {expected}")
+        storage.start = file.tell()
+        file.seek(numel * storage.width, 1)
+    file.seek(0)
+    sha256 = hashlib.sha256(file.read(head)).hexdigest()
     return _tensors(path, state), storages, sha256
 
 

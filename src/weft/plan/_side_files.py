@@ -8,14 +8,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from weft.core.specs import Adapter, Checkpoint, SideFile
-from weft.formats.adapters.peft import TOKENIZER_FILES, TOKENIZER_VOCABULARIES
 from weft.formats.checkpoint import read_json
+from weft.formats.side_files import PROCESSOR, TEMPLATE, TOKENIZER, is_vocabulary, part_of
 from weft.plan.preflight import config_value
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
-
-_TEMPLATES = ("chat_template.jinja", "chat_template.json")
 
 
 def side_files(
@@ -26,6 +24,7 @@ def side_files(
     cast: bool,
     rows: int | None,
     untied: bool,
+    stored: dict[str, Any],
 ) -> tuple[list[SideFile], list[str]]:
     """Every file beside the shards, and notes on where they come from.
 
@@ -36,21 +35,22 @@ def side_files(
         cast: All of it was asked for in that dtype.
         rows: The new size of the vocabulary, if it changed.
         untied: The output has an output embedding of its own, which the base had not.
+        stored: The config as it lies beside the base.
     """
     files = {name: SideFile(name, source=f"{base.folder}/{name}") for name in base.side_files}
     notes: list[str] = []
     if "config.json" in files:
         config = patched(base.config, dtype=dtype, cast=cast, rows=rows, untied=untied)
-        if config != base.config:
+        if config != stored:
             text = json.dumps(config, indent=2, ensure_ascii=False) + "\n"
             files["config.json"] = SideFile("config.json", text=text)
-    else:
-        notes.append(f"{base.given} has no config.json, and so the output has none")
-    notes += _tokenizer(files, base, [adapter for adapter, weight in adapters if weight])
-    if rows is not None and not any(
-        f.source and base.folder not in f.source for f in files.values()
-    ):
+    used = [adapter for adapter, weight in adapters if weight]
+    owners, differing = _take(files, used)
+    notes += _origins(files, owners, base) + differing
+    if rows is not None and TOKENIZER not in owners:
         notes.append(f"the vocabulary has {rows} rows now, and the tokenizer is still the base's")
+    for adapter in used:
+        notes += _not_copied(adapter, owners)
     if base.left_out:
         notes.append(f"left out of the output: {', '.join(base.left_out)}")
     return [files[name] for name in sorted(files)], notes
@@ -82,45 +82,72 @@ def patched(
     return config
 
 
-def _tokenizer(
-    files: dict[str, SideFile], base: Checkpoint, adapters: Sequence[Adapter]
-) -> list[str]:
-    """Put the adapter's own tokenizer, or its chat template alone, in place of the base's."""
-    whole = [a for a in adapters if TOKENIZER_VOCABULARIES & set(a.side_files)]
-    templates = [a for a in adapters if _brings_template(a)]
+def _take(
+    files: dict[str, SideFile], adapters: Sequence[Adapter]
+) -> tuple[dict[str, Adapter], list[str]]:
+    """Put what the adapters bring in place of the base's files.
+
+    Returns:
+        Part -> the adapter that it is from, and a note on each of which several brought their own.
+    """
+    owners: dict[str, Adapter] = {}
     notes = []
-    for name, found in (("tokenizer", whole), ("chat template", templates)):
-        if len({_content(adapter, name) for adapter in found}) > 1:
-            others = ", ".join(adapter.given for adapter in found[1:])
-            notes.append(f"{name}s differ: {found[0].given}'s is used, and not that of {others}")
-    if whole:
-        adapter = whole[0]
-        kept = {} if _brings_template(adapter) else {n: files[n] for n in _TEMPLATES if n in files}
-        for name in TOKENIZER_FILES & set(files):
-            del files[name]
-        files |= {n: SideFile(n, source=f"{adapter.folder}/{n}") for n in adapter.side_files} | kept
-        template = "and chat template " if not kept and _brings_template(adapter) else ""
-        notes.append(f"tokenizer {template}from {adapter.given}")
-    elif templates:
-        adapter = templates[0]
-        for name in _TEMPLATES:
-            files.pop(name, None)
-            if name in adapter.side_files:
-                files[name] = SideFile(name, source=f"{adapter.folder}/{name}")
-        notes.append(f"tokenizer from {base.given}, chat template from {adapter.given}")
-    elif TOKENIZER_FILES & set(files):
-        notes.append(f"tokenizer and chat template from {base.given}")
-    return notes
+    for part in (TOKENIZER, TEMPLATE, PROCESSOR):
+        found = [a for a in adapters if _brings(a, part, own=a is owners.get(TOKENIZER))]
+        if not found:
+            continue
+        first, *others = found
+        if any(_content(other, part) != _content(first, part) for other in others):
+            names = ", ".join(other.given for other in others)
+            notes.append(f"{part}s differ: {first.given}'s is used, and not that of {names}")
+        _replace(files, first, part)
+        owners[part] = first
+    return owners, notes
 
 
-def _brings_template(adapter: Adapter) -> bool:
-    if any(name in adapter.side_files for name in _TEMPLATES):
-        return True
-    complete = TOKENIZER_VOCABULARIES & set(adapter.side_files)
+def _brings(adapter: Adapter, part: str, *, own: bool) -> bool:
+    """Whether the adapter has all of a part; `own`: its tokenizer is the one that is used."""
+    if part == TOKENIZER:  # whose config alone is none
+        return any(map(is_vocabulary, adapter.side_files))
     config = Path(adapter.folder, "tokenizer_config.json")
-    return bool(complete) and config.is_file() and "chat_template" in read_json(config)
+    inside = part == TEMPLATE and own and config.is_file() and "chat_template" in read_json(config)
+    return inside or bool(_files_of(adapter, part))
 
 
-def _content(adapter: Adapter, name: str) -> tuple[bytes, ...]:
-    files = _TEMPLATES if name == "chat template" else sorted(TOKENIZER_FILES)
-    return tuple(Path(adapter.folder, f).read_bytes() for f in files if f in adapter.side_files)
+def _replace(files: dict[str, SideFile], adapter: Adapter, part: str) -> None:
+    """The adapter's own files of a part, and none of the base's that would contradict them."""
+    if part != PROCESSOR:  # whose files stand side by side, one for images and one for sound
+        for name in [name for name in files if part_of(name) == part]:
+            del files[name]
+    for name in _files_of(adapter, part):
+        files[name] = SideFile(name, source=f"{adapter.folder}/{name}")
+
+
+def _files_of(adapter: Adapter, part: str) -> list[str]:
+    return [name for name in adapter.side_files if part_of(name) == part]
+
+
+def _content(adapter: Adapter, part: str) -> list[tuple[str, bytes]]:
+    return [(n, Path(adapter.folder, n).read_bytes()) for n in _files_of(adapter, part)]
+
+
+def _origins(files: dict[str, SideFile], owners: dict[str, Adapter], base: Checkpoint) -> list[str]:
+    """`tokenizer and chat template from base, processor from adapter`, if there is any of it."""
+    parts = {part_of(name) for name in files}
+    if TOKENIZER in parts - owners.keys():
+        parts.add(TEMPLATE)  # inside the tokenizer's config, if nowhere else
+    said: dict[str, list[str]] = {}
+    for part in (TOKENIZER, TEMPLATE, PROCESSOR):
+        if part in owners:
+            said.setdefault(owners[part].given, []).append(part)
+        elif part in parts and part != PROCESSOR:
+            said.setdefault(base.given, []).append(part)
+    line = ", ".join(f"{' and '.join(found)} from {given}" for given, found in said.items())
+    return [line] if line else []
+
+
+def _not_copied(adapter: Adapter, owners: dict[str, Adapter]) -> list[str]:
+    """What lies in the adapter's folder and does not come along."""
+    parts = [name for name in adapter.side_files if part_of(name) not in owners]
+    left = sorted([*parts, *adapter.left_out])
+    return [f"not copied from {adapter.given}: {', '.join(left)}"] if left else []

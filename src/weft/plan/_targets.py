@@ -11,8 +11,9 @@ from weft import deltas
 from weft.core.dtypes import WEIGHTS
 from weft.core.errors import Problem
 from weft.core.names import Match, match, nearest
-from weft.core.specs import Adapter, AdapterEntry, Checkpoint, Delta, Shape, TensorRef
+from weft.core.specs import Adapter, AdapterEntry, Checkpoint, Delta, Repair, Shape, TensorRef
 from weft.formats.checkpoint import same_values
+from weft.plan._coverage import doubts
 from weft.plan.preflight import config_value
 
 if TYPE_CHECKING:
@@ -47,7 +48,9 @@ class Targets:
     changes: dict[str, Change] = field(default_factory=dict)
     added: dict[str, TensorRef] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
+    warnings: list[str] = field(default_factory=list)
     problems: list[Problem] = field(default_factory=list)
+    repairs: list[Repair] = field(default_factory=list)
     near: dict[str, list[str]] = field(default_factory=dict)
 
     def change(self, name: str) -> Change:
@@ -72,6 +75,7 @@ def collect(
     placed: list[_Placed] = []
     for number, (adapter, weight) in enumerate(adapters):
         names = _match(base, adapter, head, targets)
+        targets.warnings += doubts(base, adapter, names) if weight else []
         for entry in adapter.entries if weight else ():
             name = names.get(entry.target)
             if name is None:
@@ -139,6 +143,10 @@ def _match(
         )
     for edit, count in found.edits.items():
         targets.notes.append(f"{adapter.given}: {_edit(edit)} to match the base ({count} tensors)")
+    what = f"{adapter.given} names modules as another release of the model's code did"
+    for moved in found.moves.values():
+        old = moved[0]
+        targets.repairs.append(Repair(what, old, found.names[old], len(moved)))
     for want, several in found.ambiguous.items():
         targets.problems.append(
             Problem(
@@ -189,8 +197,8 @@ def _unmatched(
         return Problem(f"{where} is a bias for {entry.module}, which has none in {base.given}")
     if any(name.endswith(".in_proj_weight") for name in siblings):
         return Problem(
-            f"{where} is LoRA on nn.MultiheadAttention",
-            "this release of weft does not merge it: use PEFT's merge_and_unload",
+            f"{where} is LoRA on nn.MultiheadAttention, and that on its out_proj is missing",
+            "the file lost tensors: save or download the adapter again",
         )
     pattern = re.sub(r"\d+", "*", want)  # the same question for every layer
     near = targets.near[pattern] = targets.near.get(pattern) or nearest(want, base.tensors)

@@ -114,11 +114,13 @@ def resolve(tie: Tie, targets: Targets, base: Checkpoint) -> bool:
         return _untie(tie, targets, base, "both are written")
     shared = own_bases[0] if own_bases else None
     own_rows = {n for n, delta in head.deltas if delta.kind == "trainable_tokens"}
-    # PEFT gives a tied head the trained rows of the embedding, unless it has its own.
+    # PEFT gives a tied head the trained rows of the embedding, unless it has its own; in MLX the
+    # head is the adapted embedding itself.
     for_both = [
         (n, delta)
         for n, delta in embedding.deltas
-        if delta.kind == "trainable_tokens" and n not in own_rows
+        if (delta.kind == "trainable_tokens" and n not in own_rows)
+        or delta.param("both_ends", False)
     ]
     for_head = head.deltas
     head_deltas = sorted([*for_both, *for_head], key=lambda item: item[0])

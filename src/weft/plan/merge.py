@@ -15,13 +15,20 @@ from weft.core.specs import (
     AddDeltas,
     Checkpoint,
     Expression,
+    Input,
     Load,
     Plan,
+    SideFile,
     TensorJob,
     TensorRef,
     job_bytes,
 )
-from weft.formats.checkpoint import describe_input
+from weft.formats.checkpoint import describe_copied, describe_input
+from weft.plan._experts import localise
+from weft.plan._initial import with_initial
+from weft.plan._layouts import doubtful_copy, fitted
+from weft.plan._named_base import other_base
+from weft.plan._replicated import replicated
 from weft.plan._side_files import side_files
 from weft.plan._targets import Change, Targets, collect
 from weft.plan._tied import find_tie, resolve, untold
@@ -37,6 +44,9 @@ def plan_merge(
     *,
     dtype: str | None = None,
     max_shard_size: int | None = None,
+    expert_layout: str | None = None,
+    initial: Adapter | None = None,
+    base_is_residual: bool = False,
 ) -> Plan:
     """Say what every output tensor is.
 
@@ -45,6 +55,10 @@ def plan_merge(
         adapters: Each with the weight that multiplies its whole update.
         dtype: Of every floating tensor of the output; None keeps each tensor's own.
         max_shard_size: Bytes per shard; None keeps the base's shards.
+        expert_layout: How `lora_B` of fused experts is laid out, `rank_major` or
+            `grouped_by_expert`; None goes by each adapter's config.
+        initial: What the adapters were before training, if their initialisation moved the base.
+        base_is_residual: The base is what such an initialisation left.
 
     Raises:
         PlanError: The adapters do not fit the base; every reason found.
@@ -52,12 +66,20 @@ def plan_merge(
     subject = " + ".join([base.given, *(adapter.given for adapter, _ in adapters)])
     if problems := quantised(base):
         raise PlanError(subject, problems)
+    stored = base.config
+    base, problems, deeper = replicated(base, adapters)
+    adapters, found = with_initial(adapters, initial, base_is_residual=base_is_residual)
+    problems += found
+    adapters, found = _localised(base, adapters, expert_layout)
+    problems += found
     tie = find_tie(base, adapters)
     targets = collect(base, adapters, tie.head if tie else None, tie.embedding if tie else None)
     untied = tie is not None and resolve(tie, targets, base)
     if tie is None:
         targets.problems += untold(base, targets)
     rows = _new_rows(base, targets)
+    targets.problems += problems
+    targets.notes += deeper
     if targets.problems:
         raise PlanError(subject, targets.problems)
     # What was not tied before must not become so by a default of the model's class.
@@ -65,33 +87,96 @@ def plan_merge(
     jobs = _jobs(base, targets, dtype, tie.embedding if tie else None)
     jobs = _reshard(jobs, max_shard_size) if max_shard_size else jobs
     written = dominant_dtype((job.dtype, job_bytes(job)) for job in jobs)
-    files, notes = side_files(
-        base, adapters, dtype=written, cast=dtype is not None, rows=rows, untied=untied
+    files, beside = side_files(
+        base,
+        adapters,
+        dtype=written,
+        cast=dtype is not None,
+        rows=rows,
+        untied=untied,
+        stored=stored,
     )
-    notes += [
-        f"{a.given} has weight 0: nothing of it is used" for a, weight in adapters if not weight
-    ]
+    notes, warnings = _said(base, adapters, targets, beside)
+    repairs = (*(r for a, weight in adapters if weight for r in a.repairs), *targets.repairs)
     return Plan(
         jobs=tuple(jobs),
         metadata=tuple(sorted({**base.metadata, "format": "pt"}.items())),
         side_files=tuple(files),
-        inputs=(
-            *(describe_input("base", Path(base.folder, name)) for name in _base_files(base)),
-            *(
-                describe_input(f"adapter {number}", Path(file))
-                for number, (adapter, _) in enumerate(adapters, 1)
-                for file in adapter.files
-            ),
-        ),
-        notes=tuple(
-            [note for adapter, _ in adapters for note in adapter.notes] + targets.notes + notes
-        ),
-        warnings=tuple(_replaced_twice(targets)),
+        inputs=tuple(_inputs(base, adapters, files)),
+        notes=(*(f"repaired: {repair}" for repair in repairs), *notes),
+        warnings=tuple(warnings),
+        repairs=repairs,
     )
 
 
-def _base_files(base: Checkpoint) -> list[str]:
-    return [*base.shards, *(["config.json"] if base.config else [])]
+def _localised(
+    base: Checkpoint, adapters: Sequence[tuple[Adapter, float]], layout: str | None
+) -> tuple[list[tuple[Adapter, float]], list[Problem]]:
+    """The adapters, in the layout that the base has, experts in particular."""
+    found = []
+    problems: list[Problem] = []
+    for given, weight in adapters:
+        adapter, wrong = fitted(base, given)
+        problems += wrong
+        adapter, wrong = localise(base, adapter, layout)
+        problems += wrong
+        found.append((adapter, weight))
+    kinds = {entry.kind for adapter, _ in found for entry in adapter.entries}
+    if layout and not kinds & {"lora_experts", "lora_expert"}:
+        what = "--expert-layout is given, and no adapter is one of fused experts"
+        problems.append(Problem(what, "leave it out"))
+    return found, problems
+
+
+def _said(
+    base: Checkpoint,
+    adapters: Sequence[tuple[Adapter, float]],
+    targets: Targets,
+    beside: Sequence[str],
+) -> tuple[list[str], list[str]]:
+    """Notes and warnings: how the two were brought together first, whose tokenizer it is last."""
+    named = [other_base(base, adapter) for adapter, weight in adapters if weight]
+    notes = [
+        *targets.notes,
+        *(note for _, found in named for note in found),
+        *(note for adapter, _ in adapters for note in adapter.notes),
+        *beside,
+    ]
+    warnings = [
+        *(warning for found, _ in named for warning in found),
+        *targets.warnings,
+        *(said for adapter, weight in adapters if weight for said in doubtful_copy(base, adapter)),
+        *_replaced_twice(targets),
+        *_without_config(base),
+    ]
+    return notes, warnings
+
+
+def _without_config(base: Checkpoint) -> list[str]:
+    if "config.json" in base.side_files:
+        return []
+    warning = (
+        f"{base.given} has no config.json, and so the output has none: transformers cannot load "
+        "it, and if its embeddings are tied is unknown; put the model's config.json beside the "
+        "weights and merge again"
+    )
+    return [warning]
+
+
+def _inputs(
+    base: Checkpoint, adapters: Sequence[tuple[Adapter, float]], files: Sequence[SideFile]
+) -> list[Input]:
+    """Every file that is read for the output, or copied into it."""
+    found = [describe_input("base", source) for source in base.sources]
+    for number, (adapter, _) in enumerate(adapters, 1):
+        found += [describe_input(f"adapter {number}", source) for source in adapter.sources]
+    known = {entry.path for entry in found}
+    owners = {a.folder: f"adapter {n}" for n, (a, _) in reversed([*enumerate(adapters, 1)])}
+    for side in files:
+        if side.source is not None and side.source not in known:
+            role = owners.get(side.source.removesuffix(f"/{side.name}"), "base")
+            found.append(describe_copied(role, Path(side.source)))
+    return found
 
 
 def _changes_an_end(base: Checkpoint, targets: Targets) -> bool:

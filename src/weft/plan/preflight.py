@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from weft.core.blocks import BLOCK, STRIP, WORKERS, rows_and_columns
+from weft import deltas
+from weft.core.blocks import BLOCK, STRIP, WORKERS
 from weft.core.dtypes import WEIGHTS, itemsize
 from weft.core.errors import Problem
 from weft.core.specs import AddDeltas, Checkpoint, Plan, job_bytes, leaves
@@ -68,9 +70,19 @@ def dominant_dtype(sizes: Iterable[tuple[str, int]]) -> str | None:
 
 @dataclass(frozen=True, slots=True)
 class Work:
-    """The size of a plan: bytes, tensors, and an estimate of peak resident memory in bytes."""
+    """The size of a plan: bytes, tensors, and an estimate of peak resident memory in bytes.
+
+    Attributes:
+        read: Bytes of the tensors that are read.
+        files: That hold them.
+        written: Bytes of the output's tensors.
+        tensors: In the output.
+        changed: Of which have a delta.
+        memory: An estimate.
+    """
 
     read: int
+    files: int
     written: int
     tensors: int
     changed: int
@@ -80,24 +92,30 @@ class Work:
 def measure(plan: Plan, threads: int) -> Work:
     """What `plan` reads and writes, and about how much memory `threads` threads take for it."""
     refs = {(r.file, r.start): r for job in plan.jobs for r in leaves(job.expression)}
-    blocks, factors = 0, 0
+    uses = Counter((r.file, r.start) for job in plan.jobs for r in leaves(job.expression))
+    blocks, factors, shared = 0, 0, 0
     for job in plan.jobs:
         if job.is_copy:
             continue
-        rows, columns = rows_and_columns(job.shape)
+        layout = deltas.layout(job)
+        whole, least = layout.rows * layout.columns, max(32, layout.together) * layout.columns
         block, strip = (
-            min(rows * columns, max(elements, 32 * columns))
-            for elements in (BLOCK["cpu"], STRIP["cpu"])
+            min(whole, max(elements, least)) for elements in (BLOCK["cpu"], STRIP["cpu"])
         )
         # Four float32 matrices and the narrow input; the narrow output of a whole strip.
         blocks = max(blocks, block * (4 * 4 + 4) + strip * itemsize(job.dtype))
         if isinstance(job.expression, AddDeltas):
             small = [r for r in leaves(job.expression) if r.shape != job.shape]
-            factors = max(factors, sum(4 * math.prod(ref.shape) for ref in small))
+            size = sum(4 * math.prod(ref.shape) for ref in small)
+            factors = max(factors, size + deltas.scratch(job))
+            shared = max(shared, *(4 * r.numel for r in small if uses[r.file, r.start] > 1), 0)
     return Work(
         read=sum(ref.nbytes for ref in refs.values()),
+        files=len({ref.file for ref in refs.values()}),
         written=sum(job_bytes(job) for job in plan.jobs),
         tensors=len(plan.jobs),
         changed=sum(isinstance(job.expression, AddDeltas) for job in plan.jobs),
-        memory=_RUNTIME + threads * (WORKERS * blocks + factors),
+        memory=_RUNTIME
+        + threads * (WORKERS * blocks + factors)
+        + deltas.shared_at_once(plan.jobs) * shared,
     )

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import yaml
 
-from weft.core.units import show_share, show_size
+from weft.core.units import show_size, show_survival
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -38,7 +38,9 @@ def card(
         f"| {adapter.given} | {adapter.kind} | {weight:g} | {adapter.base_model or '—'} |"
         for adapter, weight in adapters
     ]
-    worst = f"; least in `{totals.worst[0]}`: {show_share(totals.worst[1])}" if totals.worst else ""
+    worst = (
+        f"; least in `{totals.worst[0]}`: {show_survival(totals.worst[1])}" if totals.worst else ""
+    )
     changed = f"{totals.changed} of {totals.tensors} tensors changed, {show_size(totals.nbytes)}."
     return "\n".join(
         [
@@ -59,7 +61,7 @@ def card(
             *rows,
             "",
             changed,
-            f"Share of the update left after rounding: {show_share(totals.survival)}{worst}.",
+            f"Share of the update left after rounding: {show_survival(totals.survival)}{worst}.",
             "",
             "`weft.json` says for each tensor what was done to it.",
             "",

@@ -23,12 +23,14 @@ from weft.core.units import show_size
 from weft.formats.safetensors import build_header
 from weft.write._journal import NAME as JOURNAL
 from weft.write._journal import Journal
+from weft.write._open_files import allow_open_files
+from weft.write._replace import put_in_place, replaced, sync
 from weft.write._shard_file import Flusher, ShardFile
+from weft.write.manifest import NAME as MANIFEST
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Sequence
 
-MANIFEST = "weft.json"
 INDEX = "model.safetensors.index.json"
 
 
@@ -51,6 +53,7 @@ class CheckpointSink:
         """
         self.plan = plan
         self.out, self.partial = _places(out)
+        self._force = force
         self._sources: dict[str, int] = {}
         self._shards: dict[str, ShardFile] = {}
         self._lock = threading.Lock()
@@ -142,12 +145,18 @@ class CheckpointSink:
             if list(self._jobs) != ["model.safetensors"]:
                 self._write_text(INDEX, self._index())
             for path in [*self.partial.rglob("*"), self.partial]:
-                _sync(path)
+                sync(path)
             (self.partial / JOURNAL).unlink()
-            self._rename()
+            put_in_place(self.partial, self.out)
+            if self._force:
+                self._clear_replaced()
         except OSError as error:
             raise _output_error(error, self.partial) from None
         self.close()
+
+    def leftovers(self) -> list[Path]:
+        """What is left of models that had the output's name, and is not deleted."""
+        return replaced(self.out)
 
     def close(self) -> None:
         """Let go of every file; without `commit`, the partial folder stays for a resumed run."""
@@ -205,19 +214,14 @@ class CheckpointSink:
         }
         return json.dumps(content, indent=2) + "\n"
 
-    def _rename(self) -> None:
-        old = self.out.with_name(f"{self.out.name}.replaced-{os.getpid()}")
-        if self.out.exists():
-            self.out.rename(old)
-        try:
-            self.partial.rename(self.out)
-        except OSError:
-            if old.exists():
-                old.rename(self.out)
-            raise
-        if old.exists():
-            shutil.rmtree(old)
-        _sync(self.out.parent)
+    def _clear_replaced(self) -> None:
+        """Finish what killed runs were about to do, now that there is a whole model in the place.
+
+        What is left of a model that was half deleted may be anything: the user is told of it.
+        """
+        for folder in replaced(self.out):
+            if _is_model(folder):
+                shutil.rmtree(folder, ignore_errors=True)
 
 
 def aligned(jobs: Sequence[TensorJob]) -> list[TensorJob]:
@@ -231,12 +235,13 @@ def aligned(jobs: Sequence[TensorJob]) -> list[TensorJob]:
 
 
 def check_output(out: Path, plan: Plan, *, force: bool, resume: bool) -> None:
-    """Whether a run of `plan` may write to `out`; looks, and touches nothing.
+    """Whether a run of `plan` can write to `out`; looks, and touches nothing on the disk.
 
     Raises:
-        OutputError: It may not, and why.
+        OutputError: It cannot or must not, and why.
     """
     try:
+        allow_open_files(plan)
         _check_output(*_places(out), plan, force=force, resume=resume)
     except OSError as error:
         raise _output_error(error, out, begun=False) from None
@@ -312,15 +317,6 @@ def _clear(partial: Path, keep: Iterable[str]) -> None:
 
 def _existing(folder: Path) -> Path:
     return folder if folder.exists() else _existing(folder.parent)
-
-
-def _sync(path: Path) -> None:
-    """Make a file durable, or the names in a folder."""
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
 
 
 def _output_error(error: OSError, partial: Path, *, begun: bool = True) -> OutputError:

@@ -5,13 +5,16 @@ from __future__ import annotations
 import json
 import math
 from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from weft.core.specs import AddDeltas, Input, Plan, Receipt, TensorJob
+from weft.core.specs import AddDeltas, Checkpoint, Input, Origin, Plan, Receipt, TensorJob
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
+NAME = "weft.json"
 SCHEMA = 1
 
 
@@ -80,9 +83,11 @@ def manifest(
         "weft": version,
         "operation": "merge",
         "command": command,
+        "created": datetime.now(UTC).isoformat(timespec="seconds"),
         "plan": plan.hash,
         "seconds": round(seconds, 3),
         "inputs": [_input(entry) for entry in plan.inputs],
+        "repairs": [str(repair) for repair in plan.repairs],
         "notes": list(plan.notes),
         "warnings": list(warnings),
         "totals": {
@@ -110,13 +115,35 @@ def to_text(content: dict[str, Any]) -> str:
     )
 
 
+def origin(found: Checkpoint) -> Origin | None:
+    """What the manifest beside `found` says; None without one, or where it is of other tensors."""
+    try:
+        content = json.loads(Path(found.folder, NAME).read_text(encoding="utf-8"))
+        for name, ref in found.tensors.items():
+            entry = content["tensors"][name]
+            if (entry["dtype"], tuple(entry["shape"])) != (ref.dtype, ref.shape):
+                return None
+        folders: dict[str, str] = {}
+        for entry in content["inputs"]:  # of each role, weights come first
+            folders.setdefault(entry["role"], str(Path(entry["file"]).parent))
+        survival, created = content["totals"]["survival"], content.get("created")
+        return Origin(
+            version=str(content["weft"]),
+            created=created if created is None else str(created),
+            base=folders.pop("base"),
+            adapters=tuple(folders.values()),
+            survival=None if survival is None else float(survival),
+            command=str(content["command"]),
+        )
+    except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError):
+        return None  # nobody needs it: it is the tensors that are inspected
+
+
 def _input(entry: Input) -> dict[str, Any]:
-    return {
-        "role": entry.role,
-        "file": entry.path,
-        "bytes": entry.size,
-        "header_sha256": entry.header,
-    } | ({"sha256": entry.content} if entry.content else {})
+    digests = {"header_sha256": entry.header, "sha256": entry.content}
+    return {"role": entry.role, "file": entry.path, "bytes": entry.size} | {
+        name: digest for name, digest in digests.items() if digest
+    }
 
 
 def _tensor(job: TensorJob, plan: Plan, receipt: Receipt) -> dict[str, Any]:

@@ -52,6 +52,11 @@ def open_adapter(path: Path, given: str) -> Adapter:
             raise NotFound(
                 f"{path} is a base model, not an adapter", "the order is: weft merge BASE ADAPTER"
             )
+        if path.is_file():
+            raise NotFound(
+                f"no adapter in {path}: no adapter_config.json beside it says how to scale one",
+                "give the folder that PEFT's save_pretrained wrote",
+            )
         raise NotFound(
             f"no adapter in {path}: it has no adapter_config.json",
             "give the folder that PEFT's save_pretrained wrote",

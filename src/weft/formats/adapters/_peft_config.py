@@ -7,28 +7,29 @@ import re
 from typing import TYPE_CHECKING, Any
 
 from weft.core.errors import FormatError, Problem, Unsupported
+from weft.core.selection import Modules, Selection
 from weft.core.units import clean
 from weft.formats.adapters._peft_methods import methods
-from weft.formats.adapters._peft_methods._forms import FLAG, NAMES, NUMBER, PATTERNS, TEXT
+from weft.formats.adapters._peft_methods._forms import (
+    FLAG,
+    NAMES,
+    NUMBER,
+    PATTERNS,
+    TEXT,
+    anywhere,
+    is_names,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
     from pathlib import Path
 
-    from weft.core.specs import TensorRef
     from weft.formats.adapters._peft_methods._forms import Form
 
 CONFIG = "adapter_config.json"
 
 # Config fields that make the merged weight something other than W + s·BA, and what they are.
 VARIANTS = {
-    "use_qalora": "QA-LoRA (its lora_A sees pooled inputs)",
-    "use_bdlora": "BD-LoRA (block-diagonal factors)",
-    "kasa_config": "KaSA (it truncates the base weight)",
-    "monteclora_config": "MonteCLoRA",
-    "velora_config": "VeLoRA",
-    "layer_replication": "layer_replication (a deeper model that shares weights)",
-    "target_parameters": "target_parameters (fused experts)",
     "megatron_config": "Megatron parallel layers",
     "alora_invocation_tokens": "aLoRA, which is active after some tokens only: no merged weight",
     "arrow_config": "Arrow, which routes each token to another adapter: no merged weight",
@@ -47,7 +48,7 @@ NOT_MERGED = {
     "ADAMSS": "which rows of a weight belong to which of its parts is not in the file: PEFT finds "
     "them by a random projection and k-means",
 }
-_PLAIN_INIT = {"gaussian", "eva", "orthogonal"}
+_PLAIN_INIT = {"gaussian", "eva", "orthogonal", "mica"}
 _MOVED_INIT = {
     "pissa": "PiSSA",
     "olora": "OLoRA",
@@ -62,8 +63,42 @@ KNOWN = {
     *("init_lora_weights", "layers_to_transform", "layers_pattern", "rank_pattern"),
     *("alpha_pattern", "megatron_core", "trainable_token_indices", "loftq_config", "eva_config"),
     *("corda_config", "lora_ga_config", "use_dora", "qalora_group_size", "runtime_config"),
-    *("lora_bias", "ensure_weight_tying", *VARIANTS),
+    *("lora_bias", "ensure_weight_tying", "target_parameters", "lora_B_layout", *VARIANTS),
+    "layer_replication",
+    *("use_qalora", "use_bdlora", "kasa_config", "monteclora_config", "velora_config"),
 }
+
+
+def _is_blocks(value: Any) -> bool:
+    """`use_bdlora`: a mapping, of which `nblocks` and two lists of names are used."""
+    if not value:
+        return True
+    if not isinstance(value, dict) or type(value.get("nblocks", 1)) is not int:
+        return False
+    sides = ("target_modules_bd_a", "target_modules_bd_b")
+    return value.get("nblocks", 1) > 0 and all(is_names(value.get(side)) for side in sides)
+
+
+def _is_group(value: Any) -> bool:
+    return value is None or (type(value) is int and value > 0)
+
+
+def _is_ranges(value: Any) -> bool:
+    """`layer_replication`: pairs of a first layer and the one behind the last."""
+    if not value:
+        return True
+    pairs = isinstance(value, list) and all(
+        isinstance(pair, list)
+        and len(pair) == 2
+        and all(type(n) is int for n in pair)
+        and 0 <= pair[0] < pair[1]
+        for pair in value
+    )
+    return pairs and sum(stop - start for start, stop in value) < 10_000
+
+
+def _is_layout(value: Any) -> bool:
+    return value is None or value in ("rank_major", "grouped_by_expert")
 
 
 # What a field must be, where this reader uses it.
@@ -78,6 +113,11 @@ _FORMS: dict[str, Form] = {
     "fan_in_fan_out": FLAG,
     "ensure_weight_tying": FLAG,
     "modules_to_save": NAMES,
+    "target_parameters": NAMES,
+    "use_bdlora": (_is_blocks, "a mapping with nblocks and lists of names"),
+    "qalora_group_size": (_is_group, "a positive integer"),
+    "layer_replication": (_is_ranges, "a list of pairs such as [0, 4]"),
+    "lora_B_layout": (_is_layout, "rank_major or grouped_by_expert"),
     "rank_pattern": PATTERNS,
     "alpha_pattern": PATTERNS,
 }
@@ -97,7 +137,8 @@ def check(config: dict[str, Any], given: str, path: Path) -> None:
     for field, (fits, form) in {**_FORMS, **own}.items():
         if (field in config or field in own) and not fits(config.get(field)):
             shown = clean(repr(config.get(field)))[:60]
-            hint = "without it the scaling is unknown" if field.endswith("alpha") else None
+            hint = "correct it there, or save the adapter again"
+            hint = "without it the scaling is unknown" if field.endswith("alpha") else hint
             raise FormatError(f"{path}: {field} = {shown}, and must be {form}", hint)
 
 
@@ -124,16 +165,9 @@ def _refuse_other_kinds(config: dict[str, Any], given: str) -> None:
                 None if "no merged weight" in what else "merge it with PEFT's merge_and_unload",
             )
     init = config.get("init_lora_weights", True)
-    if isinstance(init, str) and init not in _PLAIN_INIT:
-        name = next((n for key, n in _MOVED_INIT.items() if init.startswith(key)), None)
+    if isinstance(init, str) and init not in _PLAIN_INIT and moved_base(config) is None:
         raise Unsupported(
-            f"{given} was initialised with {name}, which moved the base weights: its ΔW does not "
-            "belong to the base that it names"
-            if name
-            else f"{given} has init_lora_weights={clean(init)!r}, which weft does not know",
-            "convert it with PEFT (save_pretrained with path_initial_model_for_weight_conversion)"
-            if name
-            else None,
+            f"{given} has init_lora_weights={clean(init)!r}, which weft does not know"
         )
     _refuse_unknown(config, given, KNOWN)
 
@@ -144,32 +178,87 @@ def _refuse_unknown(config: dict[str, Any], given: str, known: set[str]) -> None
         value = config[field]
         if (field.startswith("use_") and value is True) or (field.endswith("_config") and value):
             raise Unsupported(
-                f"{given} sets {clean(field)}, a {kind} variant that this release does not know"
+                f"{given} sets {clean(field)}, a variant of {kind} that this release does not know"
             )
+
+
+def selection_of(config: dict[str, Any]) -> Selection | None:
+    """The modules that the config names; None where it does not say, or not as PEFT would."""
+    targets = _modules(config.get("target_modules"))
+    excluded = _modules(config.get("exclude_modules") or [])
+    layers = config.get("layers_to_transform")
+    layers = [] if layers is None else layers if isinstance(layers, list) else [layers]
+    if not targets or excluded is None or not all(type(layer) is int for layer in layers):
+        return None
+    return Selection(
+        targets=targets,
+        others=(
+            *map(anywhere, config.get("rank_pattern") or {}),
+            *(anywhere(_owner(target)) for target in config.get("target_parameters") or []),
+        ),
+        excluded=excluded,
+        whole=frozenset(config.get("modules_to_save") or []),
+        layers=frozenset(layers),
+        tied=bool(config.get("ensure_weight_tying")),
+    )
+
+
+def moved_base(config: Mapping[str, Any]) -> str | None:
+    """The initialisation that took its factors off the base weights, by name, if one did."""
+    init = config.get("init_lora_weights")
+    if not isinstance(init, str):
+        return None
+    return next((name for key, name in _MOVED_INIT.items() if init.lower().startswith(key)), None)
+
+
+def _owner(parameter: str) -> str:
+    """A regular expression for the module that has the parameter; a bare name fits any."""
+    module = parameter.rpartition(".")[0]
+    return re.escape(module) if module else ".*"
+
+
+def _modules(value: Any) -> Modules | None:
+    if not isinstance(value, str):
+        return frozenset(value) if value and is_names(value) else frozenset()
+    try:
+        re.compile(value)
+    except re.error:
+        return None
+    return None if value.lower() == "all-linear" else value  # which is a name for many
 
 
 def matching(patterns: Any, module: str) -> list[Any]:
     """Values of the patterns that PEFT would find to match `module`, in the file's order."""
     patterns = patterns or {}
-    return [value for p, value in patterns.items() if re.match(rf"(.*\.)?({p})$", module)]
+    return [value for p, value in patterns.items() if re.match(anywhere(p), module)]
+
+
+def ranks_of(
+    module: str, config: Mapping[str, Any], field: str = "r", pattern: str = "rank_pattern"
+) -> list[int]:
+    """What the config says of r: one value, or those of the patterns that match."""
+    return matching(config.get(pattern), module) or [config.get(field)]
 
 
 def rank_problem(
     module: str,
-    A: TensorRef,
+    file: str,
+    rank: int,
     config: Mapping[str, Any],
     field: str = "r",
     pattern: str = "rank_pattern",
 ) -> Problem | None:
-    """Whether A has as many rows as the config says: its rank, or whatever `field` calls it."""
-    rank = A.shape[0]
-    allowed = matching(config.get(pattern), module) or [config.get(field)]
+    """Whether the rank that the tensors have is one that the config gives the module.
+
+    `field` and `pattern` are what the config calls it, where it is a rank by another name.
+    """
+    allowed = ranks_of(module, config, field, pattern)
     if rank in allowed:
         return None
     what = "rank" if field == "r" else field
     says = " or ".join(str(value) for value in allowed)
     return Problem(
-        f"module {module!r} in {A.file} has {what} {rank}, and {CONFIG} says {field} = {says}",
+        f"module {module!r} in {file} has {what} {rank}, and {CONFIG} says {field} = {says}",
         f"the config and the weights are not of one save: correct {field} or {pattern} in {CONFIG}",
     )
 

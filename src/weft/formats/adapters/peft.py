@@ -14,49 +14,36 @@ from typing import TYPE_CHECKING, Any
 from weft.core.errors import FormatError, NotFound, PlanError, Problem
 from weft.core.specs import Adapter, AdapterEntry, Param, TensorRef
 from weft.core.units import clean
-from weft.formats.adapters._peft_config import CONFIG, KNOWN, check, rank_problem, scaling_of
+from weft.formats.adapters import _peft_lora as lora
+from weft.formats.adapters._config import torchtune_files, written_by_mlx
+from weft.formats.adapters._peft_config import CONFIG, KNOWN, check, moved_base, selection_of
 from weft.formats.adapters._peft_methods import Module, methods
-from weft.formats.adapters._peft_methods._tokens import token_rows
-from weft.formats.checkpoint import read_header, read_json, same_bytes
+from weft.formats.adapters._repairs import PREFIX, repair
+from weft.formats.checkpoint import read_header, read_json_source, same_bytes
+from weft.formats.side_files import beside_adapter
 
 if TYPE_CHECKING:
+    from collections.abc import Collection, Mapping, Sequence
     from pathlib import Path
-
-if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
 
     from weft.formats.adapters._peft_methods import PeftMethod
 
 _FILES = ("adapter_model.safetensors", "adapter_model.bin")
-_PREFIX = "base_model.model."
-
-# suffix of a key -> role of the tensor
-_SUFFIXES = {
-    ".lora_A.weight": "A",
-    ".lora_B.weight": "B",
-    ".lora_B.bias": "B_bias",
-    ".lora_embedding_A": "embedding_A",
-    ".lora_embedding_B": "embedding_B",
-    ".lora_magnitude_vector": "magnitude",
-    ".lora_magnitude_vector.weight": "magnitude",
-    ".token_adapter.trainable_tokens_delta": "rows",
-}
 
 # Where a module that is wrapped keeps the weight that it had before.
 _ORIGINALS = ("token_adapter.base_layer", "base_layer", "original_module")
-# The files that make a tokenizer; a vocabulary among them makes it complete.
-TOKENIZER_VOCABULARIES = {
-    *("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model"),
-    *("sentencepiece.bpe.model", "tekken.json"),
-}
-TOKENIZER_FILES = TOKENIZER_VOCABULARIES | {
-    *("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "merges.txt"),
-    *("chat_template.jinja", "chat_template.json"),
-}
 
 
 def detect(path: Path) -> bool:
-    return path.is_dir() and os.path.lexists(path / CONFIG)
+    if torchtune_files(path):
+        return False
+    folder = _folder(path)
+    return os.path.lexists(folder / CONFIG) and not written_by_mlx(folder)
+
+
+def _folder(path: Path) -> Path:
+    """The adapter's folder; one of its own files stands for it."""
+    return path.parent if path.name in (CONFIG, *_FILES) and path.is_file() else path
 
 
 def read(path: Path, given: str) -> Adapter:
@@ -68,42 +55,45 @@ def read(path: Path, given: str) -> Adapter:
         Unsupported: A kind of adapter that weft does not merge, by name.
         PlanError: Keys or shapes that contradict each other or the config; all of them.
     """
-    path = path.absolute()
-    config = read_json(path / CONFIG)
+    asked = path.name
+    path = _folder(path.absolute())
+    config, source = read_json_source(path / CONFIG)
     check(config, given, path / CONFIG)
+    # PEFT, too, prefers safetensors where both are there; unless the other one was named.
     files = [path / name for name in _FILES if (path / name).is_file()]
+    files.sort(key=lambda file: file.name != asked)
     if not files:
         raise NotFound(
             f"{path} has {CONFIG} and no adapter_model.safetensors or .bin",
             "finish the download, or the save that was cut short",
         )
-    header = read_header(files[0])  # PEFT, too, prefers safetensors where both are there
+    header = read_header(files[0])
     tensors = {ref.name: ref for ref in header.tensors}
     if not tensors:
         raise FormatError(f"{files[0]} holds no tensors")
-    entries, problems = _entries(tensors, config)
+    method = methods().get(config["peft_type"])
+    repaired = repair(
+        tensors, method.SUFFIXES if method else lora.SUFFIXES, nested=_wraps_twice(tensors, config)
+    )
+    named = {new: tensors[old] for new, old in repaired.keys.items()}
+    entries, problems = _entries(named, config)
+    problems = [*repaired.problems, *problems]
     if problems:
         raise PlanError(f"the adapter {given}", problems)
-    method = methods().get(config["peft_type"])
     known = KNOWN | method.FIELDS if method else KNOWN
     unknown = sorted(key for key in set(config) - known if config[key])
     notes = []
     if unknown:
         names = ", ".join(map(clean, unknown))
         notes.append(f"{CONFIG} has keys that weft does not know and ignores: {names}")
-    biases = any(e.parameter == "bias" and e.kind == "replace" for e in entries)
-    if config.get("bias") not in (None, False, "none") and not biases:
-        only = "lora_only" if not method else "this method"
-        notes.append(
-            f"bias={clean(repr(config['bias']))}, and no bias is in the file: PEFT 0.7 to 0.20 did "
-            f"not save those of {only}"
-        )
+    notes += lora.notes(entries, named, config)
+    kept, left = beside_adapter(path)
     base = config.get("base_model_name_or_path")
     revision = config.get("revision")
     return Adapter(
         given=given,
         folder=str(path),
-        files=(str(files[0]), str(path / CONFIG)),
+        sources=(header.source, source),
         kind=str(config["peft_type"]),
         entries=tuple(entries),
         tensors=tensors,
@@ -111,11 +101,25 @@ def read(path: Path, given: str) -> Adapter:
         base_model=clean(base) if base else None,
         revision=revision or None,
         notes=tuple(notes),
-        side_files=tuple(sorted(f for f in TOKENIZER_FILES if (path / f).is_file())),
+        side_files=tuple(kept),
+        left_out=tuple(left),
+        selection=selection_of(config),
+        repairs=repaired.repairs,
+        keys=repaired.keys,
+        moved_base=None if method else moved_base(config),
     )
 
 
 # ------------------------------------------------------------------------------------ key grammar
+
+
+def _wraps_twice(keys: Collection[str], config: dict[str, Any]) -> bool:
+    """Whether `base_layer` before a factor is PEFT's: fused experts, and attention as a whole."""
+    return bool(config.get("target_parameters")) or any(
+        ".base_layer.out_proj." in key or key.replace(".base_layer.", ".") in keys
+        for key in keys
+        if ".base_layer." in key
+    )
 
 
 def _entries(
@@ -125,17 +129,17 @@ def _entries(
     modules: dict[str, dict[str, TensorRef]] = defaultdict(dict)
     replaced: list[tuple[str, TensorRef]] = []
     method = methods().get(config["peft_type"])
-    suffixes = _longest_first(method.SUFFIXES if method else _SUFFIXES)
+    suffixes = _longest_first(method.SUFFIXES if method else lora.SUFFIXES)
     own = re.compile(rf"\.(lora|trainable_tokens|{re.escape(config['peft_type'].lower())})_")
     shared_keys = _shared_keys(tensors, getattr(method, "SHARED", {}))
     shared = {role: tensors[key] for key, role in shared_keys.items()}
     for key, ref in tensors.items():
         if key in shared_keys:
             continue
-        if not key.startswith(_PREFIX):
+        if not key.startswith(PREFIX):
             problems.append(
                 Problem(
-                    f"tensor {key!r} in {ref.file} does not begin with {_PREFIX!r}",
+                    f"tensor {key!r} in {ref.file} does not begin with {PREFIX!r}",
                     "every key that PEFT writes begins so: save it with PEFT, or rename the keys",
                 )
             )
@@ -148,11 +152,13 @@ def _entries(
                 )
             )
             continue
-        path = key.removeprefix(_PREFIX)
+        path = key.removeprefix(PREFIX)
+        if not method and lora.only_for_training(path, config):
+            continue
         suffix = next((s for s in suffixes if path.endswith(s)), None)
         if suffix:
             module = path.removesuffix(suffix)
-            if ".base_layer" in f".{module}.":
+            if method and ".base_layer" in f".{module}.":
                 problems.append(_nested(key, ref))
             elif suffixes[suffix] in modules[module]:
                 problems.append(
@@ -169,16 +175,16 @@ def _entries(
             )
         else:
             replaced.append((path, ref))
-    entries: list[AdapterEntry] = []
-    for module, roles in modules.items():
-        if method:
-            endings = {role: ending for ending, role in method.SUFFIXES.items()}
-            held = Module(module, roles, shared, config, endings, len(modules))
-            found, wrong = _method_entries(held, method)
-        else:
-            found, wrong = _module_entries(module, roles, config)
-        entries += found
-        problems += wrong
+    if method:
+        endings = {role: ending for ending, role in method.SUFFIXES.items()}
+        read_all = [
+            _method_entries(Module(m, r, shared, config, endings, len(modules)), method)
+            for m, r in modules.items()
+        ]
+    else:
+        read_all = [lora.read(modules, config)]
+    entries = [entry for found, _ in read_all for entry in found]
+    problems += [problem for _, wrong in read_all for problem in wrong]
     used = {ref for entry in entries for _, ref in entry.tensors}
     if idle := [key for key in shared_keys if tensors[key] not in used]:
         problems = problems or [
@@ -219,8 +225,8 @@ def _method_entries(module: Module, method: PeftMethod) -> tuple[list[AdapterEnt
 
 def _nested(key: str, ref: TensorRef) -> Problem:
     return Problem(
-        f"tensor {key!r} in {ref.file} wraps a layer twice (fused experts or attention)",
-        "this release of weft does not merge nested layers: use PEFT's merge_and_unload",
+        f"tensor {key!r} in {ref.file} wraps a layer twice",
+        "only LoRA's layers are nested, in experts and in attention",
     )
 
 
@@ -232,6 +238,7 @@ def _replacement(path: str, ref: TensorRef, config: dict[str, Any]) -> AdapterEn
     saved = next((p for p in _parents(module) if any(p.endswith(name) for name in named)), None)
     wrapper = next((w for w in _ORIGINALS if f".{module}".endswith("." + w)), "")
     module = module.removesuffix(wrapper or "modules_to_save").removesuffix(".")
+    module = module.replace(".base_layer.", ".")  # of attention whose out_proj is wrapped, too
     params: tuple[tuple[str, Param], ...] = ()
     if wrapper and parameter == "weight":
         params = (("own_base", True),)
@@ -298,77 +305,3 @@ def _lost_modules(entries: Sequence[AdapterEntry], config: dict[str, Any]) -> li
 def _parents(module: str) -> list[str]:
     parts = module.split(".")
     return [".".join(parts[: n + 1]) for n in range(len(parts))]
-
-
-def _module_entries(
-    module: str, roles: dict[str, TensorRef], config: dict[str, Any]
-) -> tuple[list[AdapterEntry], list[Problem]]:
-    entries: list[AdapterEntry] = []
-    problems: list[Problem] = []
-    if rows := roles.pop("rows", None):
-        entry = token_rows(module, rows, config, "trainable_token_indices")
-        (problems if isinstance(entry, Problem) else entries).append(entry)  # type: ignore[arg-type]
-    if not roles:
-        return entries, problems
-    file = next(iter(roles.values())).file
-    embedding = "embedding_A" in roles or "embedding_B" in roles
-    a, b = ("embedding_A", "embedding_B") if embedding else ("A", "B")
-    missing = [role for role in (a, b) if role not in roles]
-    if missing:
-        names = " and ".join(f"lora_{role}" for role in missing)
-        there = ", ".join(ref.name for ref in roles.values())
-        problems.append(
-            Problem(
-                f"module {module!r} in {file} has {there} and lacks {names}",
-                "the file lost tensors: save or download the adapter again",
-            )
-        )
-        return entries, problems
-    if embedding and {"A", "B", "B_bias"} & set(roles):
-        problems.append(Problem(f"module {module!r} in {file} has both kinds of factors"))
-        return entries, problems
-    A, B = roles[a], roles[b]
-    wrong = _factor_shapes(module, A, B) or rank_problem(module, A, config)
-    scaling = scaling_of(module, A.shape[0], config) if not wrong else Problem("")
-    if wrong or isinstance(scaling, Problem):
-        problems.append(wrong or scaling)  # type: ignore[arg-type]
-        return entries, problems
-    tensors = [("A", A), ("B", B)]
-    params: tuple[tuple[str, Param], ...] = (("transposed", True),) if embedding else ()
-    kind = "lora"
-    magnitude = roles.get("magnitude")
-    if bool(config.get("use_dora")) != (magnitude is not None):
-        problems.append(
-            Problem(
-                f"module {module!r} in {file} has {'a' if magnitude else 'no'} "
-                f"lora_magnitude_vector, and use_dora is {bool(config.get('use_dora'))}",
-                "the config and the weights are not of one save",
-            )
-        )
-    elif magnitude:
-        kind = "dora"
-        tensors.append(("magnitude", magnitude))
-    entries.append(AdapterEntry(module, "weight", kind, tuple(tensors), scaling, params))
-    if bias := roles.get("B_bias"):
-        entries.append(AdapterEntry(module, "bias", "lora_bias", (("bias", bias),), scaling))
-    return entries, problems
-
-
-def _factor_shapes(module: str, A: TensorRef, B: TensorRef) -> Problem | None:
-    shapes = f"lora_A {list(A.shape)}, lora_B {list(B.shape)}"
-    if len(A.shape) > 2 and len(A.shape) == len(B.shape):
-        return Problem(
-            f"module {module!r} in {A.file} is LoRA on a convolution ({shapes})",
-            "this release of weft does not merge convolutions: use PEFT's merge_and_unload",
-        )
-    if len(A.shape) != 2 or len(B.shape) != 2:
-        return Problem(
-            f"module {module!r} in {A.file}: {shapes} are not two matrices",
-            "flat factors are what FSDP leaves when it saves without gathering: save it again",
-        )
-    if A.shape[0] != B.shape[1]:
-        return Problem(
-            f"module {module!r} in {A.file}: {shapes} do not share a rank "
-            f"({A.shape[0]} rows of A, {B.shape[1]} columns of B)"
-        )
-    return None

@@ -24,7 +24,7 @@ def _is_count(value: Any) -> bool:
     return type(value) is int and value >= 0
 
 
-def _is_names(value: Any) -> bool:
+def is_names(value: Any) -> bool:
     return value is None or (isinstance(value, list) and all(isinstance(v, str) for v in value))
 
 
@@ -44,7 +44,12 @@ def _is_patterns(value: Any) -> bool:
         return True
     if not isinstance(value, dict) or not all(map(is_number, value.values())):
         return False
-    return all(map(_is_expression, value))
+    return all(isinstance(p, str) and _is_expression(anywhere(p)) for p in value)
+
+
+def anywhere(pattern: str) -> str:
+    """A regular expression for whole paths of modules that end so."""
+    return rf"(.*\.)?({pattern})$"
 
 
 NUMBER: Form = (is_number, "a number")
@@ -53,9 +58,9 @@ POSITIVE: Form = (lambda value: _is_count(value) and 0 < value < 2**31, "a whole
 INTEGER: Form = (lambda value: type(value) is int and abs(value) < 2**63, "an integer")
 FLAG: Form = (_is_flag, "true or false")
 TEXT: Form = (_is_text, "a string")
-NAMES: Form = (_is_names, "a list of names")
+NAMES: Form = (is_names, "a list of names")
 NAMES_OR_EXPRESSION: Form = (
-    lambda value: _is_names(value) or _is_expression(value),
+    lambda value: is_names(value) or _is_expression(value),
     "a list of names or a regular expression",
 )
 PATTERNS: Form = (_is_patterns, "a mapping of regular expressions to numbers")

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 from weft.core.errors import Problem
 from weft.core.specs import AdapterEntry
+from weft.formats.adapters._peft_config import rank_problem
 from weft.formats.adapters._peft_methods._forms import FLAG, INTEGER, one_of
 
 if TYPE_CHECKING:
@@ -32,7 +33,10 @@ def read_module(module: Module, name: str, *, halved: bool) -> list[AdapterEntry
     if isinstance(sizes, Problem):
         return sizes
     if halved and sizes["r"] != 2 * sizes.get("h", sizes["r"] // 2):
-        return whole.misfit()
+        return whole.misfit("do not halve")
+    rank = sizes["r"] // 2 if halved else sizes["r"]
+    if wrong := rank_problem(module.name, module.file, rank, module.config):
+        return wrong
     params: tuple[tuple[str, Param], ...] = (("halved", halved),)
     if drawn:
         params = (*params, ("seed", module.config["projection_prng_key"]))

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 
 from weft.core.errors import Problem
 from weft.core.specs import AdapterEntry
+from weft.formats.adapters._peft_config import rank_problem
 from weft.formats.adapters._peft_methods._forms import one_of
 
 if TYPE_CHECKING:
@@ -27,4 +28,6 @@ def read(module: Module) -> list[AdapterEntry] | Problem:
     sizes = module.sizes(**patterns)
     if isinstance(sizes, Problem):
         return sizes
+    if wrong := rank_problem(module.name, module.file, sizes["r"], module.config):
+        return wrong
     return [AdapterEntry(module.name, "weight", "delora", module.only(patterns))]

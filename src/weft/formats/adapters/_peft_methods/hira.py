@@ -23,6 +23,8 @@ FIELDS = frozenset({"hira_dropout", "init_weights"})
 FORMS = {"init_weights": one_of("gaussian")}
 
 
+# The rank is that of the tensors: the weight does not depend on what the config says it is, and
+# PEFT 0.21 writes a rank_pattern that it does not follow.
 def read(module: Module) -> list[AdapterEntry] | Problem:
     embedding = "embedding_A" in module.tensors or "embedding_B" in module.tensors
     a, b = ("embedding_A", "embedding_B") if embedding else ("A", "B")

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 from weft.core.errors import Problem
 from weft.core.specs import AdapterEntry
-from weft.formats.adapters._peft_config import scaling_of
+from weft.formats.adapters._peft_config import rank_problem, scaling_of
 from weft.formats.adapters._peft_methods._forms import NUMBER, one_of
 
 if TYPE_CHECKING:
@@ -30,6 +30,8 @@ def read(module: Module) -> list[AdapterEntry] | Problem:
     sizes = module.sizes(**patterns)
     if isinstance(sizes, Problem):
         return sizes
+    if wrong := rank_problem(module.name, module.file, sizes["r"], module.config):
+        return wrong
     scaling = scaling_of(module.name, sizes["r"], module.config, "alpha")
     if isinstance(scaling, Problem):
         return scaling

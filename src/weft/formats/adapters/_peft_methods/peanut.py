@@ -43,7 +43,7 @@ def read(module: Module) -> list[AdapterEntry] | Problem:
     sizes = module.sizes(**patterns)
     if isinstance(sizes, Problem):
         return sizes
-    if wrong := rank_problem(module.name, module.tensors["A"], config):
+    if wrong := rank_problem(module.name, module.file, sizes["r"], config):
         return wrong
     tensors, params = module.only(patterns), (("activation", config["act_fn"]),)
     return [AdapterEntry(module.name, "weight", "peanut", tensors, config["scaling"], params)]

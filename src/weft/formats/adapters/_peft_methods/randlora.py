@@ -45,7 +45,7 @@ def read(module: Module) -> list[AdapterEntry] | Problem:
     sizes = whole.sizes(**patterns)
     if isinstance(sizes, Problem):
         return sizes
-    if wrong := rank_problem(module.name, module.tensors["lambda"], config):
+    if wrong := rank_problem(module.name, module.file, sizes["r"], config):
         return wrong
     copies = {role: ref for role, ref in module.shared.items() if not drawn}
     for role, ref in copies.items():

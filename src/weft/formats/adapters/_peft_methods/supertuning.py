@@ -53,7 +53,7 @@ def read(module: Module) -> list[AdapterEntry] | Problem:
     if not hybrid:
         return [sparse]
     scaling = scaling_of(module.name, sizes["r"], module.config)
-    wrong = rank_problem(module.name, module.tensors["A"], module.config)
+    wrong = rank_problem(module.name, module.file, module.tensors["A"].shape[0], module.config)
     if wrong or isinstance(scaling, Problem):
         return wrong or scaling  # type: ignore[return-value]
     return [sparse, AdapterEntry(module.name, "weight", "lora", module.only("AB"), scaling)]

@@ -47,7 +47,7 @@ def read(module: Module) -> list[AdapterEntry] | Problem:
         return Problem(f"{module.file} has no {next(iter(SHARED))}, which all modules use")
     if len(theta.shape) != 1:
         return Problem(f"{theta.name} in {theta.file} is {list(theta.shape)}, and no vector")
-    if wrong := rank_problem(module.name, module.tensors["indices_A"], module.config):
+    if wrong := rank_problem(module.name, module.file, sizes["r"], module.config):
         return wrong
     tensors = (*module.only(patterns), ("theta", theta))
     return [AdapterEntry(module.name, "weight", "unilora", tensors)]

@@ -43,7 +43,7 @@ def read(module: Module) -> list[AdapterEntry] | Problem:
     if count != sizes.get("vectors", count) or topk > count:
         return module.misfit(f"do not fit {bank.name} {list(bank.shape)} and topk = {topk}")
     first = module.tensors[next(iter(patterns))]
-    if wrong := rank_problem(module.name, first, module.config):
+    if wrong := rank_problem(module.name, module.file, first.shape[0], module.config):
         return wrong
     tensors = (*module.only(patterns), ("bank", bank))
     return [AdapterEntry(module.name, "weight", "vblora", tensors, params=(("topk", topk),))]

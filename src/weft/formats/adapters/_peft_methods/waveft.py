@@ -53,7 +53,9 @@ def read(module: Module) -> list[AdapterEntry] | Problem:
     sizes = module.sizes(spectrum="n")
     if isinstance(sizes, Problem):
         return sizes
-    wrong = rank_problem(module.name, spectrum, config, "n_frequency", "n_frequency_pattern")
+    wrong = rank_problem(
+        module.name, module.file, spectrum.shape[0], config, "n_frequency", "n_frequency_pattern"
+    )
     if wrong and not config.get("proportional_parameters"):
         return wrong
     family = config["wavelet_family"] if config["use_idwt"] else ""

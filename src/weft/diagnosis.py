@@ -1,0 +1,202 @@
+"""`weft doctor`: what an adapter is, whether it fits a base, and the cure of each problem."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
+
+from weft import api
+from weft.core.errors import FormatError, PlanError, Unsupported, WeftError
+from weft.core.names import match
+from weft.formats.adapters import open_adapter
+from weft.formats.hub import resolve
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+
+    from weft.core.errors import Problem
+    from weft.core.specs import Adapter, Plan, TensorRef
+
+PREFIX = "base_model.model."
+
+
+@dataclass(frozen=True, slots=True)
+class Finding:
+    """One thing to know of an adapter.
+
+    Attributes:
+        level: `note` changes nothing; `repaired` has one reading, and is read so; `warning` may be
+            meant; a `problem` keeps the adapter from being merged.
+        what: The fact.
+        cure: What to do, where there is more to do than to know it.
+    """
+
+    level: Literal["note", "repaired", "warning", "problem"]
+    what: str
+    cure: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Diagnosis:
+    """What `doctor` found.
+
+    Attributes:
+        given: What the user wrote.
+        adapter: As it was read, with its repairs; None if it could not be.
+        plan: The merge into the base, if one was given and it fits.
+        base: What the user wrote for the base.
+        findings: In the order in which they matter: problems first.
+    """
+
+    given: str
+    adapter: Adapter | None
+    plan: Plan | None
+    base: str | None
+    findings: tuple[Finding, ...]
+
+    @property
+    def verdict(self) -> Literal["sound", "problems", "unusable"]:
+        """Nothing found but notes; something that is repaired or doubtful; no merge possible."""
+        levels = {finding.level for finding in self.findings}
+        if "problem" in levels:
+            return "unusable"
+        return "problems" if levels & {"repaired", "warning"} else "sound"
+
+
+def doctor(
+    adapter: str | Path,
+    base: str | Path | None = None,
+    *,
+    fix: str | Path | None = None,
+    force: bool = False,
+    revision: str | None = None,
+    cache_dir: str | None = None,
+) -> Diagnosis:
+    """Examine an adapter, against `base` if there is one; nothing is merged.
+
+    Args:
+        adapter: Folder, file or `org/name@revision`.
+        base: The model that it should fit.
+        fix: Folder for a sound copy: canonical keys that PEFT loads without a warning.
+        force: Replace an adapter that is there already.
+        revision: Of the base on the hub.
+        cache_dir: The hub's cache, in place of HF_HOME's.
+
+    Raises:
+        NotFound: There is no adapter, or no base.
+        WeftError: `fix`, for an adapter that cannot be used.
+        OutputError: `fix` is there already, or cannot be written.
+    """
+    given = str(adapter)
+    path = resolve(given, cache_dir=cache_dir)
+    try:
+        opened = open_adapter(path, given)
+    except PlanError as error:
+        found = Diagnosis(given, None, None, None, tuple(_problems(error.problems)))
+    except (FormatError, Unsupported) as error:
+        finding = Finding("problem", str(error), error.hint)
+        found = Diagnosis(given, None, None, None, (finding,))
+    else:
+        found = _examine(opened, path, base, revision=revision, cache_dir=cache_dir)
+    if fix is not None:
+        _fix(found, Path(fix), force=force)
+    return found
+
+
+def _examine(
+    adapter: Adapter,
+    path: Path,
+    base: str | Path | None,
+    *,
+    revision: str | None,
+    cache_dir: str | None,
+) -> Diagnosis:
+    from weft.execute.health import examine
+
+    problems, warnings = examine(adapter)
+    findings = _problems(problems)
+    plan = None
+    if base is not None:
+        try:
+            made = api.plan_merge(base, [path], revision=revision, cache_dir=cache_dir)
+            plan = made.plan
+            warnings = list(made.warnings)
+            findings += [Finding("repaired", str(repair)) for repair in plan.repairs]
+        except PlanError as error:
+            findings = _problems(error.problems)
+    if plan is None:
+        findings += [Finding("repaired", str(repair)) for repair in adapter.repairs]
+    findings += [Finding("warning", warning) for warning in warnings]
+    findings += _caught_more(adapter)
+    findings += [Finding("note", note) for note in adapter.notes]
+    order = ("problem", "warning", "repaired", "note")
+    findings.sort(key=lambda finding: order.index(finding.level))
+    return Diagnosis(
+        adapter.given, adapter, plan, None if base is None else str(base), tuple(findings)
+    )
+
+
+def _problems(problems: Iterable[Problem]) -> list[Finding]:
+    return [Finding("problem", problem.what, problem.hint) for problem in problems]
+
+
+def _caught_more(adapter: Adapter) -> list[Finding]:
+    """PEFT takes every module whose name ends in one of `modules_to_save`, dot or no dot."""
+    named = adapter.config.get("modules_to_save") or []
+    saved = dict.fromkeys(entry.saved_as for entry in adapter.entries if entry.saved_as)
+    caught = [m for m in saved if not any(m == name or m.endswith("." + name) for name in named)]
+    if not caught:
+        return []
+    what = (
+        f"modules_to_save names {', '.join(named)}, and caught {len(caught)} modules more by the "
+        f"end of their names: {', '.join(caught[:3])}{' …' if len(caught) > 3 else ''}"
+    )
+    cure = "they were trained and are merged; name modules with a dot before to avoid it"
+    return [Finding("warning", what, cure)]
+
+
+# -------------------------------------------------------------------------------------------- fix
+
+
+def _fix(found: Diagnosis, output: Path, *, force: bool) -> None:
+    from weft.write.adapter import write_adapter
+
+    if found.adapter is None or found.verdict == "unusable":
+        first = next(f for f in found.findings if f.level == "problem")
+        raise WeftError(
+            f"{found.given} cannot be fixed: {first.what}",
+            first.cure or "weft doctor without --fix lists all that is wrong",
+        )
+    adapter = found.adapter
+    if adapter.format != "PEFT":
+        raise WeftError(
+            f"{found.given} is an adapter of {adapter.format}, and --fix writes those of PEFT",
+            "merge it as it is: weft merge BASE ADAPTER -o OUT",
+        )
+    beside = {name: Path(adapter.folder, name) for name in adapter.side_files}
+    write_adapter(output, _sound(adapter, found.plan), adapter.config, beside, force=force)
+
+
+def _sound(adapter: Adapter, plan: Plan | None) -> dict[str, TensorRef]:
+    """Sound key -> tensor; modules are called what the base calls them."""
+    moved: dict[str, str] = {}
+    if plan is not None:
+        found = match([e.target for e in adapter.entries], {job.name for job in plan.jobs})
+        names = {want: found.names[want] for wants in found.moves.values() for want in wants}
+        moved = {
+            entry.module: names[entry.target].removesuffix(f".{entry.parameter}")
+            for entry in adapter.entries
+            if entry.target in names
+        }
+    return {_renamed(key, moved): adapter.tensors[old] for key, old in adapter.keys.items()}
+
+
+def _renamed(key: str, modules: dict[str, str]) -> str:
+    path = key.removeprefix(PREFIX)
+    parts = path.split(".")
+    for n in range(len(parts), 0, -1):
+        module = ".".join(parts[:n])
+        if module in modules:
+            return PREFIX + ".".join([modules[module], *parts[n:]])
+    return key

@@ -1,0 +1,133 @@
+"""`layer_replication`: an adapter for a deeper model, made of the base's layers several times over.
+
+PEFT shares the base's weights between the copies, and gives each its own factors. A merged model
+cannot share what has become different, so the output has the copies as layers of their own.
+"""
+
+from __future__ import annotations
+
+import copy
+import re
+from collections import defaultdict
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+from weft.core.errors import Problem
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+
+    from weft.core.specs import Adapter, Checkpoint, TensorRef
+
+# Where PEFT looks for layers: in Llama and its like, in BERT, in Falcon.
+_LAYER = re.compile(r"^((?:.*?\.)?(?:layers|encoder\.layer|h))\.(0|[1-9][0-9]*)\.(.+)$")
+_DEPTH = ("num_hidden_layers", "n_layer", "n_layers", "num_layers")
+# Fields with the numbers of the layers that are special.
+_NUMBERS = ("mlp_only_layers", "moe_layers", "cross_attention_layers")
+# Fields from which a layer's number tells what kind it is, unless one of the lists does so; and the
+# value that makes them all alike.
+_BY_NUMBER = {
+    "first_k_dense_replace": 0,
+    "decoder_sparse_step": 1,
+    "interleave_moe_layer_step": 1,
+    "moe_layer_freq": 1,
+    "attn_layer_period": 1,
+    "expert_layer_period": 1,
+}
+
+
+def replicated(
+    base: Checkpoint, adapters: Sequence[tuple[Adapter, float]]
+) -> tuple[Checkpoint, list[Problem], list[str]]:
+    """The base with as many layers as the adapters were trained on, what forbids it, and notes."""
+    maps = {str(a.config.get("layer_replication") or []) for a, _ in adapters}
+    ranges = next((r for a, _ in adapters if (r := a.config.get("layer_replication"))), None)
+    if ranges is None:
+        return base, [], []
+    given = ", ".join(adapter.given for adapter, _ in adapters)
+    if len(maps) > 1:
+        what = f"{given} differ in layer_replication, and so in the model that they change"
+        return base, [Problem(what, "merge them one by one")], []
+    order = [layer for start, stop in ranges for layer in range(start, stop)]
+    lists: dict[str, set[int]] = defaultdict(set)
+    for name in base.tensors:
+        if found := _LAYER.match(name):
+            lists[found[1]].add(int(found[2]))
+    problems = _misfits(given, order, lists, base)
+    if problems:
+        return base, problems, []
+    ((path, layers),) = lists.items()
+    config = _deeper(base.config, order, len(layers))
+    problems = _numbered(given, config)
+    text = " ".join(map(str, order))
+    note = f"{given}: {path} has {len(order)} layers now, copies of the base's {text}"
+    return replace(base, tensors=_copies(base.tensors, order), config=config), problems, [note]
+
+
+def _misfits(
+    given: str, order: Sequence[int], lists: Mapping[str, set[int]], base: Checkpoint
+) -> list[Problem]:
+    if len(lists) != 1:
+        found = " and ".join(lists) or "none"
+        what = (
+            f"{given} replicates layers, and {base.given} has {found}: one list of them is needed"
+        )
+        return [Problem(what, "merge it with PEFT's merge_and_unload")]
+    ((path, layers),) = lists.items()
+    if missing := sorted(set(order) - layers):
+        what = (
+            f"{given} replicates layer {missing[0]}, and {path} of {base.given} has {len(layers)}"
+        )
+        return [Problem(what, f"is {base.given} the model that the adapter was trained on?")]
+    return []
+
+
+def _copies(tensors: Mapping[str, TensorRef], order: Sequence[int]) -> dict[str, TensorRef]:
+    """The same bytes under the name of every copy; a layer that is in no range goes."""
+    places: dict[int, list[int]] = defaultdict(list)
+    for new, old in enumerate(order):
+        places[old].append(new)
+    made = {}
+    for name, ref in tensors.items():
+        found = _LAYER.match(name)
+        if not found:
+            made[name] = ref
+            continue
+        for new in places[int(found[2])]:
+            made[f"{found[1]}.{new}.{found[3]}"] = ref
+    return made
+
+
+def _deeper(config: Mapping[str, Any], order: Sequence[int], before: int) -> dict[str, Any]:
+    """The config of the deeper model: the number of layers, and what there is for each of them."""
+    deeper: dict[str, Any] = copy.deepcopy(dict(config))
+    parts: list[dict[str, Any]] = [deeper, *(v for v in deeper.values() if isinstance(v, dict))]
+    for part in parts:
+        if not any(part.get(key) == before for key in _DEPTH):
+            continue
+        for key, value in part.items():
+            if key in _DEPTH and value == before:
+                part[key] = len(order)
+            elif key in _NUMBERS and isinstance(value, list):
+                part[key] = [new for new, old in enumerate(order) if old in value]
+            elif isinstance(value, list) and len(value) == before and _per_layer(key):
+                part[key] = [value[old] for old in order]
+    return deeper
+
+
+def _per_layer(key: str) -> bool:
+    return any(word in key for word in ("layer", "block", "mixer"))
+
+
+def _numbered(given: str, config: Mapping[str, Any]) -> list[Problem]:
+    parts = [config, *(value for value in config.values() if isinstance(value, dict))]
+    return [
+        Problem(
+            f"{given} replicates layers, and the base's config gives a layer its kind by its "
+            f"number ({key} = {part[key]}): a copy would become another kind",
+            "merge it with PEFT's merge_and_unload",
+        )
+        for part in parts
+        for key, alike in _BY_NUMBER.items()
+        if isinstance(part.get(key), int) and part[key] != alike and not part.get("moe_layers")
+    ]
