@@ -56,7 +56,7 @@ def test_missing_tensor(tmp_path: Path, role: str) -> None:
 @pytest.mark.parametrize("key", ["base_model.tinylora_v.2", "base_model.tinylora_v.4"])
 def test_missing_vector(tmp_path: Path, key: str) -> None:
     message = refusal(CONFIG, tmp_path, lambda tensors: tensors.pop(key))
-    assert "has 4 vectors tinylora_v, and its 5 modules with weight_tying = 0.0 share 5" in message
+    assert f"lacks {key}: its 5 modules with weight_tying = 0.0 share 5 vectors" in message
 
 
 def test_missing_module(tmp_path: Path) -> None:

@@ -41,9 +41,11 @@ def read(module: Module) -> list[AdapterEntry] | Problem:
     groups = max(1, round(module.total * (1 - config["weight_tying"])))
     expected = {f"v{n}" for n in range(groups)}
     if set(vectors) != expected:
+        wrong = sorted(expected - set(vectors)) or sorted(set(vectors) - expected)
         return Problem(
-            f"{module.file} has {len(vectors)} vectors tinylora_v, and its {module.total} modules "
-            f"with weight_tying = {config['weight_tying']} share {groups}",
+            f"{module.file} {'lacks' if len(vectors) < groups else 'has'} base_model.tinylora_v."
+            f"{wrong[0].removeprefix('v')}: its {module.total} modules with weight_tying = "
+            f"{config['weight_tying']} share {groups} vectors",
             "the file lost tensors: save or download the adapter again",
         )
     for ref in vectors.values():
