@@ -19,8 +19,8 @@ if TYPE_CHECKING:
     from weft.diagnosis import Diagnosis
 
 SCHEMA = 1
-# Kinds whose A has as many rows as their rank.
-_LOW_RANK = ("lora", "dora", "kasa", "qalora", "bdlora")
+# Kinds whose A has as many rows as their rank, or as that of all their parts.
+_LOW_RANK = ("lora", "dora", "kasa", "qalora", "bdlora", "merged_lora")
 
 
 def report_as_text(report: MergeReport) -> str:
@@ -324,8 +324,10 @@ def _ranks(adapter: Adapter) -> set[int]:
 
 
 def _rank(entry: AdapterEntry) -> int:
-    A = dict(entry.tensors)["A"]
-    return A.shape[1 if dict(entry.params).get("factors_transposed") else 0]
+    A, params = dict(entry.tensors)["A"], dict(entry.params)
+    parts = params.get("parts", ())
+    rows = A.shape[1 if params.get("factors_transposed") else 0]
+    return rows // int(sum(parts)) if isinstance(parts, tuple) and parts else rows
 
 
 def _scalings(adapter: Adapter) -> set[float]:

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from weft.core.specs import Adapter, TensorRef
 
 # What changes nothing if a factor is zero.
-_SILENT = ("lora", "lora_bias", "lora_experts", "qalora", "bdlora")
+_SILENT = ("lora", "lora_bias", "lora_experts", "qalora", "bdlora", "merged_lora")
 # All others are as large as weights, and are read in blocks.
 _FACTORS = ("A", "B", "magnitude", "bias", "diag", "rows")
 

@@ -65,6 +65,7 @@ KNOWN = {
     *("corda_config", "lora_ga_config", "use_dora", "qalora_group_size", "runtime_config"),
     *("lora_bias", "ensure_weight_tying", "target_parameters", "lora_B_layout", *VARIANTS),
     "layer_replication",
+    *("enable_lora", "merge_weights"),  # before 0.3
     *("use_qalora", "use_bdlora", "kasa_config", "monteclora_config", "velora_config"),
 }
 
@@ -97,6 +98,10 @@ def _is_ranges(value: Any) -> bool:
     return pairs and sum(stop - start for start, stop in value) < 10_000
 
 
+def _is_flags(value: Any) -> bool:
+    return value is None or (isinstance(value, list) and {*map(type, value)} <= {bool})
+
+
 def _is_layout(value: Any) -> bool:
     return value is None or value in ("rank_major", "grouped_by_expert")
 
@@ -120,6 +125,7 @@ _FORMS: dict[str, Form] = {
     "lora_B_layout": (_is_layout, "rank_major or grouped_by_expert"),
     "rank_pattern": PATTERNS,
     "alpha_pattern": PATTERNS,
+    "enable_lora": (_is_flags, "a list of true and false"),
 }
 
 

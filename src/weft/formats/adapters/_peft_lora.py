@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from weft.core.errors import Problem
 from weft.core.specs import AdapterEntry, Param, TensorRef
 from weft.formats.adapters import _peft_experts as _experts
+from weft.formats.adapters import _peft_merged as _merged
 from weft.formats.adapters._peft_config import CONFIG, rank_problem, scaling_of
 from weft.formats.adapters._peft_methods._tokens import token_rows
 
@@ -146,6 +147,10 @@ def _module(
         entry = token_rows(module, rows, config, "trainable_token_indices")
         (problems if isinstance(entry, Problem) else entries).append(entry)  # type: ignore[arg-type]
     if not roles:
+        return entries, problems
+    if config.get("enable_lora"):
+        merged = _merged.entry(module, roles, config)
+        (problems if isinstance(merged, Problem) else entries).append(merged)  # type: ignore[arg-type]
         return entries, problems
     factors = _factors(module, roles)
     if isinstance(factors, Problem):
