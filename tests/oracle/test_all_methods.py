@@ -72,7 +72,6 @@ METHODS: dict[str, tuple[Any, Any]] = {
     "ROAD": (partial(peft.RoadConfig, group_size=6, **LINEAR), Toy),
     "SHIRA": (partial(peft.ShiraConfig, r=2, **LINEAR), Toy),
     "SUPERTUNING": (partial(peft.SupertuningConfig, sparsity=0.9, r=4, **LINEAR), Toy),
-    "TINYLORA": (partial(peft.TinyLoraConfig, r=2, u=3, **LINEAR), Toy),
     "TRAINABLE_TOKENS": (
         partial(peft.TrainableTokensConfig, token_indices=[39, 2, 20], target_modules=["embed"]),
         Toy,
