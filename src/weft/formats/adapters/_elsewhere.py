@@ -14,8 +14,8 @@ if TYPE_CHECKING:
 # A run's folder, a step's folder inside it, and the adapter's, by callbacks, by name, by part.
 _DEPTH = 3
 _GATHER_FSDP = (
-    "gather them (accelerate merge-weights, or a save with FULL_STATE_DICT), and put the tensors of "
-    f"the adapter with its {CONFIG} into a folder"
+    "gather them (accelerate merge-weights, or a save with FULL_STATE_DICT), and put the adapter's "
+    f"tensors with its {CONFIG} into a folder"
 )
 _GATHER_DEEPSPEED = (
     "gather them (python zero_to_fp32.py --exclude_frozen_parameters), and put what comes out as "
