@@ -44,7 +44,8 @@ _LEFTOVERS = (
     *("adapters.safetensors", "*_adapters.safetensors"),
     *("optimizer*", "scheduler*", "scaler.pt", "rng_state*", "random_states*", "*_results.json"),
     *("global_step*", "latest", "zero_to_fp32.py", "checkpoint-*", "runs", "wandb", "logs"),
-    *("events.out.*", "training_*.png"),
+    *("events.out.*", "training_*.png", "llamaboard_config.yaml", "running_log.txt"),
+    *("args.json", "sft_args.json", "additional_config.json", "configuration.json"),  # ms-swift
 )
 
 

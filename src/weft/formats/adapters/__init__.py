@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from weft.core.specs import Adapter
+from weft.formats.adapters._elsewhere import adapters_inside, not_here
 from weft.formats.checkpoint import has_weights
 
 
@@ -48,7 +49,7 @@ def open_adapter(path: Path, given: str) -> Adapter:
         names = " and ".join(form.__name__.rpartition(".")[2] for form in claims)
         raise FormatError(f"{path} could be an adapter in the formats {names}")
     if not claims:
-        if has_weights(path):
+        if has_weights(path) and not adapters_inside(path):
             raise NotFound(
                 f"{path} is a base model, not an adapter", "the order is: weft merge BASE ADAPTER"
             )
@@ -57,10 +58,7 @@ def open_adapter(path: Path, given: str) -> Adapter:
                 f"no adapter in {path}: no adapter_config.json beside it says how to scale one",
                 "give the folder that PEFT's save_pretrained wrote",
             )
-        raise NotFound(
-            f"no adapter in {path}: it has no adapter_config.json",
-            "give the folder that PEFT's save_pretrained wrote",
-        )
+        raise not_here(path)
     return claims[0].read(path, given)
 
 

@@ -66,6 +66,7 @@ KNOWN = {
     *("lora_bias", "ensure_weight_tying", "target_parameters", "lora_B_layout", *VARIANTS),
     "layer_replication",
     *("enable_lora", "merge_weights"),  # before 0.3
+    *("lora_dtype", "lorap_lr_ratio", "lorap_emb_lr", "swift_type"),  # of ms-swift, for training
     *("use_qalora", "use_bdlora", "kasa_config", "monteclora_config", "velora_config"),
 }
 

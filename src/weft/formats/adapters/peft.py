@@ -16,6 +16,7 @@ from weft.core.specs import Adapter, AdapterEntry, Param, TensorRef
 from weft.core.units import clean
 from weft.formats.adapters import _peft_lora as lora
 from weft.formats.adapters._config import torchtune_files, written_by_mlx
+from weft.formats.adapters._elsewhere import shards_beside
 from weft.formats.adapters._peft_config import CONFIG, KNOWN, check, moved_base, selection_of
 from weft.formats.adapters._peft_methods import Module, methods
 from weft.formats.adapters._repairs import PREFIX, repair
@@ -65,18 +66,18 @@ def read(path: Path, given: str) -> Adapter:
     if not files:
         raise NotFound(
             f"{path} has {CONFIG} and no adapter_model.safetensors or .bin",
-            "finish the download, or the save that was cut short",
+            shards_beside(path) or "finish the download, or the save that was cut short",
         )
     header = read_header(files[0])
     tensors = {ref.name: ref for ref in header.tensors}
     if not tensors:
-        raise FormatError(f"{files[0]} holds no tensors")
+        raise FormatError(f"{files[0]} holds no tensors", shards_beside(path))
     method = methods().get(config["peft_type"])
     repaired = repair(
         tensors, method.SUFFIXES if method else lora.SUFFIXES, nested=_wraps_twice(tensors, config)
     )
     named = {new: tensors[old] for new, old in repaired.keys.items()}
-    entries, problems = _entries(named, config)
+    entries, problems = _entries(named, config, path)
     problems = [*repaired.problems, *problems]
     if problems:
         raise PlanError(f"the adapter {given}", problems)
@@ -123,7 +124,7 @@ def _wraps_twice(keys: Collection[str], config: dict[str, Any]) -> bool:
 
 
 def _entries(
-    tensors: dict[str, TensorRef], config: dict[str, Any]
+    tensors: dict[str, TensorRef], config: dict[str, Any], folder: Path
 ) -> tuple[list[AdapterEntry], list[Problem]]:
     problems: list[Problem] = []
     modules: dict[str, dict[str, TensorRef]] = defaultdict(dict)
@@ -133,6 +134,9 @@ def _entries(
     own = re.compile(rf"\.(lora|trainable_tokens|{re.escape(config['peft_type'].lower())})_")
     shared_keys = _shared_keys(tensors, getattr(method, "SHARED", {}))
     shared = {role: tensors[key] for key, role in shared_keys.items()}
+    ungathered = "a ZeRO-3 or FSDP run saved without gathering its shards: save it again"
+    if any(ref.numel == 0 for ref in tensors.values()):
+        ungathered = shards_beside(folder) or ungathered
     for key, ref in tensors.items():
         if key in shared_keys:
             continue
@@ -148,7 +152,7 @@ def _entries(
             problems.append(
                 Problem(
                     f"tensor {key!r} in {ref.file} is empty, shape {list(ref.shape)}",
-                    "a ZeRO-3 or FSDP run saved without gathering its shards: save it again",
+                    ungathered,
                 )
             )
             continue
