@@ -4,19 +4,20 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from weft import api
 from weft.core.errors import FormatError, PlanError, Unsupported, WeftError
 from weft.core.names import match
 from weft.formats.adapters import open_adapter
+from weft.formats.adapters._peft_config import matching
 from weft.formats.hub import resolve
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
     from weft.core.errors import Problem
-    from weft.core.specs import Adapter, Plan, TensorRef
+    from weft.core.specs import Adapter, Plan
 
 PREFIX = "base_model.model."
 
@@ -175,21 +176,48 @@ def _fix(found: Diagnosis, output: Path, *, force: bool) -> None:
             "merge it as it is: weft merge BASE ADAPTER -o OUT",
         )
     beside = {name: Path(adapter.folder, name) for name in adapter.side_files}
-    write_adapter(output, _sound(adapter, found.plan), adapter.config, beside, force=force)
+    if not adapter.keys:
+        raise WeftError(
+            f"{found.given} is an adapter of {adapter.format}, and only PEFT's are written",
+            "weft merge reads it as it is",
+        )
+    moved = _moved(adapter, found.plan)
+    tensors = {_renamed(key, moved): adapter.tensors[old] for key, old in adapter.keys.items()}
+    write_adapter(output, tensors, _config(adapter, moved), beside, force=force)
 
 
-def _sound(adapter: Adapter, plan: Plan | None) -> dict[str, TensorRef]:
-    """Sound key -> tensor; modules are called what the base calls them."""
-    moved: dict[str, str] = {}
-    if plan is not None:
-        found = match([e.target for e in adapter.entries], {job.name for job in plan.jobs})
-        names = {want: found.names[want] for wants in found.moves.values() for want in wants}
-        moved = {
-            entry.module: names[entry.target].removesuffix(f".{entry.parameter}")
-            for entry in adapter.entries
-            if entry.target in names
-        }
-    return {_renamed(key, moved): adapter.tensors[old] for key, old in adapter.keys.items()}
+def _moved(adapter: Adapter, plan: Plan | None) -> dict[str, str]:
+    """Modules that the base calls otherwise, and what it calls them."""
+    if plan is None:
+        return {}
+    found = match([e.target for e in adapter.entries], {job.name for job in plan.jobs})
+    names = {want: found.names[want] for wants in found.moves.values() for want in wants}
+    return {
+        entry.module: names[entry.target].removesuffix(f".{entry.parameter}")
+        for entry in adapter.entries
+        if entry.target in names
+    }
+
+
+def _config(adapter: Adapter, moved: dict[str, str]) -> dict[str, Any]:
+    """The config, of the modules under their new names.
+
+    Raises:
+        WeftError: A pattern would match other modules than it did.
+    """
+    config = dict(adapter.config)
+    for field in ("alpha_pattern", "rank_pattern"):
+        for old, new in moved.items():
+            if matching(config.get(field), old) != matching(config.get(field), new):
+                raise WeftError(
+                    f"{adapter.given} cannot be fixed: {field} names {old!r}, which {new!r} is "
+                    "called in the base",
+                    f"write {field} so that it matches both, such as by the module's last name",
+                )
+    for field in ("target_modules", "exclude_modules", "modules_to_save"):
+        if isinstance(config.get(field), list):
+            config[field] = [moved.get(name, name) for name in config[field]]
+    return config
 
 
 def _renamed(key: str, modules: dict[str, str]) -> str:

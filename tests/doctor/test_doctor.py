@@ -182,6 +182,36 @@ def test_fix_replaces_only_adapters(folders: Folders) -> None:
         weft.doctor(adapter, fix=adapter, force=True)
 
 
+def test_fix_never_takes_other_files_along(folders: Folders) -> None:
+    """A trainer's folder has checkpoints beside the adapter; a link may lead to what is read."""
+    adapter = folders.adapter(MODULES)
+    (folders.root / "link").symlink_to(adapter)
+    with pytest.raises(weft.WeftError, match="holds the adapter"):
+        weft.doctor(folders.root / "link", fix=adapter, force=True)
+    run_folder = folders.adapter(MODULES, name="run", files={"checkpoint-100/optimizer.pt": "x"})
+    with pytest.raises(weft.WeftError, match="exists"):
+        weft.doctor(adapter, fix=run_folder, force=True)
+    assert (run_folder / "checkpoint-100" / "optimizer.pt").exists()
+
+
+def test_fix_keeps_the_scaling(folders: Folders) -> None:
+    """Of modules that the base calls otherwise; a pattern that cannot follow stops it."""
+    base = folders.base([m.replace("model.", "model.language_model.") for m in MODULES])
+    for name, pattern in (("last", "q_proj"), ("path", "^" + MODULES[0])):
+        adapter = folders.adapter(MODULES, name=name, alpha_pattern={pattern: 64})
+        edit(adapter, target_modules=MODULES)
+        if name == "path":
+            with pytest.raises(weft.WeftError, match="cannot be fixed: alpha_pattern names"):
+                weft.doctor(adapter, base, fix=folders.root / "fixed-path")
+            continue
+        weft.doctor(adapter, base, fix=folders.root / "fixed")
+        assert weft.doctor(folders.root / "fixed", base).verdict == "sound"
+        for out, source in (("one", adapter), ("two", folders.root / "fixed")):
+            weft.merge(base, source, output=folders.root / out)
+        one, two = (folders.root / out / "model.safetensors" for out in ("one", "two"))
+        assert one.read_bytes() == two.read_bytes()
+
+
 # -------------------------------------------------------------------------------------------- PEFT
 
 

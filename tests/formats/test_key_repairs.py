@@ -110,8 +110,20 @@ def test_not_guessed(ending: str) -> None:
 def test_two_adapters_in_one_file() -> None:
     keys = [f"{P}{Q}.lora_A.{name}.weight" for name in ("one", "two")]
     (problem,) = repair(keys, ENDINGS).problems
-    assert "several adapters" in (problem.hint or "")
+    assert "several adapters ('one', 'two')" in problem.what
     assert all(key in problem.what for key in keys)
+
+
+@pytest.mark.parametrize("names", [("one", "two"), ("one", "")])
+def test_two_adapters_that_do_not_meet(names: tuple[str, str]) -> None:
+    """On other modules each, they would be merged as one."""
+    keys = [
+        f"{P}model.layers.{n}.q_proj.lora_{half}.{name}.weight".replace("..", ".")
+        for n, name in enumerate(names)
+        for half in "AB"
+    ]
+    (problem,) = repair(keys, ENDINGS).problems
+    assert "several adapters" in problem.what
 
 
 def test_one_tensor_twice() -> None:

@@ -157,6 +157,24 @@ def test_kinds_by_number(folders: tuple[Path, Path]) -> None:
         weft.plan_merge(base, adapter)
 
 
+@pytest.mark.parametrize(
+    ("fields", "reason"),
+    [
+        ({"model_type": "gemma2"}, "model_type = gemma2"),
+        ({"sliding_window_pattern": 6}, "sliding_window_pattern = 6"),
+        ({"use_sliding_window": True, "max_window_layers": 1}, "max_window_layers = 1"),
+    ],
+)
+def test_attention_by_number(
+    folders: tuple[Path, Path], fields: dict[str, object], reason: str
+) -> None:
+    """Where no `layer_types` says what a layer is, its number does."""
+    base, adapter = folders
+    edit(base / "config.json", **fields)
+    with pytest.raises(PlanError, match=reason):
+        weft.merge(base, adapter, output=base.parent / "out")
+
+
 def test_with_an_adapter_of_the_base_itself(lab: Lab, folders: tuple[Path, Path]) -> None:
     base, adapter = folders
     plain = lab.make(

@@ -115,3 +115,20 @@ def test_a_sound_adapter_passes_strict(folders: Folders) -> None:
     base, adapter = folders.base(MODULES), folders.adapter(MODULES)
     report = weft.merge(base, adapter, output=folders.root / "out", strict=True)
     assert report.manifest["repairs"] == []
+
+
+@pytest.mark.parametrize("name", ["torch-compile", "data-parallel-inside"])
+def test_patterns_that_lose_their_module(name: str, folders: Folders) -> None:
+    """They would leave the scaling of the others, and nobody would know."""
+    change = DISTURBANCES[name]
+    trained = change(P + MODULES[0]).removeprefix(P)
+    adapter = folders.adapter(MODULES, alpha_pattern={f"^{trained}": 64})
+    rename(adapter, change)
+    with pytest.raises(PlanError, match="alpha_pattern speaks of"):
+        weft.merge(folders.base(MODULES), adapter, output=folders.root / "out")
+
+
+def test_patterns_that_match_nothing_are_told(folders: Folders) -> None:
+    adapter = folders.adapter(MODULES, alpha_pattern={"nosuch": 64})
+    report = weft.merge(folders.base(MODULES), adapter, output=folders.root / "out")
+    assert any("alpha_pattern has 'nosuch'" in note for note in report.manifest["notes"])

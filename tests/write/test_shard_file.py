@@ -103,7 +103,7 @@ def test_copies(
     (tmp_path / "source").write_bytes(CONTENT)
     source = os.open(tmp_path / "source", os.O_RDONLY)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(_shard_file, "_COPY", 3 * PAGE)  # several rounds
+        patch.setattr(_shard_file, "COPY_BUFFER", 3 * PAGE)  # several rounds
         file = shard()
         file.copy(source, start, offset, count)
         file.close()

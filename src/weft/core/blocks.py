@@ -14,6 +14,7 @@ BLOCK = {"cpu": 2**19, "cuda": 2**24}  # elements
 # A strip is what one thread takes from the queue and writes at once, large enough for any disk;
 # sums are added per strip, in order.
 STRIP = {"cpu": 2**22, "cuda": 2**24}  # elements
+COPY_BUFFER = 2**23  # bytes read at a time where the kernel does not copy by itself
 WORKERS = 2  # for each thread that may compute: the other writes, or waits for the disk
 PAGE = 4096  # bytes; files are written past the page cache in whole ones
 COPY = 2**25  # bytes of unchanged tensors, moved at a time

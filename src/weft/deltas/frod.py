@@ -10,6 +10,7 @@ others: all of it is done in float64, and with matrices of (in, in).
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -45,6 +46,11 @@ class State:
 
     before: Tensor
     after: Tensor
+
+
+def scratch(shape: Shape) -> int:
+    """The shared basis, its inverse and what is made of them, in float64."""
+    return 8 * 6 * shape[-1] ** 2 + 8 * 2 * math.prod(shape)
 
 
 def prepare(delta: Delta, source: Source, blocks: Blocks) -> State:

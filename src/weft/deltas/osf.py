@@ -8,6 +8,7 @@ singular vectors cancel out. W is in memory as a whole, three times over.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -39,6 +40,11 @@ def orientations(
 ) -> tuple[bool, ...]:
     fits = weight == (shapes["U"][0], shapes["V"][1]) and shapes["S"][0] <= min(weight)
     return (False,) if fits else ()
+
+
+def scratch(shape: Shape) -> int:
+    """W, its decomposition and its parts, in float32."""
+    return 4 * 8 * math.prod(shape)
 
 
 def prepare(delta: Delta, source: Source, blocks: Blocks) -> State:

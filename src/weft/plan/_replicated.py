@@ -34,6 +34,15 @@ _BY_NUMBER = {
     "attn_layer_period": 1,
     "expert_layer_period": 1,
 }
+# The same of attention, where no `layer_types` lists the kinds.
+_ATTENTION_BY_NUMBER = {
+    "sliding_window_pattern": 1,
+    "global_attn_every_n_layers": 1,
+    "no_rope_layer_interval": 1,
+    "full_attention_interval": 1,
+}
+# Models whose code alternates the kinds of attention, and says so in no field.
+_ALTERNATING = {"gemma2", "cohere2", "gpt_neo"}
 
 
 def replicated(
@@ -124,10 +133,27 @@ def _numbered(given: str, config: Mapping[str, Any]) -> list[Problem]:
     return [
         Problem(
             f"{given} replicates layers, and the base's config gives a layer its kind by its "
-            f"number ({key} = {part[key]}): a copy would become another kind",
+            f"number ({reason}): a copy would become another kind",
             "merge it with PEFT's merge_and_unload",
         )
         for part in parts
-        for key, alike in _BY_NUMBER.items()
-        if isinstance(part.get(key), int) and part[key] != alike and not part.get("moe_layers")
+        for reason in _reasons(part)
     ]
+
+
+def _reasons(part: Mapping[str, Any]) -> list[str]:
+    """Why the number of a layer tells what it is."""
+    fields = dict(_BY_NUMBER) if not part.get("moe_layers") else {}
+    found = []
+    if not isinstance(part.get("layer_types"), list):
+        fields |= _ATTENTION_BY_NUMBER
+        if part.get("use_sliding_window") and isinstance(part.get("max_window_layers"), int):
+            found.append(f"max_window_layers = {part['max_window_layers']}")
+        if part.get("model_type") in _ALTERNATING:
+            found.append(f"model_type = {part['model_type']}")
+    found += [
+        f"{key} = {part[key]}"
+        for key, alike in fields.items()
+        if isinstance(part.get(key), int) and part[key] != alike
+    ]
+    return found

@@ -16,12 +16,11 @@ import os
 import threading
 from typing import TYPE_CHECKING
 
-from weft.core.blocks import PAGE
+from weft.core.blocks import COPY_BUFFER, PAGE
 
 if TYPE_CHECKING:
     from pathlib import Path
 
-_COPY = 2**23  # bytes read at a time where the kernel does not copy by itself
 _NO_KERNEL_COPY = {
     errno.EXDEV,
     errno.ENOSYS,
@@ -48,7 +47,7 @@ class ShardFile:
             _write_all(self._handle, memoryview(header), 0)
             with contextlib.suppress(OSError, AttributeError):  # not here: through the cache then
                 self._direct = os.open(path, os.O_WRONLY | os.O_DIRECT | os.O_CLOEXEC)
-                self._past_cache = True
+                self._past_cache = mmap.PAGESIZE <= PAGE  # else the two could meet in a page
         except BaseException:
             self.close()
             raise
@@ -79,7 +78,7 @@ class ShardFile:
         while count:
             # Laid out in memory as in the file, and cut where its pages end.
             phase = offset % PAGE
-            view = _buffer()[phase : phase + min(count, _COPY - phase)]
+            view = _buffer()[phase : phase + min(count, COPY_BUFFER - phase)]
             done = os.preadv(source, [view], start)
             if not done:
                 raise OSError(errno.ENODATA, "the input ended while it was being copied")
@@ -168,9 +167,9 @@ class Flusher:
 
 
 def _buffer() -> memoryview:
-    """This thread's `_COPY` bytes, at the beginning of a page."""
+    """This thread's `COPY_BUFFER` bytes, at the beginning of a page."""
     if not hasattr(_buffers, "view"):
-        _buffers.view = memoryview(mmap.mmap(-1, _COPY))
+        _buffers.view = memoryview(mmap.mmap(-1, COPY_BUFFER))
     view: memoryview = _buffers.view
     return view
 

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from weft.core.errors import OutputError
 from weft.formats.safetensors import build_header
+from weft.formats.side_files import part_of
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -37,8 +38,12 @@ def write_adapter(
     """
     folder = Path(os.path.realpath(folder))
     if folder.exists() and not _replaceable(folder, force):
-        raise OutputError(f"{folder} exists", "--force replaces an adapter, or give another -o")
-    if any(Path(ref.file).is_relative_to(folder) for ref in tensors.values()):
+        raise OutputError(
+            f"{folder} exists",
+            "give another -o (--force replaces an adapter, where nothing else lies beside it)",
+        )
+    files = {Path(os.path.realpath(ref.file)) for ref in tensors.values()}
+    if any(file.is_relative_to(folder) for file in files):
         raise OutputError(f"{folder} holds the adapter that is read", "give another -o")
     partial = folder.with_name(f"{folder.name}.partial-{os.getpid()}")
     try:
@@ -50,9 +55,7 @@ def write_adapter(
             for name, source in beside.items():
                 (partial / name).parent.mkdir(parents=True, exist_ok=True)
                 shutil.copyfile(source, partial / name)
-            if folder.exists():
-                shutil.rmtree(folder)
-            partial.rename(folder)
+            _put_in_place(partial, folder)
         except BaseException:
             shutil.rmtree(partial, ignore_errors=True)
             raise
@@ -63,10 +66,26 @@ def write_adapter(
 
 
 def _replaceable(folder: Path, force: bool) -> bool:
-    """An empty folder, or with `force` an adapter."""
+    """An empty folder; or with `force` one that holds an adapter, and nothing but an adapter."""
     if not folder.is_dir():
         return False
-    return not any(folder.iterdir()) or (force and (folder / "adapter_config.json").exists())
+    found = list(folder.iterdir())
+    ours = all(path.is_file() and _is_an_adapters(path.name) for path in found)
+    return not found or (force and ours and (folder / "adapter_config.json").exists())
+
+
+def _is_an_adapters(name: str) -> bool:
+    return name.startswith("adapter_") or name == "README.md" or part_of(name) is not None
+
+
+def _put_in_place(made: Path, folder: Path) -> None:
+    """At every moment the old adapter or the new one is there, if under another name."""
+    old = folder.with_name(f"{folder.name}.replaced-{os.getpid()}")
+    if folder.exists():
+        folder.rename(old)
+    made.rename(folder)
+    if old.exists():
+        shutil.rmtree(old)
 
 
 def _write_tensors(path: Path, tensors: Mapping[str, TensorRef]) -> None:

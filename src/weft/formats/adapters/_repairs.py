@@ -52,7 +52,7 @@ def repair(keys: Iterable[str], endings: Iterable[str], *, nested: bool = False)
     grammar = _Grammar(endings)
     done: dict[str, list[tuple[str, str]]] = defaultdict(list)
     sound: dict[str, list[str]] = defaultdict(list)
-    names: set[str] = set()
+    names: dict[str, str] = {}
     parallel = _data_parallel(keys)
     for key in keys:
         fixed = _apply(_unwrapped(key), key, done)
@@ -62,8 +62,9 @@ def repair(keys: Iterable[str], endings: Iterable[str], *, nested: bool = False)
         for rule in (_one_prefix, grammar.factor_names):
             fixed = _apply(rule(fixed), fixed, done)
         named, name = grammar.without_name(fixed)
+        if name or grammar.is_factor(fixed):
+            names.setdefault(name, key)
         if name:
-            names.add(name)
             fixed = _apply((named, f"the adapter's name {name!r} taken out"), fixed, done)
         fixed = _apply(grammar.with_weight(fixed), fixed, done)
         if not nested:
@@ -72,13 +73,15 @@ def repair(keys: Iterable[str], endings: Iterable[str], *, nested: bool = False)
     problems = [
         Problem(
             f"{' and '.join(olds)} would all be {new}",
-            "the file holds several adapters: keep the keys of one"
-            if len(names) > 1
-            else "the file holds the same tensor more than once: keep one of them",
+            "the file holds the same tensor more than once: keep one of them",
         )
         for new, olds in sound.items()
         if len(olds) > 1
     ]
+    if len(names) > 1:
+        called = ", ".join(repr(name) if name else "one without a name" for name in names)
+        what = f"the file holds several adapters ({called}): {', '.join(names.values())} …"
+        problems = [Problem(what, "keep the keys of one")]
     repairs = tuple(Repair(what, *hits[0], len(hits)) for what, hits in done.items())
     return Repaired({new: olds[0] for new, olds in sound.items()}, repairs, tuple(problems))
 
@@ -135,6 +138,10 @@ class _Grammar:
         stems = {re.sub(r"\.(weight|bias)$", "", ending) for ending in self._endings}
         alternatives = "|".join(map(re.escape, sorted(stems, key=len, reverse=True)))
         self._factor = re.compile(rf"(?P<module>.*)\.(?P<stem>{alternatives})(?P<rest>(\.[^.]+)*)$")
+
+    def is_factor(self, key: str) -> bool:
+        """Whether the key is the method's own, with or without a name in it."""
+        return self._factor.fullmatch(key) is not None
 
     def factor_names(self, key: str) -> tuple[str, str] | None:
         """`lora_down` and `lora_up`, where the method has `lora_A` and `lora_B`."""

@@ -17,7 +17,14 @@ from weft.core.units import clean
 from weft.formats.adapters import _peft_lora as lora
 from weft.formats.adapters._config import torchtune_files, written_by_mlx
 from weft.formats.adapters._elsewhere import shards_beside
-from weft.formats.adapters._peft_config import CONFIG, KNOWN, check, moved_base, selection_of
+from weft.formats.adapters._peft_config import (
+    CONFIG,
+    KNOWN,
+    check,
+    matching,
+    moved_base,
+    selection_of,
+)
 from weft.formats.adapters._peft_methods import Module, methods
 from weft.formats.adapters._repairs import PREFIX, repair
 from weft.formats.checkpoint import read_header, read_json_source, same_bytes
@@ -78,7 +85,7 @@ def read(path: Path, given: str) -> Adapter:
     )
     named = {new: tensors[old] for new, old in repaired.keys.items()}
     entries, problems = _entries(named, config, path)
-    problems = [*repaired.problems, *problems]
+    problems = [*repaired.problems, *problems, *_lost_patterns(repaired.keys, entries, config)]
     if problems:
         raise PlanError(f"the adapter {given}", problems)
     known = KNOWN | method.FIELDS if method else KNOWN
@@ -88,6 +95,7 @@ def read(path: Path, given: str) -> Adapter:
         names = ", ".join(map(clean, unknown))
         notes.append(f"{CONFIG} has keys that weft does not know and ignores: {names}")
     notes += lora.notes(entries, named, config)
+    notes += _idle_patterns(entries, config)
     kept, left = beside_adapter(path)
     base = config.get("base_model_name_or_path")
     revision = config.get("revision")
@@ -109,6 +117,44 @@ def read(path: Path, given: str) -> Adapter:
         keys=repaired.keys,
         moved_base=None if method else moved_base(config),
     )
+
+
+def _idle_patterns(entries: Sequence[AdapterEntry], config: dict[str, Any]) -> list[str]:
+    """What a pattern says of no module at all: a typing error, or a name from another model."""
+    modules = {entry.module for entry in entries}
+    modules |= {entry.target for entry in entries}
+    idle = [
+        f"{field} has {clean(repr(pattern))}"
+        for field in ("alpha_pattern", "rank_pattern")
+        for pattern in config.get(field) or {}
+        if not any(matching({pattern: 0}, module) for module in modules)
+    ]
+    return [f"{CONFIG}: {', '.join(idle)}, which no module of the file matches"] if idle else []
+
+
+def _lost_patterns(
+    keys: Mapping[str, str], entries: Sequence[AdapterEntry], config: dict[str, Any]
+) -> list[Problem]:
+    """Patterns that matched a module under the name that it had, and do not under the repaired."""
+    named = {ref.name: entry.module for entry in entries for _, ref in entry.tensors}
+    problems = {}
+    for new, old in keys.items():
+        module = named.get(old)
+        if new == old or module is None or not new.startswith(f"{PREFIX}{module}."):
+            continue
+        stem = new.removeprefix(f"{PREFIX}{module}.").partition(".")[0]
+        before = re.split(rf"\.({stem}|lora_down|lora_up)(\.|$)", old)[0].removeprefix(PREFIX)
+        for field in ("alpha_pattern", "rank_pattern"):
+            patterns = config.get(field)
+            if isinstance(patterns, dict) and matching(patterns, module) != matching(
+                patterns, before
+            ):
+                problems[field, module] = Problem(
+                    f"{CONFIG}: {field} speaks of {before!r}, and with its key repaired the module "
+                    f"is {module!r}, which it does not match",
+                    f"write {field} for the repaired name",
+                )
+    return list(problems.values())
 
 
 # ------------------------------------------------------------------------------------ key grammar
