@@ -9,9 +9,11 @@ from typing import TYPE_CHECKING, Any, Literal
 from weft import api
 from weft.core.errors import FormatError, PlanError, Unsupported, WeftError
 from weft.core.names import match
+from weft.core.units import some
 from weft.formats.adapters import open_adapter
 from weft.formats.adapters._peft_config import matching
 from weft.formats.hub import resolve
+from weft.plan._coverage import NAMED_ELSEWHERE
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -129,6 +131,8 @@ def _examine(
     if plan is None:
         findings += [Finding("repaired", str(repair)) for repair in adapter.repairs]
     findings += [Finding("warning", warning) for warning in warnings]
+    if base is None:
+        findings += _without_base(adapter)
     findings += _caught_more(adapter)
     findings += [Finding("note", note) for note in adapter.notes]
     order = ("problem", "warning", "repaired", "note")
@@ -140,6 +144,27 @@ def _examine(
 
 def _problems(problems: Iterable[Problem]) -> list[Finding]:
     return [Finding("problem", problem.what, problem.hint) for problem in problems]
+
+
+def _without_base(adapter: Adapter) -> list[Finding]:
+    """What the config alone says against the file; with a base the plan says it."""
+    found = []
+    if adapter.moved_base:
+        what = (
+            f"{adapter.given} was initialised with {adapter.moved_base}, which moved the base: ΔW "
+            "does not belong to the one that it names"
+        )
+        cure = "weft merge needs --init-adapter: the initial adapter, or none for the moved base"
+        found.append(Finding("warning", what, cure))
+    modules = dict.fromkeys(e.module for e in adapter.entries if e.kind not in NAMED_ELSEWHERE)
+    selection = adapter.selection
+    if selection and (unnamed := [m for m in modules if not selection.names(m)]):
+        what = (
+            f"{adapter.given} adapts {some(unnamed, 'module')}, which its config does not name in "
+            "target_modules: PEFT would leave it out"
+        )
+        found.append(Finding("warning", what, "--base BASE says whether the base has it"))
+    return found
 
 
 def _caught_more(adapter: Adapter) -> list[Finding]:

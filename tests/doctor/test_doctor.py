@@ -130,6 +130,18 @@ def test_biases_that_were_never_saved(folders: Folders) -> None:
     assert "did not save them" in finding.what
 
 
+def test_without_a_base(folders: Folders) -> None:
+    """What the config alone says against the file."""
+    adapter = folders.adapter(MODULES, target_modules=["q_proj"])
+    (finding,) = weft.doctor(adapter).findings
+    assert finding.level == "warning"
+    assert "2 modules (model.layers.0.self_attn.v_proj" in finding.what
+    edit(adapter, target_modules=["q_proj", "v_proj"], init_lora_weights="pissa")
+    (finding,) = weft.doctor(adapter).findings
+    assert finding.level == "warning"
+    assert "PiSSA" in finding.what
+
+
 # ------------------------------------------------------------------------------------ command line
 
 
@@ -147,6 +159,14 @@ def test_exit_codes(folders: Folders) -> None:
     sound = run(adapter, "--base", base)
     assert (sound.returncode, sound.stderr) == (0, "")
     assert f"is sound, and fits {base}" in sound.stdout
+    assert "is sound in itself; --base BASE says" in run(adapter).stdout
+    wide = folders.base(MODULES, name="wide")
+    file = wide / "model.safetensors"
+    save_file({k: torch.randn(16, 16) for k in load_file(file)}, file)
+    misfit = run(adapter, "--base", wide)
+    assert misfit.returncode == 2
+    assert misfit.stdout.count("problem ") == 2, "one line for each kind of module"
+    assert "(and 1 more like it)" in misfit.stdout
     rename(adapter, DISTURBANCES["no-prefix"])
     doubtful = run(adapter, "--fix", "-o", folders.root / "fixed")
     assert doubtful.returncode == 1

@@ -992,6 +992,12 @@ def test_short_reads_and_writes(
 # ------------------------------------------------------------------------- outputs that cannot be
 
 
+@pytest.mark.parametrize("more", [[], ["--dry-run"]], ids=["run", "dry-run"])
+def test_under_a_file(small: Model, tmp_path: Path, more: list[str]) -> None:
+    (tmp_path / "note.txt").write_text("a file")
+    assert_refused(run(*small.command(tmp_path / "note.txt" / "out", *more)), "is a file")
+
+
 def test_under_proc(small: Model) -> None:
     """A file system that takes no files, whoever asks."""
     out = Path("/proc/weft-out")

@@ -207,7 +207,9 @@ def doctor(
     )
     _print(show.diagnosis_as_dict(found) if json else show.diagnosis_as_text(found))
     if output is not None:
-        console.say("note", f"{output} holds the sound copy")
+        doubts = any(finding.level == "warning" for finding in found.findings)
+        rest = "; the warnings above hold of it, too" if doubts else ""
+        console.say("note", f"{output} holds the copy with sound keys{rest}")
     sys.exit(["sound", "problems", "unusable"].index(found.verdict))
 
 

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
     from weft.api import MergePlan, MergeReport
     from weft.demo import Demo
-    from weft.diagnosis import Diagnosis
+    from weft.diagnosis import Diagnosis, Finding
 
 SCHEMA = 1
 # Kinds whose A has as many rows as their rank, or as that of all their parts.
@@ -202,19 +202,28 @@ def diagnosis_as_text(found: Diagnosis) -> str:
     lines = []
     if found.adapter is not None:
         lines += [inspection_as_text(replace(found.adapter, notes=())), ""]
-    for finding in found.findings:
-        lines.append(f"{finding.level:8}  {clean(finding.what)}")
-        if finding.cure:
-            lines.append(f"{'':8}  -> {clean(finding.cure)}")
-    fit = ""
-    if found.base is not None and found.adapter is not None:
-        fit = f", and {'fits' if found.plan else 'does not fit'} {found.base}"
+    for (level, _, cure), (first, *others) in _alike(found.findings).items():
+        more = f" (and {len(others)} more like it)" if others else ""
+        lines.append(f"{level:8}  {clean(first)}{more}")
+        if cure:
+            lines.append(f"{'':8}  -> {clean(cure)}")
+    fits = f", and fits {found.base}" if found.plan else ""
+    alone = "" if found.base else " in itself; --base BASE says whether it fits"
     verdict = {
-        "sound": f"{found.given} is sound{fit}",
-        "problems": f"{found.given} can be merged{fit}; see above",
-        "unusable": f"{found.given} cannot be merged{fit}",
+        "sound": f"{found.given} is sound{alone}{fits}",
+        "problems": f"{found.given} can be merged{fits}; see above",
+        "unusable": f"{found.given} cannot be merged{f' into {found.base}' if found.base else ''}",
     }[found.verdict]
     return "\n".join([*lines, *([""] if found.findings else []), verdict])
+
+
+def _alike(findings: Iterable[Finding]) -> dict[tuple[str, str, str | None], list[str]]:
+    """What is the same in every layer is one line."""
+    found: dict[tuple[str, str, str | None], list[str]] = defaultdict(list)
+    for finding in findings:
+        pattern = re.sub(r"(?<=[._])\d+(?=[._])", "*", finding.what)
+        found[finding.level, pattern, finding.cure].append(finding.what)
+    return found
 
 
 def diagnosis_as_dict(found: Diagnosis) -> dict[str, Any]:
@@ -224,7 +233,7 @@ def diagnosis_as_dict(found: Diagnosis) -> dict[str, Any]:
         "given": found.given,
         "verdict": found.verdict,
         "base": found.base,
-        "fits": None if found.base is None else found.plan is not None,
+        "fits": True if found.plan is not None else None,
         "findings": [asdict(finding) for finding in found.findings],
         "adapter": None if found.adapter is None else inspection_as_dict(found.adapter),
     }

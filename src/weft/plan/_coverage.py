@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from weft.core.specs import Adapter, Checkpoint
 
 # What other fields of a config name: modules_to_save, bias, trainable_token_indices.
-_NAMED_ELSEWHERE = ("replace", "trainable_tokens")
+NAMED_ELSEWHERE = ("replace", "trainable_tokens")
 # Of fused experts target_parameters speaks, or what PEFT made of target_modules.
 _EXPERTS = ("lora_experts", "lora_expert", "lora_stacked")
 
@@ -38,7 +38,7 @@ def doubts(base: Checkpoint, adapter: Adapter, names: Mapping[str, str]) -> list
     if adapter.selection is None:
         return lost_biases
     entries = [
-        entry for entry in adapter.entries if entry.kind not in (*_NAMED_ELSEWHERE, *_EXPERTS)
+        entry for entry in adapter.entries if entry.kind not in (*NAMED_ELSEWHERE, *_EXPERTS)
     ]
     modules = dict.fromkeys(entry.module for entry in entries)
     found = lost_biases

@@ -285,7 +285,10 @@ def _check_output(out: Path, partial: Path, plan: Plan, *, force: bool, resume: 
             f"{partial} is what an interrupted run left",
             "--resume goes on from there, --force starts over",
         )
-    free = shutil.disk_usage(_existing(out.parent)).free
+    above = _existing(out.parent)
+    if not above.is_dir():
+        raise OutputError(f"{above} is a file, and {out} would lie in it", "give another -o")
+    free = shutil.disk_usage(above).free
     # A resumed run has claimed part of it already.
     held = sum(f.stat().st_blocks * 512 for f in partial.glob("*")) if partial.is_dir() else 0
     if plan.nbytes > free + held:
