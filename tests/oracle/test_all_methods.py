@@ -43,6 +43,8 @@ METHODS: dict[str, tuple[Any, Any]] = {
     "DEFT": (partial(peft.DeftConfig, r=4, **LINEAR), Toy),
     "DELORA": (partial(peft.DeloraConfig, r=4, **LINEAR), Toy),
     "FOURIERFT": (partial(peft.FourierFTConfig, n_frequency=50, **LINEAR), Toy),
+    "FROD": (partial(peft.FrodConfig, progressbar=False, **LINEAR), Toy),
+    "FROD turned": (partial(peft.FrodConfig, progressbar=False, **CONV1D), Turned),
     "GLORA": (partial(peft.GloraConfig, r=3, **LINEAR), Toy),
     "GRALORA": (partial(peft.GraloraConfig, r=6, gralora_k=3, hybrid_r=2, **LINEAR), Toy),
     "GRALORA turned": (partial(peft.GraloraConfig, r=4, hybrid_r=2, **CONV1D), Turned),
@@ -62,6 +64,8 @@ METHODS: dict[str, tuple[Any, Any]] = {
     "MISS bat": (partial(peft.MissConfig, r=4, init_weights="bat", **LINEAR), Toy),
     "MISS mini": (partial(peft.MissConfig, r=5, mini_r=6, init_weights="mini", **LINEAR), Toy),
     "OFT": (partial(peft.OFTConfig, r=0, oft_block_size=4, **LINEAR), Toy),
+    "OSF": (partial(peft.OSFConfig, effective_rank=4, **LINEAR), Toy),
+    "PEANUT": (partial(peft.PeanutConfig, r=4, depth=2, **LINEAR), Toy),
     "PVERA": (partial(peft.PveraConfig, r=5, **LINEAR), Toy),
     "PVERA turned": (partial(peft.PveraConfig, r=5, **CONV1D), Turned),
     "RANDLORA": (partial(peft.RandLoraConfig, r=4, randlora_alpha=6, **LINEAR), Toy),
@@ -72,13 +76,16 @@ METHODS: dict[str, tuple[Any, Any]] = {
         partial(peft.TrainableTokensConfig, token_indices=[39, 2, 20], target_modules=["embed"]),
         Toy,
     ),
+    "TINYLORA": (partial(peft.TinyLoraConfig, u=4, **LINEAR), Toy),
+    "TINYLORA turned": (partial(peft.TinyLoraConfig, u=4, **CONV1D), Turned),
+    "UNILORA": (partial(peft.UniLoraConfig, r=4, save_indices=True, **LINEAR), Toy),
     "VBLORA": (partial(peft.VBLoRAConfig, num_vectors=9, vector_length=12, topk=2, **LINEAR), Toy),
     "VERA": (partial(peft.VeraConfig, r=5, **LINEAR), Toy),
     "VERA turned": (partial(peft.VeraConfig, r=5, save_projection=False, **CONV1D), Turned),
     "WAVEFT": (partial(peft.WaveFTConfig, n_frequency=50, **LINEAR), Toy),
 }
 # Sums over inputs or outputs, in an order that BLAS chooses by the number of rows.
-BLAS_CHOOSES = ("BOFT", "DEFT", "HRA", "OFT")
+BLAS_CHOOSES = ("BOFT", "DEFT", "HRA", "OFT", "PEANUT")
 EACH = pytest.mark.parametrize("name", METHODS)
 
 
@@ -135,8 +142,8 @@ def test_float64(tmp_path: Path, name: str) -> None:
     weft.merge(tmp_path / "base", tmp_path / "adapter", output=tmp_path / "wide")
     config, factory = METHODS[name]
     exact = Case(config(), model=factory).peft_merged(tmp_path, torch.float64)
-    # PEFT's Fourier transforms and its DEFT are float32 in any case.
-    single = name in ("C3A", "DEFT", "FOURIERFT")
+    # PEFT's Fourier transforms, its DEFT and the U of its FRoD are float32 in any case.
+    single = name.split()[0] in ("C3A", "DEFT", "FOURIERFT", "FROD")
     close = {"rtol": 1e-5, "atol": 1e-5} if single else {"rtol": 1e-11, "atol": 1e-12}
     for key, value in load_file(tmp_path / "wide" / "model.safetensors").items():
         torch.testing.assert_close(value, exact[key].to(value.dtype), **close, msg=key)

@@ -124,7 +124,7 @@ def test_wrong_shape(tmp_path: Path, key: str, shape: tuple[int, ...]) -> None:
         ({"num_cayley_neumann_terms": 0}, "num_cayley_neumann_terms = 0, and must be a whole"),
         ({"eps": "much"}, "eps = 'much', and must be a number"),
         ({"coft": 1}, "coft = 1, and must be true or false"),
-        ({"use_new_idea": True}, "sets use_new_idea, a OFT variant"),
+        ({"use_new_idea": True}, "sets use_new_idea, a variant of OFT"),
     ],
 )
 def test_wrong_config(tmp_path: Path, change: dict[str, Any], message: str) -> None:

@@ -29,10 +29,13 @@ class Source(Protocol):
     """The tensors of one delta, widened to the arithmetic dtype and on the device.
 
     Attributes:
-        shape: Of W: (outputs, inputs) where W is a matrix, also if it is stored transposed.
+        shape: Of W: (outputs, inputs) where W is a matrix, also if it is stored transposed, unless
+            the kind says that it deals with that itself.
+        dtype: That W has on disk.
     """
 
     shape: Shape
+    dtype: str
 
     def whole(self, role: str) -> Tensor:
         """The tensor of `role`; for factors, which are small. Integers come as int64."""

@@ -60,11 +60,13 @@ def prepare(delta: Delta, source: Source, blocks: Blocks) -> State:
 
 
 def block(state: State, weight: Tensor, start: int, out: Tensor) -> None:
-    here = torch.arange(start, start + out.shape[0], device=out.device)[:, None]
+    own = torch.arange(out.shape[0], device=out.device)[:, None]
     half = torch.zeros(out.shape, dtype=state.roots.dtype, device=out.device)
     step = max(1, _PHASES // out.shape[0])
     for first in range(0, len(state.spectrum), step):
         some = slice(first, first + step)
-        phases = state.roots[here * state.rows[some] % len(state.roots)]
-        half.index_add_(1, state.columns[some], phases * state.spectrum[some])
+        phases = state.roots[(own + start) * state.rows[some] % len(state.roots)]
+        # (index_add_ adds in any order on a GPU)
+        into, values = (own, state.columns[some]), phases * state.spectrum[some]
+        half.index_put_(into, values, accumulate=True)
     out.copy_(torch.fft.ifft(half, dim=1, norm="forward").real)

@@ -54,4 +54,4 @@ def block(state: State, weight: Tensor, start: int, out: Tensor) -> None:
     edges = state.places.new_tensor([start * columns, (start + out.shape[0]) * columns])
     first, last = torch.searchsorted(state.places, edges).tolist()
     places = state.places[first:last] - start * columns
-    out.zero_().view(-1).index_add_(0, places, state.values[first:last])
+    out.zero_().view(-1).index_put_((places,), state.values[first:last], accumulate=True)

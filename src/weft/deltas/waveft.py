@@ -93,7 +93,8 @@ def block(state: State, weight: Tensor, start: int, out: Tensor) -> None:
     stride = state.width if state.filters is None else 2 * state.width
     bands = torch.zeros(out.shape[0], stride, dtype=out.dtype, device=out.device)
     into = (state.rows[here] - start) * stride + state.places[here]
-    bands.view(-1).index_add_(0, into, state.values[here])
+    # (index_add_ adds in any order on a GPU)
+    bands.view(-1).index_put_((into,), state.values[here], accumulate=True)
     if state.filters is None:
         out.copy_(bands)
         return

@@ -77,6 +77,7 @@ class _Source:
 
     def __init__(self, kernel: Kernel, delta: Delta) -> None:
         self.shape = kernel.job.shape[:: -1 if _turned(delta) else 1]
+        self.dtype = leaves(kernel.job.expression)[0].dtype
         self._kernel = kernel
         self._refs = dict(delta.tensors)
 

@@ -34,6 +34,20 @@ VARIANTS = {
     "alora_invocation_tokens": "aLoRA, which is active after some tokens only: no merged weight",
     "arrow_config": "Arrow, which routes each token to another adapter: no merged weight",
 }
+_PROMPTS = "it learns what stands before the input, and no weight"
+# peft_type -> why its file and a base do not make one merged weight.
+NOT_MERGED = {
+    **dict.fromkeys(("PROMPT_TUNING", "MULTITASK_PROMPT_TUNING", "P_TUNING", "CPT"), _PROMPTS),
+    **dict.fromkeys(("PREFIX_TUNING", "CARTRIDGE", "ADAPTION_PROMPT"), _PROMPTS),
+    "XLORA": "it mixes its LoRAs anew for each token",
+    "LILY": "a router mixes its factors anew for each input",
+    "POLY": "it mixes its LoRAs by the task that comes with each input",
+    "SHADOW": "a second network runs beside the model and adds to what the layers are given",
+    "PSOFT": "its directions are not in the file: PEFT takes them from an SVD of the base, whose "
+    "signs depend on the machine, and what was trained depends on them",
+    "ADAMSS": "which rows of a weight belong to which of its parts is not in the file: PEFT finds "
+    "them by a random projection and k-means",
+}
 _PLAIN_INIT = {"gaussian", "eva", "orthogonal", "mica"}
 _MOVED_INIT = {
     "pissa": "PiSSA",
@@ -143,6 +157,8 @@ def _refuse_other_kinds(config: dict[str, Any], given: str) -> None:
             raise Unsupported(f"{given}: {problem.what}", problem.hint)
         _refuse_unknown(config, given, KNOWN | method.FIELDS)
         return
+    if reason := NOT_MERGED.get(config["peft_type"]):
+        raise Unsupported(f"{given} is a {kind} adapter, which cannot be merged: {reason}")
     if kind != "LORA":
         known = ", ".join(["LORA", *methods()])
         raise Unsupported(

@@ -132,8 +132,8 @@ def _entries(
     method = methods().get(config["peft_type"])
     suffixes = _longest_first(method.SUFFIXES if method else lora.SUFFIXES)
     own = re.compile(rf"\.(lora|trainable_tokens|{re.escape(config['peft_type'].lower())})_")
-    shared_keys = getattr(method, "SHARED", {})
-    shared = {shared_keys[key]: ref for key, ref in tensors.items() if key in shared_keys}
+    shared_keys = _shared_keys(tensors, getattr(method, "SHARED", {}))
+    shared = {role: tensors[key] for key, role in shared_keys.items()}
     ungathered = "a ZeRO-3 or FSDP run saved without gathering its shards: save it again"
     if any(ref.numel == 0 for ref in tensors.values()):
         ungathered = shards_beside(folder) or ungathered
@@ -182,7 +182,7 @@ def _entries(
     if method:
         endings = {role: ending for ending, role in method.SUFFIXES.items()}
         read_all = [
-            _method_entries(Module(m, r, shared, config, endings), method)
+            _method_entries(Module(m, r, shared, config, endings, len(modules)), method)
             for m, r in modules.items()
         ]
     else:
@@ -190,7 +190,7 @@ def _entries(
     entries = [entry for found, _ in read_all for entry in found]
     problems += [problem for _, wrong in read_all for problem in wrong]
     used = {ref for entry in entries for _, ref in entry.tensors}
-    if idle := [key for key, ref in tensors.items() if key in shared_keys and ref not in used]:
+    if idle := [key for key in shared_keys if tensors[key] not in used]:
         problems = problems or [
             Problem(f"no module of the adapter has a use for {', '.join(idle)}")
         ]
@@ -200,6 +200,15 @@ def _entries(
     problems += _lost_modules(entries, config)
     problems = problems or _broken_promises(entries, config)
     return entries, problems
+
+
+def _shared_keys(tensors: Mapping[str, TensorRef], shared: Mapping[str, str]) -> dict[str, str]:
+    """Key -> role of the tensors that all modules use."""
+    found = {key: role for key, role in shared.items() if key in tensors}
+    for start in (key for key in shared if key.endswith(".")):
+        named = (key for key in tensors if key.startswith(start))
+        found |= {key: shared[start] + key.removeprefix(start) for key in named}
+    return found
 
 
 def _longest_first(suffixes: Mapping[str, str]) -> dict[str, str]:

@@ -30,6 +30,7 @@ class Module:
         shared: Role -> byte range, of what all modules use.
         config: `adapter_config.json`.
         endings: Role -> ending of its key.
+        total: How many modules there are in the file.
     """
 
     name: str
@@ -37,6 +38,7 @@ class Module:
     shared: Mapping[str, TensorRef]
     config: Mapping[str, Any]
     endings: Mapping[str, str]
+    total: int
 
     @property
     def file(self) -> str:
@@ -100,7 +102,8 @@ class PeftMethod(Protocol):
     FIELDS: frozenset[str]
 
     # A file may also define
-    # - `SHARED: Mapping[str, str]`: whole keys of tensors that all modules use -> role;
+    # - `SHARED: Mapping[str, str]`: whole keys of tensors that all modules use -> role; what
+    #   follows a key that ends in a dot is added to the role;
     # - `FORMS: Mapping[str, Form]`: what a field of the config must be, where `read` uses it; one
     #   that is missing counts as None;
     # - `MAY_BE_EMPTY = True`: that a tensor without elements is no sign of a broken save;

@@ -1,0 +1,74 @@
+"""FRoD (doi:10.1609/aaai.v40i31.39813): W′ = U (S + diag(λ)) Vᵀ, where W = U diag(λ₀) Vᵀ.
+
+`V` (in, in) is fixed, and shared by the modules of one role in all layers; U, of unit columns, and
+λ₀ follow from W. Trained are `l`, which is λ (in), and S: `values` (n) at `indices` (2, n), of the
+size `indices_size`. A row of W′ needs no other of W, after a pass over all of them for λ₀.
+
+Where W has a lower rank than V, columns of U are what rounding left in W V⁻ᵀ, made as long as the
+others: all of it is done in float64, and with matrices of (in, in).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+
+from weft.deltas import _indices
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from torch import Tensor
+
+    from weft.core.specs import Delta, Param, Shape
+    from weft.deltas import Blocks, Source
+
+ADDITIVE = True
+# As in training: a column of U that is next to nothing is none.
+_NOTHING = 1e-12
+
+
+def orientations(
+    shapes: Mapping[str, Shape], params: Mapping[str, Param], weight: Shape
+) -> tuple[bool, ...]:
+    if len(weight) != 2:
+        return ()
+    (inputs,) = shapes["l"]
+    return tuple(turned for turned in (False, True) if weight[0 if turned else 1] == inputs)
+
+
+@dataclass(frozen=True, slots=True)
+class State:
+    """W @ `before` is U, U @ `after` is W′: (in, in), in float64."""
+
+    before: Tensor
+    after: Tensor
+
+
+def prepare(delta: Delta, source: Source, blocks: Blocks) -> State:
+    V = source.whole("V").double()
+    _indices.load(delta, source, "indices_size", len(V) + 1)
+    inverse = _inverse(V).T
+    squares = torch.zeros(len(V), dtype=torch.float64, device=V.device)
+    for _, weight in blocks():
+        squares += (weight.double() @ inverse).square_().sum(0)
+    norms = squares.sqrt()
+    S = torch.diag(source.whole("l").double())
+    where = _indices.load(delta, source, "indices", *S.shape)
+    S.index_put_((where[0], where[1]), source.whole("values").double(), accumulate=True)
+    return State(inverse * torch.where(norms > _NOTHING, 1 / norms, 0), S @ V.T)
+
+
+def block(state: State, weight: Tensor, start: int, out: Tensor) -> None:
+    wide = weight.double()
+    out.copy_(wide @ state.before @ state.after - wide)
+
+
+def _inverse(V: Tensor) -> Tensor:
+    inverse: Tensor
+    inverse, failed = torch.linalg.inv_ex(V)
+    if failed:
+        inverse = torch.linalg.pinv(V, rtol=1e-6)
+    return inverse
