@@ -455,6 +455,11 @@ INDEXES = ["model.safetensors.index.json", "pytorch_model.bin.index.json"]
         (["adapter_model.bin", "adapter_config.json"], []),
         (["adapter_model.safetensors", "adapter_config.json"], ["adapter_model.bin"]),
         (["consolidated.safetensors"], []),
+        (["adapters.safetensors", "adapter_config.json"], ["0000100_adapters.safetensors"]),
+        (["0000100_adapters.safetensors", "0000200_adapters.safetensors"], []),
+        (["adapter_model.pt", "adapter_config.json"], ["recipe_state.pt"]),
+        (["adapter_0.pt", "adapter_1.pt", "adapter_config.json"], []),
+        (["adapter_model.safetensors", "adapter_config.json"], ["adapter_model.pt"]),
     ],
 )
 @pytest.mark.parametrize("inside", ["", "deep/er/"])

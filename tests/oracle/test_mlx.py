@@ -10,7 +10,8 @@ import json
 from typing import TYPE_CHECKING, Any
 
 import pytest
-from helpers import DTYPES, Exact, load
+import torch
+from helpers import DTYPES, Exact, load, write_adapter
 from safetensors.torch import save_file
 
 from tests.oracle.foreign import added, base_of, check, normal, normed
@@ -97,6 +98,23 @@ def test_conv1d(lab: Lab, tmp_path: Path) -> None:
             wanted[name] = Exact(value.value.T, value.slack.T)
     assert any(W.value.shape[0] == W.value.shape[1] for W in wanted.values())
     check(base, write(tmp_path / "adapter", tensors, "lora"), tmp_path / "out", wanted)
+
+
+def test_same_bits_as_in_peft_form(lab: Lab, tmp_path: Path) -> None:
+    base = base_of(lab, "llama", "float32")
+    tensors, wanted = adapt(base, dora=False, embedding=False)
+    check(base, write(tmp_path / "adapter", tensors, "lora"), tmp_path / "out", wanted)
+    names = {"lora_a": "lora_A.weight", "lora_b": "lora_B.weight"}
+    turned = {
+        f"{key.rpartition('.')[0]}.{names[key.rpartition('.')[2]]}": value.T
+        for key, value in tensors.items()
+    }
+    config = {"r": RANK, "lora_alpha": SCALE * RANK, "target_modules": list(LAYERS)}
+    check(base, write_adapter(tmp_path / "peft", turned, config), tmp_path / "peft-out", wanted)
+    assert all(
+        torch.equal(value, load(tmp_path / "peft-out")[name])
+        for name, value in load(tmp_path / "out").items()
+    )
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

@@ -85,7 +85,7 @@ def in_halves(rows: Tensor, delta: Delta) -> Tensor:
 def load(delta: Delta, source: Source) -> Factors:
     A, B = source.whole("A").flatten(1), source.whole("B").flatten(1)
     if delta.param("factors_transposed", False):
-        A, B = A.T, B.T
+        A, B = A.T.contiguous(), B.T.contiguous()  # so that the bits are those of PEFT's layout
     B = in_halves(B, delta)
     scaling = delta.scaling
     if scaling and abs(math.frexp(scaling)[0]) == 0.5:

@@ -27,7 +27,8 @@ _FOLDERS = {
     *("model", "models", "base_models", "pretrained", "weights", "checkpoints", "ckpt", "ckpts"),
     *("output", "outputs", "results", "runs", "saves", "data", "home", "mnt", "workspace"),
 }
-_PICKLES = re.compile(r"(pytorch|adapter)_model.*\.bin")
+_PICKLES = re.compile(r"(pytorch|adapter)_model.*\.bin|adapter_(model|\d+)\.pt")
+_SAVES = re.compile(r"\d+_adapters\.safetensors")  # mlx-lm's, of single iterations
 
 
 def resolve(given: str, *, revision: str | None = None, cache_dir: str | None = None) -> Path:
@@ -179,6 +180,8 @@ def wanted(files: Iterable[str], inside: str, name: str) -> list[str]:
     top = [file for file in here if "/" not in file]
     safe = [file for file in top if file.endswith(".safetensors")]
     weights = [file for file in safe if not file.startswith("consolidated")]
+    if "adapters.safetensors" in weights:
+        weights = [file for file in weights if not _SAVES.fullmatch(file)]
     weights = weights or [file for file in top if _PICKLES.fullmatch(file)] or safe
     if not weights:
         others = sorted({PurePosixPath(file).suffix for file in here} & {".gguf", ".pth", ".onnx"})
