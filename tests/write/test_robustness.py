@@ -269,13 +269,14 @@ def test_killed_at_random_moments(nursery: Nursery, large: Model, tmp_path: Path
         nursery.begin(large.command(out, *more))
         time.sleep(length * rng.random())
         nursery.kill()
-        if nursery.end() == 0:  # it was faster
+        code = nursery.end()
+        # What bears the output's name is whole, even where the process died on its way out.
+        if code == 0 or out.exists():
             assert_whole(out, large)
             shutil.rmtree(out)
             continue
         killed += 1
         folder = partial_of(out)
-        assert not out.exists()
         if (folder / JOURNAL).exists():
             receipts += (folder / JOURNAL).read_text().count("\n") > 1
         if number % 3 == 2 and folder.exists():
