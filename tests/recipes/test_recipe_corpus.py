@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -205,6 +207,15 @@ def test_parameters_by_model_count_after_those_of_the_slice() -> None:
     a, b = recipe("old-by-model").modules[0].slices[0].sources
     assert a.parameters["weight"] == (Condition(0.25),)
     assert b.parameters["weight"] == (Condition(0.9, "mlp"), Condition(0.75))
+
+
+def test_reading_needs_no_torch() -> None:
+    program = (
+        "import sys; from weft.recipes import mergekit, schema; schema.json_schema(); "
+        "mergekit.read('merge_method: linear\\nmodels: [{model: a, parameters: {weight: 1}}]'); "
+        "sys.exit('torch' in sys.modules)"
+    )
+    assert subprocess.run([sys.executable, "-c", program], check=False).returncode == 0
 
 
 def test_positions_are_those_of_the_keys() -> None:

@@ -89,6 +89,22 @@ MISTAKES = {
         "merge_method: linear\nmodels: [org/a, org/b]\nparameters: {weight: 1}\n",
         ['should be a mapping, not "org/a"  @ models[0]', "- model: org/b"],
     ),
+    "parameters in a list": (
+        "merge_method: linear\nmodels: [{model: a, parameters: [{weight: 1}]}]\n",
+        ['"parameters" should be a mapping, with a key on each line'],
+    ),
+    "a value among entries": (
+        "merge_method: linear\nmodels: [{model: a}]\nparameters: {weight: [2, {value: 1}]}\n",
+        ["an entry of `weight` should be a mapping", "- value: 2"],
+    ),
+    "a path without a model": (
+        "merge_method: passthrough\nmodels: [{model: {model: {path: a}, revision: b}}]\n",
+        ['unknown key "revision"', "model: {path: ./folder}"],
+    ),
+    "a slice without sources": (
+        "merge_method: passthrough\nslices: [{model: a, sources: [{model: a, layer_range: [0, 1]}]}]\n",
+        ['unknown key "model"  @ slices[0]', "sources:\n        - model: org/name"],
+    ),
     "no number": (
         "merge_method: linear\nparameters: {weight: much}\n" + "models: [{model: a}]\n",
         ['"weight" should be a number, not "much"  @ parameters.weight, line 2', "weight: 0.5"],

@@ -45,6 +45,8 @@ class Builder:
         self.method = self._method()
         self.settings = SettingsReader(document, faults, self.method)
         self.settings.meant |= popped
+        if "parameters" in popped:
+            self.settings.meant |= set(self.settings.known or ())
         self.base = self._model(parsed.base_model, ("base_model",))
         self.places: list[_checks.Place] = []
         self.by_model = self._by_model()
