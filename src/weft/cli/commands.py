@@ -183,7 +183,8 @@ def doctor(
     base
         The model that it should fit.
     fix
-        Write a sound copy to --output: a PEFT folder that PEFT loads without a warning.
+        Write a sound copy to --output: a PEFT folder that PEFT loads without a warning. Adapters of
+        other tools need --base for it.
     output
         Folder to create.
     force
@@ -209,7 +210,7 @@ def doctor(
     if output is not None:
         doubts = any(finding.level == "warning" for finding in found.findings)
         rest = "; the warnings above hold of it, too" if doubts else ""
-        console.say("note", f"{output} holds the copy with sound keys{rest}")
+        console.say("note", f"{output} holds the copy, as PEFT saves it{rest}")
     sys.exit(["sound", "problems", "unusable"].index(found.verdict))
 
 
