@@ -14,7 +14,7 @@ from weft.formats.adapters import open_adapter
 from weft.formats.adapters._peft_config import matching
 from weft.formats.adapters._repairs import PREFIX
 from weft.formats.hub import resolve
-from weft.plan._coverage import NAMED_ELSEWHERE
+from weft.plan._coverage import unnamed
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -157,11 +157,9 @@ def _without_base(adapter: Adapter) -> list[Finding]:
         )
         cure = "weft merge needs --init-adapter: the initial adapter, or none for the moved base"
         found.append(Finding("warning", what, cure))
-    modules = dict.fromkeys(e.module for e in adapter.entries if e.kind not in NAMED_ELSEWHERE)
-    selection = adapter.selection
-    if selection and (unnamed := [m for m in modules if not selection.names(m)]):
+    if others := unnamed(adapter):
         what = (
-            f"{adapter.given} adapts {some(unnamed, 'module')}, which its config does not name in "
+            f"{adapter.given} adapts {some(others, 'module')}, which its config does not name in "
             "target_modules: PEFT would leave it out"
         )
         found.append(Finding("warning", what, "--base BASE says whether the base has it"))
