@@ -9,7 +9,17 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from weft.core.specs import AddDeltas, Checkpoint, Input, Origin, Plan, Receipt, TensorJob
+from weft.core.specs import (
+    AddDeltas,
+    Checkpoint,
+    Input,
+    Load,
+    Origin,
+    Plan,
+    Receipt,
+    TensorJob,
+    children,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -165,7 +175,7 @@ def _tensor(job: TensorJob, plan: Plan, receipt: Receipt) -> dict[str, Any]:
 def _roles(job: TensorJob, plan: Plan) -> str:
     """`base` or `adapter`: where the tensor that the deltas are added to comes from."""
     expression = job.expression
-    while isinstance(expression, AddDeltas):
-        expression = expression.base
+    while not isinstance(expression, Load):
+        expression = children(expression)[0]
     role = next((e.role for e in plan.inputs if e.path == expression.ref.file), "base")
     return role.partition(" ")[0]
