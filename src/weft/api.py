@@ -113,46 +113,53 @@ def merge(
     Raises:
         WeftError: See `weft.core.errors`; the output is not there, and `resume` may finish it.
     """
-    from weft.execute import threads as executor
+    from weft.execute.copies import Copies
     from weft.write.card import card
     from weft.write.checkpoint import CheckpointSink
     from weft.write.manifest import NAME, manifest, to_text, totals
 
     begin = time.perf_counter()
-    place = executor.pick_device(device)
-    count = executor.pick_threads(threads)
-    made = plan_merge(
+    count = _check_place(device, threads)
+    draft = _draft(
         base,
         adapters,
         dtype=dtype,
         max_shard_size=max_shard_size,
         expert_layout=expert_layout,
         init_adapter=init_adapter,
-        threads=count,
-        device=device,
         strict=strict,
         revision=revision,
         cache_dir=cache_dir,
     )
-    plan = made.plan
+    inputs, plan = draft.inputs, draft.plan
+    if plan is None or draft.problems:
+        _examine(draft)  # adds its own, and raises them all
+    assert plan is not None
     for note in plan.notes:
         on_event(events.Noted(note))
-    setting = f"weft {version('weft')}, torch {version('torch')}, {place.type}"
+    setting = f"weft {version('weft')}, torch {version('torch')}, {device.partition(':')[0]}"
     sink = CheckpointSink(plan, Path(output), force=force, resume=resume, setting=setting)
     try:
         pending = sink.pending()
         resumed = len(plan.jobs) - len(pending)
         on_event(events.Started(plan.nbytes, plan.nbytes - _size(pending)))
         try:
-            executor.run(pending, sink, threads=count, device=place, on_event=on_event)
-        except NumericsError:
+            with Copies(pending, sink, on_event) as copies:
+                loading = time.perf_counter()
+                from weft.execute import threads as executor  # a second, while the copies go on
+
+                begin += time.perf_counter() - loading
+                found = _examine(draft)
+                place = executor.pick_device(device)
+                executor.run(pending, sink, copies, threads=count, device=place, on_event=on_event)
+        except (NumericsError, PlanError):
             sink.discard()  # another run on these inputs ends the same way
             raise
         command = command or _call(
-            made.inputs, output, dtype, max_shard_size, expert_layout, init_adapter, revision
+            inputs, output, dtype, max_shard_size, expert_layout, init_adapter, revision
         )
         sums = totals(plan, sink.receipts)
-        warnings = (*made.warnings, *_doubtful(sums, plan, sink.receipts))
+        warnings = (*found, *plan.warnings, *_doubtful(sums, plan, sink.receipts))
         content = manifest(
             plan,
             sink.receipts,
@@ -162,7 +169,6 @@ def merge(
             command=command,
             seconds=time.perf_counter() - begin,
         )
-        inputs = made.inputs
         readme = card(inputs.base, inputs.adapters, sums, command=command, version=version("weft"))
         sink.commit({"README.md": readme, NAME: to_text(content)}, lambda: _unchanged(plan))
     finally:
@@ -194,27 +200,84 @@ def plan_merge(
     Raises:
         WeftError: What `merge` would stop at before it writes.
     """
-    from weft.execute import threads as executor
-    from weft.execute.health import examine
-    from weft.plan.merge import plan_merge as plan
     from weft.plan.preflight import measure
     from weft.write.checkpoint import check_output
+
+    threads = _check_place(device, threads)
+    draft = _draft(
+        base,
+        adapters,
+        dtype=dtype,
+        max_shard_size=max_shard_size,
+        expert_layout=expert_layout,
+        init_adapter=init_adapter,
+        strict=strict,
+        revision=revision,
+        cache_dir=cache_dir,
+    )
+    found, made = _examine(draft), draft.plan
+    assert made is not None
+    if output is not None:
+        check_output(Path(output), made, force=force, resume=resume)
+    return MergePlan(draft.inputs, made, measure(made, threads), (*found, *made.warnings))
+
+
+@dataclass(frozen=True, slots=True)
+class _Draft:
+    """A plan from headers and configs: the adapters' numbers have not been looked at.
+
+    Attributes:
+        inputs: The base and its adapters.
+        initial: The adapter as it was before training.
+        plan: None if there are problems that leave none.
+        problems: What forbids the merge.
+    """
+
+    inputs: Inputs
+    initial: Adapter | None
+    plan: Plan | None
+    problems: tuple[Problem, ...]
+
+
+def _check_place(device: str, threads: int | None) -> int:
+    """How many threads; raises where there cannot be so many, or no such device."""
+    from weft.execute.cores import pick_threads
+
+    count = pick_threads(threads)
+    if device != "cpu":
+        from weft.execute.threads import pick_device
+
+        pick_device(device)
+    return count
+
+
+def _draft(
+    base: str | Path | None,
+    adapters: str | Path | Sequence[str | Path],
+    *,
+    dtype: str | None,
+    max_shard_size: str | int | None,
+    expert_layout: str | None,
+    init_adapter: str | Path | None,
+    strict: bool,
+    revision: str | None,
+    cache_dir: str | None,
+) -> _Draft:
+    """All of a plan that takes no torch, which is slow to load."""
+    from weft.plan.merge import plan_merge as plan
 
     if expert_layout not in (None, "rank_major", "grouped_by_expert"):
         raise WeftError(
             f"unknown expert layout {expert_layout!r}", "one of rank_major, grouped_by_expert"
         )
-    executor.pick_device(device)
-    threads = executor.pick_threads(threads)
     kind = dtypes.parse(dtype) if dtype else None
     size = None if max_shard_size is None else units.parse_size(str(max_shard_size))
     inputs = open_inputs(base, adapters, revision=revision, cache_dir=cache_dir)
-    initial, problems = _initial(init_adapter, cache_dir)
-    warnings: list[str] = []
-    for adapter, weight in inputs.adapters:
-        found, said = examine(adapter, weight)
-        problems += found
-        warnings += said
+    initial = None
+    if init_adapter is not None and str(init_adapter) != "none":
+        path = resolve(str(init_adapter), cache_dir=cache_dir)
+        initial = open_adapter(path, str(init_adapter))
+    problems: list[Problem] = []
     made: Plan | None = None
     try:
         made = plan(
@@ -231,29 +294,37 @@ def plan_merge(
     if strict and made is not None:
         hint = "without --strict it is read so; weft doctor --fix writes it so"
         problems += [Problem(f"{repair}", hint) for repair in made.repairs]
-    if problems or made is None:
-        subject = " + ".join([inputs.base.given, *(a.given for a, _ in inputs.adapters)])
-        raise PlanError(subject, problems)
-    if output is not None:
-        check_output(Path(output), made, force=force, resume=resume)
-    work = measure(made, threads)
-    return MergePlan(inputs, made, work, (*warnings, *made.warnings))
+    return _Draft(inputs, initial, made, tuple(problems))
 
 
-def _initial(
-    given: str | Path | None, cache_dir: str | None
-) -> tuple[Adapter | None, list[Problem]]:
-    """The adapter as it was before training, and what is wrong with it."""
+def _examine(draft: _Draft) -> list[str]:
+    """Warnings that the adapters' numbers give rise to.
+
+    Raises:
+        PlanError: They, or the draft, have problems: all of them.
+    """
     from weft.execute.health import examine
 
-    if given is None or str(given) == "none":
-        return None, []
-    adapter = open_adapter(resolve(str(given), cache_dir=cache_dir), str(given))
-    problems, warnings = examine(adapter)
-    if warnings:
-        what = f"{given} is zero, so no initialisation that moves the base wrote it: {warnings[0]}"
-        problems.append(Problem(what, "save the adapter before the first step of the training"))
-    return adapter, problems
+    problems: list[Problem] = []
+    warnings: list[str] = []
+    if draft.initial is not None:
+        problems, zero = examine(draft.initial)
+        if zero:
+            what = f"{draft.initial.given} is zero, so no initialisation that moves the base wrote "
+            problems.append(
+                Problem(
+                    f"{what}it: {zero[0]}", "save the adapter before the first step of the training"
+                )
+            )
+    for adapter, weight in draft.inputs.adapters:
+        found, said = examine(adapter, weight)
+        problems += found
+        warnings += said
+    problems += draft.problems
+    if problems or draft.plan is None:
+        named = [draft.inputs.base.given, *(a.given for a, _ in draft.inputs.adapters)]
+        raise PlanError(" + ".join(named), problems)
+    return warnings
 
 
 def open_inputs(

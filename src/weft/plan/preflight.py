@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from weft import deltas
-from weft.core.blocks import BLOCK, COPY_BUFFER, STRIP, WORKERS
+from weft.core.blocks import BLOCK, COPIERS, COPY_BUFFER, STRIP, WORKERS
 from weft.core.dtypes import WEIGHTS, itemsize
 from weft.core.errors import Problem
 from weft.core.specs import AddDeltas, Checkpoint, Plan, job_bytes, leaves
@@ -116,6 +116,7 @@ def measure(plan: Plan, threads: int) -> Work:
         tensors=len(plan.jobs),
         changed=sum(isinstance(job.expression, AddDeltas) for job in plan.jobs),
         memory=_RUNTIME
-        + threads * WORKERS * (blocks + factors + COPY_BUFFER)
+        + threads * WORKERS * (blocks + factors)
+        + COPIERS * COPY_BUFFER
         + deltas.shared_at_once(plan.jobs) * shared,
     )
