@@ -44,7 +44,6 @@ def merge(
     the adapter names. ADAPTER is a PEFT folder or org/name, with a weight behind it if it is not 1.
 
     Examples:
-
     - weft merge BASE ADAPTER -o OUT
     - weft merge BASE ADAPTER:0.7 OTHER:0.3 -o OUT
     - weft merge BASE ADAPTER -o OUT --dry-run
@@ -174,7 +173,6 @@ def doctor(
     Exit code 0: sound; 1: problems that are repaired or doubtful; 2: it cannot be merged.
 
     Examples:
-
     - weft doctor ADAPTER
     - weft doctor ADAPTER --base BASE
     - weft doctor ADAPTER --base BASE --fix -o FIXED
