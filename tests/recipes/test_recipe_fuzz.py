@@ -21,7 +21,7 @@ pytestmark = pytest.mark.usefixtures("mergekit_methods")
 CORPUS = [path.read_text() for path in sorted((Path(__file__).parent / "corpus").glob("*.yml"))]
 # The stand-ins are the same for every example.
 QUICK = settings(
-    max_examples=100, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+    max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
 )
 
 KEYS = st.sampled_from(

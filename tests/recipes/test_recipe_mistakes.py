@@ -102,7 +102,8 @@ MISTAKES = {
         ['unknown key "revision"', "model: {path: ./folder}"],
     ),
     "a slice without sources": (
-        "merge_method: passthrough\nslices: [{model: a, sources: [{model: a, layer_range: [0, 1]}]}]\n",
+        "merge_method: passthrough\n"
+        + "slices: [{model: a, sources: [{model: a, layer_range: [0, 1]}]}]\n",
         ['unknown key "model"  @ slices[0]', "sources:\n        - model: org/name"],
     ),
     "no number": (

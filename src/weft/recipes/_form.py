@@ -123,10 +123,10 @@ def _put_right(document: Document, faults: Faults, mistake: Mistake, popped: set
     what = f"{named} {mistake.what}"
     if found is not None and "empty" not in mistake.what:
         what += f", not {_short(found)}"
-    cure = _SHAPES.get(key)
-    if isinstance(loc[-1], int) and "mapping" in mistake.what and key not in _SHAPES:
-        cure = f"- value: {_short(found)}"
-    faults.add(document, loc, what, cure)
+    entry = isinstance(loc[-1], int) and "mapping" in mistake.what
+    faults.add(
+        document, loc, what, _SHAPES.get(key, f"- value: {_short(found)}" if entry else None)
+    )
     while loc[-1] == "value" or not isinstance(loc[-1], str):
         loc = loc[:-1]
     if loc[-1] in _VITAL:

@@ -13,7 +13,7 @@ from weft.core.units import clean
 
 Loc = tuple[str | int, ...]
 
-_MOST = 100_000  # values; aliases of aliases multiply
+_MOST = 50_000  # values; aliases of aliases multiply
 _TAG = "tag:yaml.org,2002:"
 _KINDS = {"null", "bool", "int", "float", "str", "timestamp"}
 
