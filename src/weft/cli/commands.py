@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shlex
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -103,8 +104,8 @@ def merge(
             cache_dir=cache_dir,
         )
         if json or not quiet:
-            _print(show.plan_as_dict(made) if json else show.plan_as_text(made, output))
-        _warn(made.warnings)
+            emit(show.plan_as_dict(made) if json else show.plan_as_text(made, output))
+        warn(made.warnings)
         return
     with console.progress(quiet=quiet or json) as on_event:
         report = api.merge(
@@ -126,8 +127,8 @@ def merge(
             on_event=on_event,
         )
     if json or not quiet:
-        _print(show.report_as_dict(report) if json else show.report_as_text(report))
-    _warn(report.warnings)
+        emit(show.report_as_dict(report) if json else show.report_as_text(report))
+    warn(report.warnings)
 
 
 def inspect(
@@ -153,7 +154,7 @@ def inspect(
         Print one JSON object on stdout.
     """
     found = api.inspect(path, revision=revision, cache_dir=cache_dir)
-    _print(show.inspection_as_dict(found) if json else show.inspection_as_text(found))
+    emit(show.inspection_as_dict(found) if json else show.inspection_as_text(found))
 
 
 def doctor(
@@ -205,7 +206,7 @@ def doctor(
     found = diagnosis.doctor(
         adapter, base, fix=output, force=force, revision=revision, cache_dir=cache_dir
     )
-    _print(show.diagnosis_as_dict(found) if json else show.diagnosis_as_text(found))
+    emit(show.diagnosis_as_dict(found) if json else show.diagnosis_as_text(found))
     if output is not None:
         doubts = any(finding.level == "warning" for finding in found.findings)
         rest = "; the warnings above hold of it, too" if doubts else ""
@@ -230,7 +231,7 @@ def demo(
 
     with console.progress(quiet=False) as on_event:
         found = run(output, on_event)
-    _print(show.demo_as_text(found))
+    emit(show.demo_as_text(found))
 
 
 def _split(
@@ -251,12 +252,14 @@ def _split(
     return paths[0], list(paths[1:])
 
 
-def _print(content: str | dict[str, Any]) -> None:
+def emit(content: str | dict[str, Any]) -> None:
+    """Data on stdout."""
     print(
         content if isinstance(content, str) else json.dumps(content, indent=2, ensure_ascii=False)
     )
 
 
-def _warn(warnings: tuple[str, ...]) -> None:
+def warn(warnings: Sequence[str]) -> None:
+    """Warnings on stderr."""
     for warning in warnings:
         console.say("warning", warning)

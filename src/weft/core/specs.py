@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 
 Shape = tuple[int, ...]
 Param = bool | int | float | str | tuple[int, ...] | tuple[float, ...]
+Params = tuple[tuple[str, Param], ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -262,15 +263,99 @@ class AddDeltas:
     deltas: tuple[Delta, ...]
 
 
-Expression = Load | AddDeltas
+@dataclass(frozen=True, slots=True)
+class Merge:
+    """What a merge method makes of several tensors of one shape.
+
+    Attributes:
+        method: File name in `weft.methods`.
+        base: The tensor that the others are seen against; None where the method gives it no role.
+        inputs: The others, in the order of the recipe.
+        params: Shared by all inputs, after filters and gradients.
+        each: Of each input.
+        key: What random numbers are drawn by, beside the input's number and the element's.
+    """
+
+    method: str
+    base: Expression | None
+    inputs: tuple[Expression, ...]
+    params: Params = ()
+    each: tuple[Params, ...] = ()
+    key: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Run:
+    """`count` rows that follow each other, each the mean of one row of every part.
+
+    Attributes:
+        count: How many.
+        parts: (number of the source, its first row); none for rows of zeros.
+    """
+
+    count: int
+    parts: tuple[tuple[int, int], ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Rows:
+    """Rows of other tensors in a new order, as a vocabulary is rearranged.
+
+    Attributes:
+        sources: Matrices of equally many columns.
+        runs: The rows from the first on.
+        padding: How many more rows follow that hold the mean of all of these.
+    """
+
+    sources: tuple[Expression, ...]
+    runs: tuple[Run, ...]
+    padding: int = 0
+
+
+Expression = Load | AddDeltas | Merge | Rows
+
+
+def children(expression: Expression) -> tuple[Expression, ...]:
+    """The expressions directly inside `expression`."""
+    match expression:
+        case Load():
+            return ()
+        case AddDeltas():
+            return (expression.base,)
+        case Merge():
+            return (*((expression.base,) if expression.base else ()), *expression.inputs)
+        case Rows():
+            return expression.sources
+
+
+def shape_of(expression: Expression) -> Shape:
+    """Of the tensor that `expression` makes."""
+    match expression:
+        case Load():
+            return expression.ref.shape
+        case AddDeltas():
+            return shape_of(expression.base)
+        case Merge():
+            return shape_of(expression.inputs[0] if expression.inputs else expression.base)  # type: ignore[arg-type]
+        case Rows():
+            rows = sum(run.count for run in expression.runs) + expression.padding
+            return (rows, *shape_of(expression.sources[0])[1:])
 
 
 def leaves(expression: Expression) -> list[TensorRef]:
     """Every byte range that `expression` reads."""
     if isinstance(expression, Load):
         return [expression.ref]
-    refs = leaves(expression.base)
-    return refs + [ref for delta in expression.deltas for _, ref in delta.tensors]
+    refs = [ref for inner in children(expression) for ref in leaves(inner)]
+    if isinstance(expression, AddDeltas):
+        refs += [ref for delta in expression.deltas for _, ref in delta.tensors]
+    return refs
+
+
+def deltas_in(expression: Expression) -> list[Delta]:
+    """Every delta that is added anywhere in `expression`."""
+    found = [delta for inner in children(expression) for delta in deltas_in(inner)]
+    return found + list(expression.deltas) if isinstance(expression, AddDeltas) else found
 
 
 # ------------------------------------------------------------------------------------------ plans
@@ -293,10 +378,16 @@ class TensorJob:
 
     @property
     def operation(self) -> str:
-        """`copy`, `cast`, or the kinds of delta, as in `lora + lora`."""
-        if isinstance(self.expression, Load):
-            return "copy" if self.is_copy else "cast"
-        return " + ".join(delta.kind for delta in self.expression.deltas)
+        """`copy`, `cast`, a merge method, `rows`, or the kinds of delta, as in `lora + lora`."""
+        match self.expression:
+            case Load():
+                return "copy" if self.is_copy else "cast"
+            case AddDeltas():
+                return " + ".join(delta.kind for delta in self.expression.deltas)
+            case Merge():
+                return self.expression.method
+            case Rows():
+                return "rows"
 
 
 @dataclass(frozen=True, slots=True)
@@ -330,7 +421,18 @@ class Input:
 
 @dataclass(frozen=True)
 class Plan:
-    """Everything that a run will do; made from headers and configs alone."""
+    """Everything that a run will do; made from headers and configs alone.
+
+    Attributes:
+        jobs: One for each tensor of the output, in its order.
+        metadata: Of every shard's header.
+        side_files: Beside the shards.
+        inputs: What is read.
+        notes: How the inputs were brought together.
+        warnings: What the user should know before using the output.
+        repairs: Of adapters' keys.
+        beside: Notes on where the side files come from.
+    """
 
     jobs: tuple[TensorJob, ...] = field(repr=False)
     metadata: tuple[tuple[str, str], ...] = field(repr=False)
@@ -339,6 +441,7 @@ class Plan:
     notes: tuple[str, ...]
     warnings: tuple[str, ...]
     repairs: tuple[Repair, ...] = ()
+    beside: tuple[str, ...] = ()
 
     @property
     def nbytes(self) -> int:
@@ -361,6 +464,11 @@ class Plan:
             if isinstance(value, Delta):
                 refs = [(role, plain(ref)) for role, ref in value.tensors]
                 return value.kind, refs, value.scaling, value.weight, value.params
+            if isinstance(value, Merge):
+                inner = plain(value.base) if value.base else None, *map(plain, value.inputs)
+                return value.method, inner, value.params, value.each, value.key
+            if isinstance(value, Rows):
+                return tuple(map(plain, value.sources)), value.runs, value.padding
             return plain(value.ref)
 
         digest = hashlib.sha256()

@@ -8,19 +8,14 @@ stream it.
 from __future__ import annotations
 
 import importlib
-import math
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol, cast
 
-from weft.core.blocks import rows_and_columns
-from weft.core.specs import AddDeltas, Load
-
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+    from collections.abc import Callable, Iterator, Mapping, Sequence
 
     from torch import Tensor
 
-    from weft.core.specs import Delta, Expression, Param, Shape, TensorJob, TensorRef
+    from weft.core.specs import Delta, Param, Shape, TensorRef
 
     Blocks = Callable[[], Iterator[tuple[int, Tensor]]]
 
@@ -92,51 +87,3 @@ def across(name: str, changed: Sequence[tuple[Delta, TensorRef]]) -> Mapping[str
     """What deltas of the kind must know of each other; most need nothing."""
     ask = getattr(kind(name), "across", None)
     return ask(changed) if ask else {}
-
-
-@dataclass(frozen=True, slots=True)
-class Layout:
-    """How a job's tensor is cut.
-
-    Attributes:
-        rows, columns: The matrix that it is seen as.
-        together: How many rows must stay in one piece; pieces begin at multiples of it.
-    """
-
-    rows: int
-    columns: int
-    together: int
-
-
-def layout(job: TensorJob) -> Layout:
-    """By rows, as its deltas see it; or anywhere, where each element stands for itself."""
-    rows, columns = rows_and_columns(job.shape)
-    if isinstance(job.expression, Load):
-        return Layout(rows * columns, 1, 1)
-    together = 1
-    for delta in _deltas(job.expression):
-        own = kind(delta.kind)
-        if hasattr(own, "matrix"):
-            rows, columns = own.matrix(job.shape)
-        if delta.param("transposed", False) and not transposes(delta.kind):
-            together = 0
-        elif hasattr(own, "together"):
-            together = math.lcm(together, own.together(job.shape, dict(delta.params)))
-    return Layout(rows, columns, together or max(rows, 1))
-
-
-def shared_at_once(jobs: Iterable[TensorJob]) -> int:
-    """How many shared factors neighbouring jobs use: of two layers, two parameters each."""
-    return 4 * max((len(list(_deltas(job.expression))) for job in jobs), default=1)
-
-
-def scratch(job: TensorJob) -> int:
-    """Bytes that the job's deltas take to be made ready, beside their tensors."""
-    found = [(kind(delta.kind), job.shape) for delta in _deltas(job.expression)]
-    return sum(own.scratch(shape) for own, shape in found if hasattr(own, "scratch"))
-
-
-def _deltas(expression: Expression) -> Iterator[Delta]:
-    if isinstance(expression, AddDeltas):
-        yield from _deltas(expression.base)
-        yield from expression.deltas

@@ -12,20 +12,23 @@ import threading
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
+from functools import partial
 from typing import TYPE_CHECKING, Protocol
 
 import torch
 
-from weft import deltas
 from weft.core.blocks import STRIP, WORKERS, cut
 from weft.core.errors import WeftError
 from weft.core.events import Moved, OnEvent
 from weft.core.specs import Receipt, TensorJob
 from weft.execute._blocks import Files, Workspace
-from weft.execute._kernel import Kernel, Shared, Sums
+from weft.execute._crew import Crew
+from weft.execute._expressions import Shared
+from weft.execute._kernel import Kernel, Sums
+from weft.plan.layout import layout, shared_at_once
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
+    from collections.abc import Callable, Iterator, Sequence
 
     from weft.execute.copies import Copies
 
@@ -76,6 +79,7 @@ class _Group:
     sums: dict[int, Sums] = field(default_factory=dict)
     closed_form: Sums = field(default_factory=Sums)
     left: int = 0
+    begun: bool = False
     lock: threading.Lock = field(default_factory=threading.Lock)
 
 
@@ -98,22 +102,20 @@ def run(
     """
     jobs = [job for job in jobs if not job.is_copy]
     groups = [_group(job, STRIP[device.type]) for job in jobs]
-    queue = iter([(group, n) for group in groups for n in range(len(group.pieces))])
-    lock = threading.Lock()
-    cores = threading.Semaphore(threads)
-    stop = threading.Event()
     files = Files()
     workspace = Workspace(device)
-    shared = Shared(deltas.shared_at_once(jobs))
+    shared = Shared(shared_at_once(jobs))
+    pieces = iter([(group, number) for group in groups for number in range(len(group.pieces))])
+
+    def tasks() -> Iterator[Callable[[], None]]:
+        for group, number in pieces:
+            yield partial(_run_piece, group, number, sink, files, workspace, shared, crew, on_event)
+
+    crew = Crew(tasks(), threading.Semaphore(threads))
 
     def work() -> None:
         with _one_torch_thread(), _stream(workspace):
-            while not stop.is_set():
-                with lock:
-                    item = next(queue, None)
-                if item is None:
-                    return
-                _run_piece(*item, sink, files, workspace, shared, cores, on_event)
+            crew.work()
 
     workers = WORKERS * threads
     pool = ThreadPoolExecutor(workers, thread_name_prefix="weft")
@@ -121,11 +123,11 @@ def run(
         with _one_torch_thread():
             futures = [pool.submit(work) for _ in range(workers)]
             done, _ = wait([*futures, *copies.futures], return_when=FIRST_EXCEPTION)
-            stop.set()
+            crew.stop()
             for future in done:
                 future.result()
     finally:
-        stop.set()
+        crew.stop()
         pool.shutdown(wait=True)
         files.close()
 
@@ -152,8 +154,8 @@ def _stream(workspace: Workspace) -> torch.cuda.StreamContext | nullcontext[None
 
 
 def _group(job: TensorJob, strip: int) -> _Group:
-    layout = deltas.layout(job)
-    pieces = cut(0, layout.rows, layout.columns, strip, layout.together)
+    form = layout(job)
+    pieces = cut(0, form.rows, form.columns, strip, form.together)
     return _Group(job, pieces, left=len(pieces))
 
 
@@ -164,15 +166,16 @@ def _run_piece(
     files: Files,
     workspace: Workspace,
     shared: Shared,
-    cores: threading.Semaphore,
+    crew: Crew,
     on_event: OnEvent,
 ) -> None:
     (start, stop), job = group.pieces[number], group.job
-    with group.lock, cores:
-        kernel = group.kernel = group.kernel or Kernel(job, files, workspace, shared)
+    kernel = _ready(group, files, workspace, shared, crew)
+    if kernel is None:
+        return
     row = kernel.layout.columns * getattr(torch, job.dtype).itemsize
     offset = sink.offset(job.name) + start * row
-    with cores:
+    with crew.cores:
         data, sums = kernel.run(start, stop, offset)
     sink.write(job, offset, data)
     on_event(Moved(kernel.bytes_read(stop - start), len(data)))
@@ -185,6 +188,21 @@ def _run_piece(
             return
     group.kernel = None  # the factors go as soon as nobody needs them
     sink.finish([_receipt(group)])
+
+
+def _ready(
+    group: _Group, files: Files, workspace: Workspace, shared: Shared, crew: Crew
+) -> Kernel | None:
+    """The group's kernel: one thread makes it ready, and the others help; None when stopped."""
+    with group.lock:
+        mine, group.begun = not group.begun, True
+    if mine:
+        with crew.cores:
+            group.kernel = Kernel(group.job, files, workspace, shared, crew)
+        crew.announce()
+    else:
+        crew.wait_for(lambda: group.kernel is not None)
+    return group.kernel
 
 
 def _receipt(group: _Group) -> Receipt:

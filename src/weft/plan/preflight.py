@@ -7,11 +7,11 @@ from collections import Counter
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from weft import deltas
 from weft.core.blocks import BLOCK, COPIERS, COPY_BUFFER, STRIP, WORKERS
 from weft.core.dtypes import WEIGHTS, itemsize
 from weft.core.errors import Problem
-from weft.core.specs import AddDeltas, Checkpoint, Plan, job_bytes, leaves
+from weft.core.specs import Checkpoint, Load, Plan, job_bytes, leaves
+from weft.plan.layout import layout, scratch, shared_at_once
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -97,26 +97,26 @@ def measure(plan: Plan, threads: int) -> Work:
     for job in plan.jobs:
         if job.is_copy:
             continue
-        layout = deltas.layout(job)
-        whole, least = layout.rows * layout.columns, max(32, layout.together) * layout.columns
+        form = layout(job)
+        whole, least = form.rows * form.columns, max(32, form.together) * form.columns
         block, strip = (
             min(whole, max(elements, least)) for elements in (BLOCK["cpu"], STRIP["cpu"])
         )
         # Four float32 matrices and the narrow input; the narrow output of a whole strip.
         blocks = max(blocks, block * (4 * 4 + 4) + strip * itemsize(job.dtype))
-        if isinstance(job.expression, AddDeltas):
+        if not isinstance(job.expression, Load):
             small = [r for r in leaves(job.expression) if r.shape != job.shape]
             size = sum(4 * math.prod(ref.shape) for ref in small)
-            factors = max(factors, size + deltas.scratch(job))
+            factors = max(factors, size + scratch(job))
             shared = max(shared, *(4 * r.numel for r in small if uses[r.file, r.start] > 1), 0)
     return Work(
         read=sum(ref.nbytes for ref in refs.values()),
         files=len({ref.file for ref in refs.values()}),
         written=sum(job_bytes(job) for job in plan.jobs),
         tensors=len(plan.jobs),
-        changed=sum(isinstance(job.expression, AddDeltas) for job in plan.jobs),
+        changed=sum(not isinstance(job.expression, Load) for job in plan.jobs),
         memory=_RUNTIME
         + threads * WORKERS * (blocks + factors)
         + COPIERS * COPY_BUFFER
-        + deltas.shared_at_once(plan.jobs) * shared,
+        + shared_at_once(plan.jobs) * shared,
     )

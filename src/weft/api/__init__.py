@@ -4,6 +4,7 @@ import weft
 
 report = weft.merge("org/base", ["adapter", "other:0.3"], output="merged")
 report.totals.survival
+weft.run("recipe.yml", output="merged")
 """
 
 from __future__ import annotations
@@ -13,21 +14,32 @@ import time
 from dataclasses import dataclass, field, replace
 from importlib.metadata import version
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
+from weft.api._execution import Report, execute
 from weft.core import dtypes, events, units
-from weft.core.errors import NumericsError, OutputError, PlanError, Problem, WeftError
+from weft.core.errors import PlanError, Problem, WeftError
 from weft.formats import checkpoint as checkpoints
 from weft.formats.adapters import is_adapter, open_adapter
 from weft.formats.hub import resolve
-from weft.formats.identity import identify
+
+__all__ = [
+    "Inputs",
+    "MergePlan",
+    "Report",
+    "inspect",
+    "merge",
+    "names_adapter",
+    "open_inputs",
+    "parse_weighted",
+    "plan_merge",
+]
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Sequence
 
-    from weft.core.specs import Adapter, Checkpoint, Plan, Receipt
+    from weft.core.specs import Adapter, Checkpoint, Plan
     from weft.plan.preflight import Work
-    from weft.write.manifest import Totals
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,27 +57,6 @@ class MergePlan:
     inputs: Inputs
     plan: Plan = field(repr=False)
     work: Work
-    warnings: tuple[str, ...]
-
-
-@dataclass(frozen=True, slots=True)
-class MergeReport:
-    """What `merge` did.
-
-    Attributes:
-        output: The folder.
-        totals: Tensors changed, survival, bytes.
-        seconds: Of work: planning, reading, arithmetic and writing, without imports.
-        resumed: Tensors that an earlier, interrupted run had finished.
-        manifest: The content of `weft.json`.
-        warnings: What the user should know before using the output.
-    """
-
-    output: Path
-    totals: Totals
-    seconds: float
-    resumed: int
-    manifest: dict[str, Any] = field(repr=False)
     warnings: tuple[str, ...]
 
 
@@ -87,7 +78,7 @@ def merge(
     cache_dir: str | None = None,
     command: str | None = None,
     on_event: events.OnEvent = events.ignore,
-) -> MergeReport:
+) -> Report:
     """Merge adapters into a base model: W + Σ weightᵢ · ΔWᵢ, float32 arithmetic, one rounding.
 
     Args:
@@ -113,13 +104,11 @@ def merge(
     Raises:
         WeftError: See `weft.core.errors`; the output is not there, and `resume` may finish it.
     """
-    from weft.execute.copies import Copies
+    from weft.execute.cores import check_place
     from weft.write.card import card
-    from weft.write.checkpoint import CheckpointSink
-    from weft.write.manifest import NAME, manifest, to_text, totals
 
     begin = time.perf_counter()
-    count = _check_place(device, threads)
+    count = check_place(device, threads)
     draft = _draft(
         base,
         adapters,
@@ -131,51 +120,28 @@ def merge(
         revision=revision,
         cache_dir=cache_dir,
     )
-    inputs, plan = draft.inputs, draft.plan
+    inputs, plan, weft = draft.inputs, draft.plan, version("weft")
     if plan is None or draft.problems:
-        _examine(draft)  # adds its own, and raises them all
+        _examine(draft)  # adds what it finds, and raises all of it
     assert plan is not None
-    for note in plan.notes:
-        on_event(events.Noted(note))
-    setting = f"weft {version('weft')}, torch {version('torch')}, {device.partition(':')[0]}"
-    sink = CheckpointSink(plan, Path(output), force=force, resume=resume, setting=setting)
-    try:
-        pending = sink.pending()
-        resumed = len(plan.jobs) - len(pending)
-        on_event(events.Started(plan.nbytes, plan.nbytes - _size(pending)))
-        try:
-            with Copies(pending, sink, on_event) as copies:
-                loading = time.perf_counter()
-                from weft.execute import threads as executor  # a second, while the copies go on
-
-                begin += time.perf_counter() - loading
-                found = _examine(draft)
-                place = executor.pick_device(device)
-                executor.run(pending, sink, copies, threads=count, device=place, on_event=on_event)
-        except (NumericsError, PlanError):
-            sink.discard()  # another run on these inputs ends the same way
-            raise
-        command = command or _call(
-            inputs, output, dtype, max_shard_size, expert_layout, init_adapter, revision
-        )
-        sums = totals(plan, sink.receipts)
-        warnings = (*found, *plan.warnings, *_doubtful(sums, plan, sink.receipts))
-        content = manifest(
-            plan,
-            sink.receipts,
-            sums,
-            warnings=warnings,
-            version=version("weft"),
-            command=command,
-            seconds=time.perf_counter() - begin,
-        )
-        readme = card(inputs.base, inputs.adapters, sums, command=command, version=version("weft"))
-        sink.commit({"README.md": readme, NAME: to_text(content)}, lambda: _unchanged(plan))
-    finally:
-        sink.close()
-    for folder in sink.leftovers():
-        on_event(events.Noted(f"{folder} is left of a model that was replaced: remove it"))
-    return MergeReport(Path(output), sums, time.perf_counter() - begin, resumed, content, warnings)
+    command = command or _call(
+        inputs, output, dtype, max_shard_size, expert_layout, init_adapter, revision
+    )
+    return execute(
+        plan,
+        Path(output),
+        operation="merge",
+        command=command,
+        card=lambda sums: card(inputs.base, inputs.adapters, sums, command=command, version=weft),
+        warnings=plan.warnings,
+        begin=begin,
+        threads=count,
+        device=device,
+        force=force,
+        resume=resume,
+        on_event=on_event,
+        examine=lambda: _examine(draft),
+    )
 
 
 def plan_merge(
@@ -200,10 +166,11 @@ def plan_merge(
     Raises:
         WeftError: What `merge` would stop at before it writes.
     """
+    from weft.execute.cores import check_place
     from weft.plan.preflight import measure
     from weft.write.checkpoint import check_output
 
-    threads = _check_place(device, threads)
+    threads = check_place(device, threads)
     draft = _draft(
         base,
         adapters,
@@ -237,18 +204,6 @@ class _Draft:
     initial: Adapter | None
     plan: Plan | None
     problems: tuple[Problem, ...]
-
-
-def _check_place(device: str, threads: int | None) -> int:
-    """How many threads; raises where there cannot be so many, or no such device."""
-    from weft.execute.cores import pick_threads
-
-    count = pick_threads(threads)
-    if device != "cpu":
-        from weft.execute.threads import pick_device
-
-        pick_device(device)
-    return count
 
 
 def _draft(
@@ -416,65 +371,6 @@ def _named_base(adapters: Sequence[tuple[Adapter, float]]) -> str:
             "give the base first: weft merge BASE ADAPTER ADAPTER -o OUT",
         )
     return name
-
-
-def _size(jobs: Sequence[Any]) -> int:
-    from weft.core.specs import job_bytes
-
-    return sum(job_bytes(job) for job in jobs)
-
-
-def _unchanged(plan: Plan) -> None:
-    for entry in plan.inputs:
-        path = Path(entry.path)
-        if not path.exists() or identify(path) != entry.identity:
-            raise OutputError(
-                f"{entry.path} changed while it was being read", "run again with --force"
-            )
-
-
-def _doubtful(sums: Totals, plan: Plan, receipts: Mapping[str, Receipt]) -> list[str]:
-    """Warnings that only the result can give cause for."""
-    warnings = []
-    if not sums.changed and not any(job.operation == "cast" for job in plan.jobs):
-        warnings.append("the output equals the base: no element of any tensor changed")
-    warnings += _too_large(plan, receipts)
-    narrow = ", ".join(sorted({job.dtype for job in plan.jobs if not job.is_copy}))
-    if sums.survival is not None and sums.survival < 0:
-        warnings.append(
-            f"the update is smaller than the rounding of the weights themselves: writing them as "
-            f"{narrow} moves them {1 - sums.survival:.3g} times as far; --dtype float32 keeps all "
-            "of it"
-        )
-    elif sums.survival is not None and sums.survival < 0.5:
-        warnings.append(
-            f"only {units.show_survival(sums.survival)} of the update is left after rounding to "
-            f"{narrow}: --dtype float32 keeps all of it"
-        )
-    return warnings
-
-
-# A new head, a trained bias or token may well outweigh what was there.
-_MAY_OUTWEIGH = {"replace", "trainable_tokens", "lora_bias"}
-
-
-def _too_large(plan: Plan, receipts: Mapping[str, Receipt]) -> list[str]:
-    """Updates that outweigh what they update, as no training makes them."""
-    found = [
-        (receipts[job.name].relative or 0.0, job.name)
-        for job in plan.jobs
-        if _MAY_OUTWEIGH.isdisjoint(job.operation.split(" + "))
-    ]
-    found = [(relative, name) for relative, name in found if relative > 1]
-    if not found:
-        return []
-    share, name = max(found)
-    others = f" and over 100 % in {len(found) - 1} more" if len(found) > 1 else ""
-    warning = (
-        f"‖ΔW‖ is {units.show_share(share)} of ‖W‖ in {name}{others}: more than training does; "
-        "check lora_alpha and r, the weight given to the adapter, and that this is its base"
-    )
-    return [warning]
 
 
 def _call(inputs: Inputs, output: str | Path, *options: str | int | Path | None) -> str:

@@ -1,0 +1,144 @@
+"""Merge methods: one file each, the file's name is the `merge_method` of a recipe.
+
+A method is *statistics over blocks, then a map over blocks*: `prepare` may go over the tensors as
+often as it must, and `block` makes some rows of the output from the same rows of the inputs. That
+is all the executor needs to stream it, whatever the size of the tensors. Tensors are matrices of
+some rows; nothing but a method that says `ROWS` may depend on where they are cut.
+
+The catalogue is read without torch: a file imports it only inside its functions.
+"""
+
+from __future__ import annotations
+
+import importlib
+import pkgutil
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar, cast
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping, Sequence
+
+    from torch import Tensor
+
+    from weft.core.specs import Param, Shape
+
+    T = TypeVar("T")
+
+
+@dataclass(frozen=True, slots=True)
+class Parameter:
+    """What a recipe may set.
+
+    Attributes:
+        what: One line for `weft methods`.
+        type: `float`, `int`, `bool` or `str`.
+        default: None where the recipe must say it, unless `optional`.
+        each: Every input has one of its own; else all share one.
+        base_too: The base has one as well, where it is among the inputs.
+        optional: None is a value.
+    """
+
+    what: str
+    type: type = float
+    default: Param | None = None
+    each: bool = False
+    base_too: bool = False
+    optional: bool = False
+
+    @property
+    def required(self) -> bool:
+        return self.default is None and not self.optional
+
+
+@dataclass(frozen=True, slots=True)
+class Task:
+    """One tensor to be merged.
+
+    Attributes:
+        shape: Of the tensor.
+        columns: Of the matrix that its blocks are rows of.
+        count: How many inputs there are, the base aside.
+        params: Shared parameters, all of them.
+        each: Those of every input.
+        key: What random numbers are drawn by, beside the input's number and the element's.
+    """
+
+    shape: Shape
+    columns: int
+    count: int
+    params: Mapping[str, Any] = field(default_factory=dict)
+    each: tuple[Mapping[str, Any], ...] = ()
+    key: str = ""
+
+    @property
+    def numel(self) -> int:
+        count = 1
+        for size in self.shape:
+            count *= size
+        return count
+
+    def of_each(self, name: str) -> list[Any]:
+        """The parameter `name` of every input."""
+        return [params[name] for params in self.each]
+
+
+@dataclass(frozen=True, slots=True)
+class Block:
+    """Some rows of every tensor, in the arithmetic dtype.
+
+    Attributes:
+        start: The first element, counted in the whole tensor.
+        base: Rows of the base, or None if there is none; not to be changed.
+        inputs: Rows of the inputs: x, or x − base for a method of `TASK_VECTORS`. A method may
+            write over them.
+    """
+
+    start: int
+    base: Tensor | None
+    inputs: Sequence[Tensor]
+
+
+class Blocks(Protocol):
+    """All blocks of a tensor."""
+
+    def map(self, function: Callable[[Block], T], sample: int | None = None) -> list[T]:
+        """`function` of every block, in the order of the rows; several run at once.
+
+        `sample`: of about so many elements only, spread over the tensor.
+        """
+
+
+class Method(Protocol):
+    """What a file in this folder defines."""
+
+    USE_WHEN: str  # one line
+    PARAMETERS: dict[str, Parameter]
+    BASE: str  # "required", "optional", or "none": a base is an input like any other
+    INPUTS: tuple[int, int | None]  # how many there must be, and may be, the base aside
+    # The inputs come as x − base (as x where there is no base). An adapter's ΔW comes as it is.
+    TASK_VECTORS: bool
+    # Blocks hold whole rows along the last dimension; a vector is one row.
+    ROWS: bool
+
+    # Also, where there is something to be known of the whole tensor first:
+    #     def prepare(task: Task, blocks: Blocks) -> Any
+
+    def block(self, task: Task, state: Any, block: Block) -> Tensor:
+        """The merged rows: a tensor of its own, or one of the block's."""
+
+
+def names() -> list[str]:
+    """Every method's name."""
+    found = pkgutil.iter_modules(__path__)
+    return sorted(info.name for info in found if not info.name.startswith("_"))
+
+
+def method(name: str) -> Method:
+    """The method called `name`, one of `names()`."""
+    return cast("Method", importlib.import_module(f"{__name__}.{name}"))
+
+
+def prepare(own: Method, task: Task, blocks: Blocks) -> Any:
+    """The method's statistics, if it has any."""
+    ask = getattr(own, "prepare", None)
+    return ask(task, blocks) if ask else None
