@@ -16,7 +16,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from weft.api._execution import Report, execute
+from weft.api._execution import Report, check_place, execute
 from weft.core import dtypes, events, units
 from weft.core.errors import PlanError, Problem, WeftError
 from weft.formats import checkpoint as checkpoints
@@ -104,7 +104,6 @@ def merge(
     Raises:
         WeftError: See `weft.core.errors`; the output is not there, and `resume` may finish it.
     """
-    from weft.execute.cores import check_place
     from weft.write.card import card
 
     begin = time.perf_counter()
@@ -120,27 +119,27 @@ def merge(
         revision=revision,
         cache_dir=cache_dir,
     )
-    inputs, plan, weft = draft.inputs, draft.plan, version("weft")
+    inputs, plan = draft.inputs, draft.plan
     if plan is None or draft.problems:
-        _examine(draft)  # adds what it finds, and raises all of it
+        _examine(draft)  # adds its own, and raises them all
     assert plan is not None
     command = command or _call(
         inputs, output, dtype, max_shard_size, expert_layout, init_adapter, revision
     )
+    weft = version("weft")
     return execute(
         plan,
         Path(output),
         operation="merge",
         command=command,
         card=lambda sums: card(inputs.base, inputs.adapters, sums, command=command, version=weft),
-        warnings=plan.warnings,
+        examine=lambda: _examine(draft),
         begin=begin,
         threads=count,
         device=device,
         force=force,
         resume=resume,
         on_event=on_event,
-        examine=lambda: _examine(draft),
     )
 
 
@@ -166,7 +165,6 @@ def plan_merge(
     Raises:
         WeftError: What `merge` would stop at before it writes.
     """
-    from weft.execute.cores import check_place
     from weft.plan.preflight import measure
     from weft.write.checkpoint import check_output
 

@@ -26,7 +26,7 @@ class Report:
     Attributes:
         output: The folder.
         totals: Tensors changed, survival, bytes.
-        seconds: Of work: planning, reading, arithmetic and writing, without the wait for torch.
+        seconds: Of work: planning, reading, arithmetic and writing, without imports.
         resumed: Tensors that an earlier, interrupted run had finished.
         manifest: The content of `weft.json`.
         warnings: What the user should know before using the output.
@@ -40,6 +40,18 @@ class Report:
     warnings: tuple[str, ...]
 
 
+def check_place(device: str, threads: int | None) -> int:
+    """How many threads; raises where there cannot be so many, or no such device."""
+    from weft.execute.cores import pick_threads
+
+    count = pick_threads(threads)
+    if device != "cpu":
+        from weft.execute.threads import pick_device
+
+        pick_device(device)
+    return count
+
+
 def execute(
     plan: Plan,
     output: Path,
@@ -47,14 +59,13 @@ def execute(
     operation: str,
     command: str,
     card: Callable[[Totals], str],
-    warnings: Sequence[str],
+    examine: Callable[[], Sequence[str]],
     begin: float,
     threads: int,
     device: str,
     force: bool,
     resume: bool,
     on_event: events.OnEvent,
-    examine: Callable[[], list[str]] = list,
 ) -> Report:
     """Run `plan` into the folder `output`.
 
@@ -64,15 +75,14 @@ def execute(
         operation: Verb for the manifest.
         command: What the manifest quotes.
         card: Writes README.md, given the totals.
-        warnings: Known before the run.
+        examine: A look at numbers that takes torch, which is loaded while copies go on: what it
+            warns of. It raises what forbids the run.
         begin: When the work began, as `time.perf_counter` tells it.
         threads: That may compute at once.
-        device: `cpu`, `cuda` or `cuda:1`.
+        device: Where.
         force: Replace an output that is there already.
         resume: Finish an interrupted run.
         on_event: Called with progress, from several threads.
-        examine: A last look that takes torch, before anything is computed: gives warnings, and
-            raises PlanError.
 
     Raises:
         WeftError: See `weft.core.errors`; the output is not there, and `resume` may finish it.
@@ -92,10 +102,10 @@ def execute(
         try:
             with Copies(pending, sink, on_event) as copies:
                 loading = time.perf_counter()
-                from weft.execute import threads as executor  # a second, and the copies go on
+                from weft.execute import threads as executor  # a second, while the copies go on
 
                 begin += time.perf_counter() - loading
-                warnings = (*examine(), *warnings)
+                found = examine()
                 place = executor.pick_device(device)
                 executor.run(
                     pending, sink, copies, threads=threads, device=place, on_event=on_event
@@ -104,7 +114,7 @@ def execute(
             sink.discard()  # another run on these inputs ends the same way
             raise
         sums = totals(plan, sink.receipts)
-        warnings = (*warnings, *_doubtful(sums, plan, sink.receipts))
+        warnings = (*found, *plan.warnings, *_doubtful(sums, plan, sink.receipts))
         content = manifest(
             plan,
             sink.receipts,

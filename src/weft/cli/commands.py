@@ -44,9 +44,9 @@ def merge(
     the adapter names. ADAPTER is a PEFT folder or org/name, with a weight behind it if it is not 1.
 
     Examples:
-        weft merge BASE ADAPTER -o OUT
-        weft merge BASE ADAPTER:0.7 OTHER:0.3 -o OUT
-        weft merge BASE ADAPTER -o OUT --dry-run
+    - weft merge BASE ADAPTER -o OUT
+    - weft merge BASE ADAPTER:0.7 OTHER:0.3 -o OUT
+    - weft merge BASE ADAPTER -o OUT --dry-run
 
     Parameters
     ----------
@@ -173,9 +173,9 @@ def doctor(
     Exit code 0: sound; 1: problems that are repaired or doubtful; 2: it cannot be merged.
 
     Examples:
-        weft doctor ADAPTER
-        weft doctor ADAPTER --base BASE
-        weft doctor ADAPTER --base BASE --fix -o FIXED
+    - weft doctor ADAPTER
+    - weft doctor ADAPTER --base BASE
+    - weft doctor ADAPTER --base BASE --fix -o FIXED
 
     Parameters
     ----------
@@ -184,7 +184,8 @@ def doctor(
     base
         The model that it should fit.
     fix
-        Write a sound copy to --output: a PEFT folder that PEFT loads without a warning.
+        Write a sound copy to --output: a PEFT folder that PEFT loads without a warning. Adapters of
+        other tools need --base for it.
     output
         Folder to create.
     force
@@ -210,7 +211,7 @@ def doctor(
     if output is not None:
         doubts = any(finding.level == "warning" for finding in found.findings)
         rest = "; the warnings above hold of it, too" if doubts else ""
-        console.say("note", f"{output} holds the copy with sound keys{rest}")
+        console.say("note", f"{output} holds the copy, as PEFT saves it{rest}")
     sys.exit(["sound", "problems", "unusable"].index(found.verdict))
 
 

@@ -1,4 +1,4 @@
-"""Where a run may compute: how many threads, which device. No torch, unless for a GPU."""
+"""How many cores this process may use."""
 
 from __future__ import annotations
 
@@ -51,17 +51,3 @@ def pick_threads(threads: int | None) -> int:
             f"{threads} threads cannot work", "give 1 or more, or none for all there are"
         )
     return threads or available_threads()
-
-
-def check_place(device: str, threads: int | None) -> int:
-    """How many threads there are; on the CPU this is known before torch is loaded.
-
-    Raises:
-        WeftError: There cannot be so many, or there is no such device.
-    """
-    count = pick_threads(threads)
-    if device != "cpu":
-        from weft.execute.threads import pick_device
-
-        pick_device(device)
-    return count

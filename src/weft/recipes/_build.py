@@ -114,7 +114,8 @@ class Builder:
         if name is not None and bool(found.models) == bool(found.slices):
             what = f'module "{name}" has ' + ("both" if found.models else "neither of")
             self.faults.add(self.document, loc, what + ' "models" and "slices"', key=True)
-        settings = self.settings.read(found.parameters, (*loc, "parameters")) if name else {}
+        whole = name is None
+        settings = {} if whole else self.settings.read(found.parameters, (*loc, "parameters"))
         made = []
         if found.models:
             made.append(self._models(found.models, (*loc, "models")))

@@ -317,11 +317,8 @@ def _parameters(names: list[str], definitions: dict[str, Any]) -> dict[str, Any]
         text = "; ".join(f"{', '.join(of)}: {what}" for what, of in lines.items())
         kind = sorted(kinds[name])
         scalar: dict[str, Any] = {"type": kind[0] if len(kind) == 1 else kind}
-        # Anything that is text may also be a number as YAML 1.1 has none: 1e-3.
-        if kind != ["string"] and kind != ["boolean"]:
-            scalar: dict[str, Any] = {
-                "anyOf": [scalar, {"type": "string", "pattern": r"^[-+0-9.eE]+$"}]
-            }
+        if {"number", "integer"} & kinds[name]:  # 1e-3 is text in YAML 1.1
+            scalar = {"anyOf": [scalar, {"type": "string", "pattern": r"^[-+0-9.eE]+$"}]}
         value = {"anyOf": [scalar, {"type": "array", "items": scalar}]}
         entry = {
             "type": "object",
