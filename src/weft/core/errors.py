@@ -80,3 +80,10 @@ class PlanError(WeftError):
             lines.append(f"  - {first}" + (f" (and {len(others)} more like it)" if others else ""))
         hints = list(dict.fromkeys(problem.hint for problem in self.problems if problem.hint))
         super().__init__("\n".join(lines), "\n".join(hints[:4]) or None)
+
+
+def as_problems(error: WeftError) -> tuple[Problem, ...]:
+    """What the error says, each for itself."""
+    if isinstance(error, PlanError):
+        return error.problems
+    return (Problem(str(error), error.hint),)
