@@ -9,11 +9,11 @@ from typing import TYPE_CHECKING
 from weft.core.errors import Problem, WeftError
 from weft.core.specs import Rows, Run
 from weft.plan._stacks import comes_before, place
-from weft.plan._vocabulary import Vocabulary, build
 
 if TYPE_CHECKING:
     from weft.core.specs import TensorJob
     from weft.plan._views import View
+    from weft.plan._vocabulary import Vocabulary
     from weft.recipes.records import ModelName, Recipe
 
 Views = Mapping["ModelName", "View"]
@@ -24,6 +24,8 @@ def vocabulary_of(recipe: Recipe, views: Views) -> tuple[Vocabulary | None, list
     """The vocabulary that the recipe asks for, if it does."""
     if recipe.tokenizer is None:
         return None, []
+    from weft.plan._vocabulary import build
+
     problems = [
         Problem(f"the config.json of {name} says no vocab_size, so its tokens have no rows")
         for name, view in views.items()
