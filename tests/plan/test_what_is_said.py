@@ -73,7 +73,7 @@ def test_adapters_that_change_nothing(how: str, dtype: str | None, folders: Fold
     adapter = folders.adapter(lora_alpha=0 if how == "alpha 0" else 4)
     given = f"{zero(adapter) if how == 'zero' else adapter}{':0' if how == 'weight 0' else ''}"
     report = weft.merge(base, given, output=folders.root / "out", dtype=dtype)
-    why = "its weight is 0" if how == "weight 0" else "lora_A, lora_B or the scaling is zero in all"
+    why = "its weight is 0" if how == "weight 0" else "a factor or the scaling is zero in all"
     assert report.warnings[0].startswith(f"{adapter} changes nothing: {why}")
     equal = "the output equals the base: no element of any tensor changed"
     assert report.warnings[1:] == (() if dtype else (equal,))

@@ -90,7 +90,9 @@ def _vision() -> dict[str, tuple[int, ...]]:
         "multi_modal_projector.mm_input_projection_weight": (HIDDEN, HIDDEN),
         "multi_modal_projector.mm_soft_emb_norm.weight": (HIDDEN,),
     }
-    linear = {f"self_attn.{x}": (HIDDEN, HIDDEN) for x in ("q_proj", "k_proj", "v_proj", "out_proj")}
+    linear = {
+        f"self_attn.{x}": (HIDDEN, HIDDEN) for x in ("q_proj", "k_proj", "v_proj", "out_proj")
+    }
     linear |= {"mlp.fc1": (INTERMEDIATE, HIDDEN), "mlp.fc2": (HIDDEN, INTERMEDIATE)}
     for n in range(2):
         layer = f"{root}.encoder.layers.{n}"

@@ -7,7 +7,11 @@ METHODS = {
     "linear_raw": ("normalize: false", "weight: 0.7", "weight: -0.2"),
     "task_arithmetic": ("lambda: 0.8", "weight: 0.7", "weight: 0.4"),
     "ties": ("", "weight: 0.7, density: 0.4", "weight: 0.4, density: 0.6"),
-    "ties_raw": ("normalize: false, lambda: 1.1, rescale: true", "weight: 1, density: 0.2", "weight: 0.5"),
+    "ties_raw": (
+        "normalize: false, lambda: 1.1, rescale: true",
+        "weight: 1, density: 0.2",
+        "weight: 0.5",
+    ),
     "breadcrumbs": ("", "weight: 0.7, density: 0.6, gamma: 0.05", "weight: 0.4, density: 0.9"),
     "breadcrumbs_ties": ("", "weight: 0.7, density: 0.6", "weight: 0.4, density: 0.9, gamma: 0.1"),
     "sce": ("select_topk: 0.4", "", ""),
@@ -15,7 +19,11 @@ METHODS = {
     "model_stock_rows": ("filter_wise: true", "", ""),
     "nuslerp": ("", "weight: 0.7", "weight: 0.4"),
     "nuslerp_rows": ("nuslerp_flatten: false", "weight: 0.7", "weight: 0.4"),
-    "nuslerp_columns": ("nuslerp_flatten: false, nuslerp_row_wise: true", "weight: 0.7", "weight: 0.4"),
+    "nuslerp_columns": (
+        "nuslerp_flatten: false, nuslerp_row_wise: true",
+        "weight: 0.7",
+        "weight: 0.4",
+    ),
     "multislerp": ("", "weight: 0.7", "weight: 0.4"),
     "karcher": ("", "", ""),
     "ram": ("epsilon: 0.008", "", ""),
@@ -191,9 +199,18 @@ dtype: float32
 
 RECIPES = {
     **{f"llama {case}": of_method(case, "llama") for case in METHODS},
-    **{f"{kind} ties": of_method("ties", kind) for kind in ("qwen2", "gemma2", "mixtral", "gemma3vl")},
-    **{f"{kind} slerp": of_method("slerp", kind) for kind in ("qwen2", "gemma2", "mixtral", "gemma3vl")},
-    **{f"{kind} linear": of_method("linear", kind) for kind in ("qwen2", "gemma2", "mixtral", "gemma3vl")},
+    **{
+        f"{kind} ties": of_method("ties", kind)
+        for kind in ("qwen2", "gemma2", "mixtral", "gemma3vl")
+    },
+    **{
+        f"{kind} slerp": of_method("slerp", kind)
+        for kind in ("qwen2", "gemma2", "mixtral", "gemma3vl")
+    },
+    **{
+        f"{kind} linear": of_method("linear", kind)
+        for kind in ("qwen2", "gemma2", "mixtral", "gemma3vl")
+    },
     "gradients": GRADIENTS,
     "slerp": SLERP,
     "stacked": STACKED,
