@@ -7,7 +7,7 @@ from collections import Counter
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from weft.core.blocks import BLOCK, COPY_BUFFER, STRIP, WORKERS
+from weft.core.blocks import BLOCK, COPIERS, COPY_BUFFER, STRIP, WORKERS
 from weft.core.dtypes import WEIGHTS, itemsize
 from weft.core.errors import Problem
 from weft.core.specs import Checkpoint, Load, Plan, job_bytes, leaves
@@ -118,7 +118,8 @@ def measure(plan: Plan, threads: int) -> Work:
         tensors=len(plan.jobs),
         changed=sum(not isinstance(job.expression, Load) for job in plan.jobs),
         memory=_RUNTIME
-        + threads * WORKERS * (blocks + factors + COPY_BUFFER)
+        + threads * WORKERS * (blocks + factors)
+        + COPIERS * COPY_BUFFER
         + shared_at_once(plan.jobs) * shared
         + sum(size for _, size in held.values()),
     )

@@ -58,7 +58,7 @@ def open_adapter(path: Path, given: str) -> Adapter:
         if path.is_file():
             raise NotFound(
                 f"no adapter in {path}: no adapter_config.json beside it says how to scale one",
-                LOST_CONFIG,
+                f"{LOST_CONFIG}; or give the folder that has both",
             )
         raise not_here(path)
     return claims[0].read(path, given)
