@@ -7,10 +7,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from weft import api
-from weft.core.errors import FormatError, PlanError, Unsupported, WeftError
+from weft.core.errors import FormatError, PlanError, Unsupported, WeftError, as_problems
 from weft.core.names import match
 from weft.core.units import some
-from weft.formats.adapters import open_adapter
+from weft.formats.adapters import describe_adapter
 from weft.formats.adapters._peft_config import matching
 from weft.formats.adapters._repairs import PREFIX
 from weft.formats.hub import resolve
@@ -45,7 +45,7 @@ class Diagnosis:
 
     Attributes:
         given: What the user wrote.
-        adapter: As it was read, with its repairs; None if it could not be.
+        adapter: As it was read, with its repairs; None if not even its header could be.
         plan: The merge into the base, if one was given and it fits.
         base: What the user wrote for the base.
         findings: In the order in which they matter: problems first.
@@ -96,12 +96,9 @@ def doctor(
     given = str(adapter)
     path = resolve(given, cache_dir=cache_dir)
     try:
-        opened = open_adapter(path, given)
-    except PlanError as error:
-        found = Diagnosis(given, None, None, None, tuple(_problems(error.problems)))
-    except (FormatError, Unsupported) as error:
-        finding = Finding("problem", str(error), error.hint)
-        found = Diagnosis(given, None, None, None, (finding,))
+        opened = describe_adapter(path, given)
+    except (FormatError, Unsupported, PlanError) as error:
+        found = Diagnosis(given, None, None, None, tuple(_problems(as_problems(error))))
     else:
         found = _examine(opened, path, base, revision=revision, cache_dir=cache_dir)
     if fix is not None:
@@ -119,6 +116,8 @@ def _examine(
 ) -> Diagnosis:
     from weft.execute.health import examine
 
+    if adapter.obstacles:
+        return Diagnosis(adapter.given, adapter, None, None, tuple(_problems(adapter.obstacles)))
     problems, warnings = examine(adapter)
     findings = _problems(problems)
     plan = fits = None

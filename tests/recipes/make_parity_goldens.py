@@ -40,16 +40,15 @@ def main() -> None:
                 check=False,
             )
             if run.returncode:
-                print(f"{name}: {run.stderr.strip().splitlines()[-1]}", file=sys.stderr)
-                continue
+                sys.exit(f"{name}: {run.stderr.strip().splitlines()[-1]}")
             found = {}
             for file in sorted((root / "out").glob("*.safetensors")):
                 found |= {key: fingerprint(value) for key, value in load_file(file).items()}
             goldens[name] = found
             subprocess.run(["rm", "-r", str(root / "out")], check=True)
-            print(f"{name}: {len(found)} tensors", file=sys.stderr)
     lines = [f"{json.dumps(k)}: {json.dumps(v)}" for k, v in goldens.items()]
-    text = '{"mergekit": "%s",\n"recipes": {\n%s\n}}\n' % (version("mergekit"), ",\n".join(lines))
+    head = f'{{"mergekit": "{version("mergekit")}",\n"recipes": {{\n'
+    text = head + ",\n".join(lines) + "\n}}\n"
     (HERE / "parity_goldens.json").write_text(text)
 
 

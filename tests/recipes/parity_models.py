@@ -9,11 +9,13 @@ from __future__ import annotations
 
 import json
 import zlib
-from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from safetensors.numpy import save_file
+
+if TYPE_CHECKING:
+    from pathlib import Path
 
 HIDDEN, INTERMEDIATE, HEADS, KV, VOCABULARY, LAYERS, EXPERTS = 32, 48, 4, 2, 96, 3, 4
 HEAD = HIDDEN // HEADS

@@ -12,9 +12,9 @@ from typing import Any
 
 import numpy as np
 import pytest
-import weft
 from safetensors.numpy import load_file
 
+import weft
 from tests.recipes.parity_models import fingerprint, write_all
 from tests.recipes.parity_recipes import RECIPES
 

@@ -20,7 +20,7 @@ from weft.api._execution import Report, check_place, execute
 from weft.core import dtypes, events, units
 from weft.core.errors import PlanError, Problem, WeftError
 from weft.formats import checkpoint as checkpoints
-from weft.formats.adapters import is_adapter, open_adapter
+from weft.formats.adapters import describe_adapter, is_adapter, open_adapter
 from weft.formats.hub import resolve
 
 __all__ = [
@@ -127,6 +127,9 @@ def merge(
         inputs, output, dtype, max_shard_size, expert_layout, init_adapter, revision
     )
     weft = version("weft")
+    if base is None:
+        named = f"{inputs.base.given} is the base, as {inputs.adapters[0][0].given} names it"
+        on_event(events.Noted(named))
     return execute(
         plan,
         Path(output),
@@ -341,14 +344,15 @@ def inspect(
 ) -> Checkpoint | Adapter:
     """What a file or folder is: a base model or an adapter, from its headers and configs.
 
-    Of a model that weft wrote, `origin` says from what, if its manifest is of these tensors.
+    Of a model that weft wrote, `origin` says from what, if its manifest is of these tensors; of an
+    adapter that cannot be merged, `obstacles` say why.
 
     Raises:
         WeftError: Neither, or malformed.
     """
     folder = resolve(str(path), revision=revision, cache_dir=cache_dir)
     if is_adapter(folder) and not checkpoints.has_weights(folder):
-        return open_adapter(folder, str(path))
+        return describe_adapter(folder, str(path))
     from weft.write.manifest import origin
 
     found = checkpoints.open_checkpoint(folder, str(path))

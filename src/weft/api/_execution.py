@@ -154,6 +154,8 @@ def _doubtful(sums: Totals, plan: Plan, receipts: Mapping[str, Receipt]) -> list
     warnings = []
     if not sums.changed and not any(job.operation == "cast" for job in plan.jobs):
         warnings.append("the output equals the base: no element of any tensor changed")
+    elif _updates_nothing(receipts):
+        warnings.append("ΔW is zero in every tensor: the output is the base, in another dtype")
     warnings += _too_large(plan, receipts)
     narrow = ", ".join(sorted({job.dtype for job in plan.jobs if not job.is_copy}))
     if sums.survival is not None and sums.survival < 0:
@@ -168,6 +170,11 @@ def _doubtful(sums: Totals, plan: Plan, receipts: Mapping[str, Receipt]) -> list
             f"{narrow}: --dtype float32 keeps all of it"
         )
     return warnings
+
+
+def _updates_nothing(receipts: Mapping[str, Receipt]) -> bool:
+    found = [receipt.delta for receipt in receipts.values() if receipt.delta is not None]
+    return bool(found) and not any(found)
 
 
 # A new head, a trained bias or token may well outweigh what was there.

@@ -14,10 +14,11 @@ import sys
 import traceback
 from importlib.metadata import version
 
-from cyclopts import App, CycloptsError
+from cyclopts import App, CycloptsError, MissingArgumentError, UnusedCliTokensError
 
 from weft.core.errors import WeftError
 from weft.core.units import clean
+from weft.formats.hub import asked_once
 
 # name -> (function, the line in `weft --help`)
 _COMMANDS = {
@@ -78,9 +79,10 @@ def main(arguments: list[str] | None = None) -> None:
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")  # a terminal may not know ‖ and Δ
     try:
-        app(arguments, exit_on_error=False, print_error=False)
+        with asked_once():
+            app(arguments, exit_on_error=False, print_error=False)
     except CycloptsError as error:
-        _say("error", str(error).replace("\n", " "))
+        _say("error", _in_words(error))
         command = [name for name in arguments[:1] if name in _COMMANDS]
         _say("hint", " ".join(["weft", *command, "--help"]))
         sys.exit(2)
@@ -104,6 +106,17 @@ def main(arguments: list[str] | None = None) -> None:
         traceback.print_exc()
         _say("error", "this is a defect of weft, please report it with the lines above")
         sys.exit(3)
+
+
+def _in_words(error: CycloptsError) -> str:
+    if isinstance(error, UnusedCliTokensError):
+        return f"too many arguments: {' '.join(error.unused_tokens or [])}"
+    if isinstance(error, MissingArgumentError) and error.argument is not None:
+        if error.keyword:
+            return f"{error.keyword} needs a value behind it"
+        name = error.argument.name
+        return f"{name if error.argument.index is None else name.lstrip('-').upper()} is missing"
+    return str(error).replace("\n", " ")
 
 
 def _say(kind: str, text: str) -> None:

@@ -100,3 +100,10 @@ class RecipeError(PlanError):
             lines.append(f"  - {first.what}" + (f" (and {len(others)} more)" if others else ""))
             lines += [f"      {line}" for line in (hint or "").split("\n") if line]
         WeftError.__init__(self, "\n".join(lines))
+
+
+def as_problems(error: WeftError) -> tuple[Problem, ...]:
+    """What the error says, each for itself."""
+    if isinstance(error, PlanError):
+        return error.problems
+    return (Problem(str(error), error.hint),)

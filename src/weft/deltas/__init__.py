@@ -57,6 +57,7 @@ class DeltaKind(Protocol):
     # - `together(shape, params) -> int`: that only so many rows at once, from a multiple of it on,
     #   can be computed (0: only all of them);
     # - `matrix(shape) -> (rows, columns)`: that it sees W otherwise;
+    # - `SILENT`: roles of which one that is zero all over makes ΔW zero;
     # - `LASTING`: role -> the bytes per element of each form that `shared` keeps of it, for factors
     #   that modules of all layers use;
     # - `scratch(shape) -> int`: how many bytes `prepare` takes, beside its tensors, where many;
@@ -86,6 +87,11 @@ def kind(name: str) -> DeltaKind:
 def transposes(name: str) -> bool:
     """Whether the kind takes W as it is stored, and turns its own tensors instead."""
     return getattr(kind(name), "TRANSPOSES", False)
+
+
+def silent(name: str) -> tuple[str, ...]:
+    """Roles of which one that is zero all over makes ΔW zero."""
+    return getattr(kind(name), "SILENT", ())
 
 
 def across(name: str, changed: Sequence[tuple[Delta, TensorRef]]) -> Mapping[str, Param]:

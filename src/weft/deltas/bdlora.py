@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from weft.deltas import Blocks, Source
 
 ADDITIVE = True
+SILENT = ("A", "B")
 
 
 def orientations(

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from weft.deltas import Blocks, Source
 
 ADDITIVE = True
+SILENT = ("A", "B", "lambda", "norm")
 _LEAST = 1e-4
 
 

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from weft.deltas import Blocks, Source
 
 ADDITIVE = True
+SILENT = ("spectrum",)
 TRANSPOSES = True
 _PHASES = 2**20  # how many are in memory at a time
 

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from weft.deltas import Blocks, Source
 
 ADDITIVE = True
+SILENT = ("w1_a", "w1_b", "w2_a", "w2_b", "t1", "t2")
 
 
 @dataclass(frozen=True, slots=True)

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from weft.deltas import Blocks, Source
 
 ADDITIVE = True
+SILENT = ("A", "B")
 TRANSPOSES = True
 
 

@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from weft.deltas import Blocks, Source
 
 ADDITIVE = False
+SILENT = ("R",)
 
 
 @dataclass(frozen=True, slots=True)

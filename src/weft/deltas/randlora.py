@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from weft.deltas import Blocks, Source
 
 ADDITIVE = True
+SILENT = ("lambda", "gamma")
 TRANSPOSES = True
 
 

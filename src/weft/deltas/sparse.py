@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from weft.deltas import Blocks, Source
 
 ADDITIVE = True
+SILENT = ("values",)
 
 
 @dataclass(frozen=True, slots=True)

@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from weft.deltas import Blocks, Source
 
 ADDITIVE = True
+SILENT = ("A", "B", "lambda_b", "lambda_d")
 TRANSPOSES = True
 
 

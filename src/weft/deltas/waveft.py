@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from weft.deltas import Blocks, Source
 
 ADDITIVE = True
+SILENT = ("spectrum",)
 TRANSPOSES = True
 
 Filters = tuple[tuple[float, ...], tuple[float, ...]]
