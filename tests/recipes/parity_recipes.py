@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+# arcee_fusion is compared in tests/methods: the last bit of a score decides on which side of its
+# threshold an element falls.
 METHODS = {
     "linear": ("", "weight: 0.7", "weight: 0.4"),
     "linear_raw": ("normalize: false", "weight: 0.7", "weight: -0.2"),
@@ -29,7 +31,6 @@ METHODS = {
     "ram": ("epsilon: 0.008", "", ""),
     "ramplus_tl": ("epsilon: 0.008", "", ""),
     "nearswap": ("t: 0.004", "", None),
-    "arcee_fusion": ("", "", None),
     "slerp": ("t: 0.3", "", None),
 }
 _BASELESS = ("linear", "linear_raw", "karcher")
@@ -44,7 +45,7 @@ def of_method(case: str, kind: str) -> str:
     for letter, own in zip("ab", each, strict=True):
         if own is not None:
             lines += [f"  - model: {kind}-{letter}", f"    parameters: {{{own}}}"]
-    if case in ("nearswap", "arcee_fusion", "slerp"):
+    if case in ("nearswap", "slerp"):
         lines.append(f"  - model: {kind}-base")
     if case not in _BASELESS:
         lines.append(f"base_model: {kind}-base")
