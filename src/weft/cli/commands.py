@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shlex
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -43,9 +44,9 @@ def merge(
     the adapter names. ADAPTER is a PEFT folder or org/name, with a weight behind it if it is not 1.
 
     Examples:
-        weft merge BASE ADAPTER -o OUT
-        weft merge BASE ADAPTER:0.7 OTHER:0.3 -o OUT
-        weft merge BASE ADAPTER -o OUT --dry-run
+    - weft merge BASE ADAPTER -o OUT
+    - weft merge BASE ADAPTER:0.7 OTHER:0.3 -o OUT
+    - weft merge BASE ADAPTER -o OUT --dry-run
 
     Parameters
     ----------
@@ -103,8 +104,8 @@ def merge(
             cache_dir=cache_dir,
         )
         if json or not quiet:
-            _print(show.plan_as_dict(made) if json else show.plan_as_text(made, output))
-        _warn(made.warnings)
+            emit(show.plan_as_dict(made) if json else show.plan_as_text(made, output))
+        warn(made.warnings)
         return
     with console.progress(quiet=quiet or json) as on_event:
         report = api.merge(
@@ -126,8 +127,8 @@ def merge(
             on_event=on_event,
         )
     if json or not quiet:
-        _print(show.report_as_dict(report) if json else show.report_as_text(report))
-    _warn(report.warnings)
+        emit(show.report_as_dict(report) if json else show.report_as_text(report))
+    warn(report.warnings)
 
 
 def inspect(
@@ -153,7 +154,7 @@ def inspect(
         Print one JSON object on stdout.
     """
     found = api.inspect(path, revision=revision, cache_dir=cache_dir)
-    _print(show.inspection_as_dict(found) if json else show.inspection_as_text(found))
+    emit(show.inspection_as_dict(found) if json else show.inspection_as_text(found))
 
 
 def doctor(
@@ -172,9 +173,9 @@ def doctor(
     Exit code 0: sound; 1: problems that are repaired or doubtful; 2: it cannot be merged.
 
     Examples:
-        weft doctor ADAPTER
-        weft doctor ADAPTER --base BASE
-        weft doctor ADAPTER --base BASE --fix -o FIXED
+    - weft doctor ADAPTER
+    - weft doctor ADAPTER --base BASE
+    - weft doctor ADAPTER --base BASE --fix -o FIXED
 
     Parameters
     ----------
@@ -183,7 +184,8 @@ def doctor(
     base
         The model that it should fit.
     fix
-        Write a sound copy to --output: a PEFT folder that PEFT loads without a warning.
+        Write a sound copy to --output: a PEFT folder that PEFT loads without a warning. Adapters of
+        other tools need --base for it.
     output
         Folder to create.
     force
@@ -205,11 +207,11 @@ def doctor(
     found = diagnosis.doctor(
         adapter, base, fix=output, force=force, revision=revision, cache_dir=cache_dir
     )
-    _print(show.diagnosis_as_dict(found) if json else show.diagnosis_as_text(found))
+    emit(show.diagnosis_as_dict(found) if json else show.diagnosis_as_text(found))
     if output is not None:
         doubts = any(finding.level == "warning" for finding in found.findings)
         rest = "; the warnings above hold of it, too" if doubts else ""
-        console.say("note", f"{output} holds the copy with sound keys{rest}")
+        console.say("note", f"{output} holds the copy, as PEFT saves it{rest}")
     sys.exit(["sound", "problems", "unusable"].index(found.verdict))
 
 
@@ -230,7 +232,7 @@ def demo(
 
     with console.progress(quiet=False) as on_event:
         found = run(output, on_event)
-    _print(show.demo_as_text(found))
+    emit(show.demo_as_text(found))
 
 
 def _split(
@@ -251,12 +253,14 @@ def _split(
     return paths[0], list(paths[1:])
 
 
-def _print(content: str | dict[str, Any]) -> None:
+def emit(content: str | dict[str, Any]) -> None:
+    """Data on stdout."""
     print(
         content if isinstance(content, str) else json.dumps(content, indent=2, ensure_ascii=False)
     )
 
 
-def _warn(warnings: tuple[str, ...]) -> None:
+def warn(warnings: Sequence[str]) -> None:
+    """Warnings on stderr."""
     for warning in warnings:
         console.say("warning", warning)

@@ -421,7 +421,18 @@ class Input:
 
 @dataclass(frozen=True)
 class Plan:
-    """Everything that a run will do; made from headers and configs alone."""
+    """Everything that a run will do; made from headers and configs alone.
+
+    Attributes:
+        jobs: One for each tensor of the output, in its order.
+        metadata: Of every shard's header.
+        side_files: Beside the shards.
+        inputs: What is read.
+        notes: How the inputs were brought together.
+        warnings: What the user should know before using the output.
+        repairs: Of adapters' keys.
+        beside: Notes on where the side files come from.
+    """
 
     jobs: tuple[TensorJob, ...] = field(repr=False)
     metadata: tuple[tuple[str, str], ...] = field(repr=False)
@@ -430,6 +441,7 @@ class Plan:
     notes: tuple[str, ...]
     warnings: tuple[str, ...]
     repairs: tuple[Repair, ...] = ()
+    beside: tuple[str, ...] = ()
 
     @property
     def nbytes(self) -> int:

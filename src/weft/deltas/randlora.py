@@ -19,10 +19,9 @@ import math
 from functools import lru_cache
 from typing import TYPE_CHECKING
 
-import torch
-
 from weft.core.dtypes import itemsize
 from weft.deltas._low_rank import Factors
+from weft.deltas._torch import torch
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
