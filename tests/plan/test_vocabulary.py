@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -210,7 +211,7 @@ def test_a_part_of_the_models(tmp_path: Path) -> None:
 TEXT = ["the weft goes over and under the warp", "a loom, a shuttle, a reed", "über — 织布"]
 
 
-def trained(kind: str, specials: list[str], size: int) -> Any:
+def trained(kind: str, size: int) -> Any:
     tokenizers = pytest.importorskip("tokenizers")
     models, trainers, pre = tokenizers.models, tokenizers.trainers, tokenizers.pre_tokenizers
     if kind == "bytes":
@@ -233,7 +234,6 @@ def trained(kind: str, specials: list[str], size: int) -> Any:
             vocab_size=size, special_tokens=["[UNK]"], show_progress=False
         )
     made.train_from_iterator(TEXT, trainer)
-    made.add_special_tokens(specials)
     return made
 
 
@@ -245,7 +245,10 @@ def of(made: Any) -> Files:
 @pytest.mark.parametrize("kind", ["bytes", "unigram", "wordpiece"])
 def test_the_output_reads_text_as_its_base_does(kind: str, tmp_path: Path) -> None:
     """And knows the other model's tokens, each with the row that it has there."""
-    base, other = trained(kind, ["<s>"], 300), trained(kind, ["<|user|>", "<s>"], 280)
+    base = trained(kind, 300)
+    other = copy.deepcopy(base)
+    base.add_special_tokens(["<s>"])
+    other.add_special_tokens(["<|user|>", "<s>"])
     sizes = base.get_vocab_size() + 7, other.get_vocab_size()
     case = Case(
         {"base": (of(base), sizes[0]), "other": (of(other), sizes[1])}, {"source": "union"}, "base"

@@ -292,14 +292,14 @@ CASES = {
         {
             "a": (
                 {
-                    "vocab.txt": "[PAD]\n[UNK]\n[CLS]\n[SEP]\n[MASK]\na\nb\n##a\n",
+                    "vocab.txt": "[PAD]\n[UNK]\n[CLS]\n[SEP]\n[MASK]\na\nb\n\u2028\n##a\n",
                     "tokenizer_config.json": {
                         "tokenizer_class": "BertTokenizer",
                         **{f"{n}_token": f"[{n.upper()}]" for n in ("pad", "unk", "cls", "sep")},
                         "mask_token": "[MASK]",
                     },
                 },
-                8,
+                9,
             ),
             "b": (wordpiece("[UNK] [PAD] a b ##a c", added("[UNK]", 0), added("[PAD]", 1)), 6),
         },

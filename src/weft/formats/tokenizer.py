@@ -165,8 +165,8 @@ def read(folder: Path) -> TokenizerFiles:
     elif vocabulary == "vocab.json":
         pieces = _numbered(read_json(path), path)
     else:
-        lines = path.read_text(encoding="utf-8").splitlines()
-        pieces = {line: number for number, line in enumerate(lines)}
+        lines = path.read_text(encoding="utf-8").rstrip("\n").split("\n")
+        pieces = {line.rstrip(): number for number, line in enumerate(lines)}
     specials = tuple(_specials(config | special))
     files = TokenizerFiles(folder, vocabulary, pieces, {}, pieces, specials)
     files = files.extended(token for token, _ in listed)
