@@ -145,6 +145,13 @@ def _llama(pieces: str, *tokens: dict[str, Any]) -> Files:
     return bpe(whole, *first, *tokens, config=_LLAMA, byte_fallback=True, unk_token="<unk>")
 
 
+def _llama_with_decoder() -> Files:
+    files = _llama("▁ a b ▁a ▁ab", added("<pad>", 12))
+    tokens = files["tokenizer.json"]["added_tokens"]
+    decoder = {t["id"]: {k: v for k, v in t.items() if k != "id"} for t in tokens}
+    return files | {"tokenizer_config.json": _LLAMA | {"added_tokens_decoder": decoder}}
+
+
 def _model_token(model: str, **token: Any) -> dict[str, Any]:
     return {"kind": "model_token", "model": model, **token}
 
@@ -247,6 +254,14 @@ CASES = {
         {"source": "union"},
         "a",
     ),
+    "llama with added tokens in the config": Case(
+        {
+            "a": (_llama_with_decoder(), 13),
+            "b": (_llama("▁ b a ▁a ▁aa", added("<|im_start|>", 12), added("<|im_end|>", 13)), 14),
+        },
+        {"source": "union"},
+        "a",
+    ),
     "sentencepiece": Case(
         {
             "a": (sentencepiece(f"<unk> <s> </s> {_BYTES} ▁ a b ▁a ▁ab !x", _LLAMA), 13),
@@ -277,14 +292,14 @@ CASES = {
         {
             "a": (
                 {
-                    "vocab.txt": "[PAD]\n[UNK]\n[CLS]\n[SEP]\n[MASK]\na\nb\n##a\n",
+                    "vocab.txt": "[PAD]\n[UNK]\n[CLS]\n[SEP]\n[MASK]\na\nb\n\u2028\n##a\n",
                     "tokenizer_config.json": {
                         "tokenizer_class": "BertTokenizer",
                         **{f"{n}_token": f"[{n.upper()}]" for n in ("pad", "unk", "cls", "sep")},
                         "mask_token": "[MASK]",
                     },
                 },
-                8,
+                9,
             ),
             "b": (wordpiece("[UNK] [PAD] a b ##a c", added("[UNK]", 0), added("[PAD]", 1)), 6),
         },

@@ -10,7 +10,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-from dataclasses import asdict, dataclass, field, replace
+import re
+from dataclasses import dataclass, field, fields, replace
 from typing import TYPE_CHECKING, Any
 
 from weft.core.errors import FormatError, NotFound, Unsupported
@@ -30,6 +31,7 @@ _VOCABULARIES = (FAST, "tokenizer.model", "vocab.json", "vocab.txt")
 # Whose sentencepiece numbers are the tokens' numbers; others shift or rename some.
 _PLAIN_SENTENCEPIECE = {"Llama", "CodeLlama", "Gemma"}
 _NAMED = ("bos", "eos", "unk", "sep", "pad", "cls", "mask")
+_AGAIN = "save or download it again"
 _EXTRA = ("extra_special_tokens", "additional_special_tokens")
 
 
@@ -43,6 +45,9 @@ class AddedToken:
     rstrip: bool = False
     normalized: bool = True
     special: bool = False
+
+
+_FIELDS = tuple(each.name for each in fields(AddedToken))
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,27 +85,25 @@ class TokenizerFiles:
         Raises:
             FormatError: It is.
         """
+        new = [t for t in tokens if t.content and self.added.get(t.content) != t]
+        if not new:
+            return self
         added, numbers = dict(self.added), dict(self.numbers)
         top = max((numbers[content] for content in added), default=-1)
-        taken: dict[int, str] | None = None
-        for token in tokens:
-            if not token.content:
-                continue
+        highest = max(numbers.values(), default=-1)
+        for token in new:
             if token.content not in numbers:
-                if taken is None:
-                    taken = {number: content for content, number in self.numbers.items()}
                 top = max(top + 1, len(self.pieces))
-                if top in taken:
+                if top <= highest and top in self.numbers.values():
+                    other = next(t for t, number in self.numbers.items() if number == top)
                     raise FormatError(
                         f"{self.folder / self.vocabulary}: the next token, {token.content!r}, would"
-                        f" get the number {top}, which is that of {taken[top]!r}",
+                        f" get the number {top}, which is that of {other!r}",
                         "the numbers there have gaps: number the tokens without",
                     )
                 numbers[token.content] = top
             top = max(top, numbers[token.content])
             added[token.content] = token
-        if added == self.added:
-            return self
         return replace(self, added=added, numbers=numbers, changed=True)
 
     def without(self, rows: int) -> TokenizerFiles:
@@ -162,8 +165,8 @@ def read(folder: Path) -> TokenizerFiles:
     elif vocabulary == "vocab.json":
         pieces = _numbered(read_json(path), path)
     else:
-        lines = path.read_text(encoding="utf-8").splitlines()
-        pieces = {line: number for number, line in enumerate(lines)}
+        lines = path.read_text(encoding="utf-8").rstrip("\n").split("\n")
+        pieces = {line.rstrip(): number for number, line in enumerate(lines)}
     specials = tuple(_specials(config | special))
     files = TokenizerFiles(folder, vocabulary, pieces, {}, pieces, specials)
     files = files.extended(token for token, _ in listed)
@@ -178,9 +181,8 @@ def read(folder: Path) -> TokenizerFiles:
 
 
 def _read_fast(path: Path) -> tuple[dict[str, int], list[tuple[AddedToken, int | None]]]:
-    content = read_json(path)
-    model = content.get("model")
-    vocabulary = model.get("vocab") if isinstance(model, dict) else None
+    text = read_text(path)
+    vocabulary, _, _ = member(text, "vocab", path)
     if isinstance(vocabulary, list):  # Unigram: pieces with their scores, in order
         try:
             pieces = {entry[0]: number for number, entry in enumerate(vocabulary)}
@@ -190,12 +192,47 @@ def _read_fast(path: Path) -> tuple[dict[str, int], list[tuple[AddedToken, int |
         pieces = _numbered(vocabulary, path)
     else:
         raise FormatError(f"{path} has no model.vocab", _save_as_json(path.parent))
-    entries = content.get("added_tokens") or []
+    entries, _, _ = member(text, "added_tokens", path)
     try:
-        added = [(added_token(entry), int(entry["id"])) for entry in entries]
+        added = [(added_token(entry), int(entry["id"])) for entry in entries or []]
     except (TypeError, KeyError, ValueError):
         raise FormatError(f"{path}: added_tokens is not a list of tokens with their ids") from None
     return pieces, list(added)
+
+
+def read_text(path: Path) -> str:
+    """The text of a tokenizer.json.
+
+    Raises:
+        FormatError: It is cut off, or no text.
+    """
+    try:
+        text = path.read_bytes().decode("utf-8").strip()
+    except UnicodeDecodeError as error:
+        raise FormatError(f"{path}: byte {error.start} is not UTF-8", _AGAIN) from None
+    if not (text.startswith("{") and text.endswith("}")):
+        raise FormatError(f"{path} is not a whole JSON object", _AGAIN)
+    return text
+
+
+def member(text: str, key: str, path: Path) -> tuple[Any, int, int]:
+    """The list or object under `key` anywhere in JSON, and where it starts and ends.
+
+    The merges of a BPE model are half of its file, and which tokens there are does not depend on
+    them. Inside a string the quotes around `key` would have backslashes before them.
+
+    Raises:
+        FormatError: It is damaged.
+    """
+    found = re.search(rf'"{key}"\s*:\s*(?=[\[{{])', text)
+    if found is None:
+        return None, -1, -1
+    try:
+        value, stop = json.JSONDecoder().raw_decode(text, found.end())
+    except (ValueError, RecursionError):
+        line = text.count("\n", 0, found.end()) + 1
+        raise FormatError(f"{path}: {key}, on line {line}, is not JSON", _AGAIN) from None
+    return value, found.end(), stop
 
 
 def _read_sentencepiece(
@@ -298,7 +335,10 @@ def _save_as_json(folder: Path) -> str:
 
 def entry_of(token: AddedToken, number: int | None = None) -> dict[str, Any]:
     """As in tokenizer.json, or without the number as in the configs."""
-    return ({} if number is None else {"id": number}) | asdict(token)
+    entry: dict[str, Any] = {} if number is None else {"id": number}
+    for name in _FIELDS:  # asdict is slow, and a union may add 10⁵ tokens
+        entry[name] = getattr(token, name)
+    return entry
 
 
 def dumped(content: Mapping[str, Any], *, compact: bool = False) -> str:

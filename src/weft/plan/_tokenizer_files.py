@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from typing import TYPE_CHECKING, Any
 
 from weft.core.specs import SideFile
@@ -15,6 +16,8 @@ from weft.formats.tokenizer import (
     TokenizerFiles,
     dumped,
     entry_of,
+    member,
+    read_text,
     tokenizer_names,
 )
 
@@ -40,8 +43,7 @@ def tokenizer_files(tokenizer: TokenizerFiles) -> tuple[list[SideFile], list[str
     old_config = dict(config)
     special = read_json(folder / SPECIAL) if SPECIAL in files else {}
     if tokenizer.vocabulary == FAST:
-        text = dumped(_fast(read_json(folder / FAST), tokenizer), compact=True)
-        files[FAST] = SideFile(FAST, text=text)
+        files[FAST] = SideFile(FAST, text=_fast(tokenizer))
     elif _DECODER not in config:  # which, once it is there, is read in place of the older files
         config |= special
     if _DECODER in config or tokenizer.vocabulary != FAST:
@@ -70,17 +72,26 @@ def _by_number(tokenizer: TokenizerFiles) -> list[tuple[int, Any]]:
     return sorted(((numbers[t.content], t) for t in tokenizer.added.values()), key=lambda e: e[0])
 
 
-def _fast(content: dict[str, Any], tokenizer: TokenizerFiles) -> dict[str, Any]:
-    content["added_tokens"] = [entry_of(token, n) for n, token in _by_number(tokenizer)]
+def _fast(tokenizer: TokenizerFiles) -> str:
+    """tokenizer.json with other added tokens; the rest stays as it stands, unless pieces went."""
+    path = tokenizer.folder / FAST
+    text = read_text(path)
+    entries = [entry_of(token, number) for number, token in _by_number(tokenizer)]
+    pieces, _, _ = member(text, "vocab", path)
+    if len(pieces) == len(tokenizer.pieces):
+        _, start, stop = member(text, "added_tokens", path)
+        if start >= 0:
+            return text[:start] + json.dumps(entries, ensure_ascii=False) + text[stop:] + "\n"
+    content = read_json(path)
     model = content["model"]
-    if isinstance(model["vocab"], list):
-        model["vocab"] = model["vocab"][: len(tokenizer.pieces)]
-    elif len(tokenizer.pieces) < len(model["vocab"]):
+    if isinstance(pieces, list):
+        model["vocab"] = pieces[: len(tokenizer.pieces)]
+    else:
         model["vocab"] = dict(tokenizer.pieces)
-        if "merges" in model:
-            prefix = len(model.get("continuing_subword_prefix") or "")
-            model["merges"] = [m for m in model["merges"] if _usable(m, prefix, tokenizer.pieces)]
-    return content
+    if "merges" in model:
+        prefix = len(model.get("continuing_subword_prefix") or "")
+        model["merges"] = [m for m in model["merges"] if _usable(m, prefix, tokenizer.pieces)]
+    return dumped(content | {"added_tokens": entries}, compact=True)
 
 
 def _usable(merge: str | list[str], prefix: int, pieces: Mapping[str, int]) -> bool:

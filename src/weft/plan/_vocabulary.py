@@ -9,6 +9,8 @@ in each. And where it is silent about rows and tokens that get lost, there are n
 from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
+from itertools import groupby
+from operator import sub
 from typing import TYPE_CHECKING
 
 from weft.core.errors import PlanError, Problem, WeftError
@@ -24,6 +26,7 @@ if TYPE_CHECKING:
 
 # The rows that a row is the mean of: (number of the model, row).
 Parts = tuple[tuple[int, int], ...]
+_NO_RULE = Token()
 
 
 @dataclass(frozen=True, slots=True)
@@ -163,7 +166,12 @@ def _union(
     if differing:
         what = "tokens that models add with different settings; those of the first count"
         notes.append(f"{what}: {_some(differing)}")
-    start = start.extended(AddedToken(piece) for piece in pieces if piece not in added)
+    if looked_for := [piece for piece in pieces if piece not in added]:
+        what = "of other models are now looked for in the text before the pieces of"
+        notes.append(
+            f"{_some(looked_for)} {what} {first}, which may cut it otherwise than that alone"
+        )
+    start = start.extended(map(AddedToken, looked_for))
     return start.extended(added.values())
 
 
@@ -178,11 +186,14 @@ def _align(
     tokens: list[str | None] = [None] * rows
     for token, number in numbers.items():  # of two with one number, the one that was added
         tokens[number] = token
-    own = {}
+    own: dict[ModelName, Sequence[int]] = {}
+    known: dict[tuple[int, int], Sequence[int]] = {}
     for model, size in sizes.items():
         have = found[model].numbers
-        rows_of = [-1 if token is None else have.get(token, -1) for token in tokens]
-        own[model] = rows_of if max(rows_of) < size else [r if r < size else -1 for r in rows_of]
+        if (key := (id(have), size)) not in known:
+            rows_of = [-1 if token is None else have.get(token, -1) for token in tokens]
+            known[key] = [row if row < size else -1 for row in rows_of]
+        own[model] = known[key]
     return Alignment(tokens, rules, own, {m: found[m].numbers for m in sizes}, sizes)
 
 
@@ -205,56 +216,65 @@ def arranged(
     """
     problems: list[Problem] = []
     default: dict[int, Parts] = {}
-    own = [alignment.own[model] for model in models]
-    for number in _in_question(alignment, own):
-        token = alignment.tokens[number]
+    rules = _by_number(alignment)
+    first = models.index(base) if base in models else None
+    columns = list(zip(*(alignment.own[model] for model in models), strict=True))
+    for number, rows in enumerate(columns):
+        rule = rules.get(number, _NO_RULE)
+        if min(rows) >= 0 and not rule.force:
+            continue
         try:
-            default[number] = _default(alignment, models, base, number) if token else ()
+            if rule is _NO_RULE:
+                default[number] = _usual(rows, first)
+            else:
+                default[number] = _ruled(alignment, models, number, rule, _usual(rows, first))
         except _NoRow as error:
             problems.append(Problem(str(error), "correct it under `tokenizer.tokens`"))
     if problems:
         raise PlanError("the tokens", problems)
-    forced = {n for n in default if _rule(alignment, n).force}
-    return {model: _runs(i, own[i], default, forced) for i, model in enumerate(models)}
+    forced = {number for number, rule in rules.items() if rule.force}
+    return {
+        model: _runs(i, alignment.own[model], default, forced) for i, model in enumerate(models)
+    }
 
 
-def _in_question(alignment: Alignment, own: Sequence[Sequence[int]]) -> list[int]:
-    """The tokens that some model lacks, or that the recipe forces."""
-    lacking = {n for rows in own for n, row in enumerate(rows) if row < 0}
-    forced = {token for token, rule in alignment.rules.items() if rule.force}
-    return sorted(lacking | {n for n, token in enumerate(alignment.tokens) if token in forced})
-
-
-def _rule(alignment: Alignment, number: int) -> Token:
-    return alignment.rules.get(alignment.tokens[number] or "", Token())
+def _by_number(alignment: Alignment) -> dict[int, Token]:
+    """What the recipe says, by the tokens' new numbers."""
+    rules = alignment.rules
+    tokens = enumerate(alignment.tokens)
+    return {n: rules[token] for n, token in tokens if token is not None and token in rules}
 
 
 class _NoRow(Exception):
     """A token whose row the recipe takes from where there is none."""
 
 
-def _default(
-    alignment: Alignment, models: Sequence[ModelName], base: ModelName | None, number: int
+def _usual(rows: Sequence[int], base: int | None) -> Parts:
+    """The row of a token that not all models have, if the recipe does not say."""
+    having = tuple((i, row) for i, row in enumerate(rows) if row >= 0)
+    if base is not None and len(having) > 1 and rows[base] >= 0:
+        return ((base, rows[base]),)
+    return having
+
+
+def _ruled(
+    alignment: Alignment, models: Sequence[ModelName], number: int, rule: Token, usual: Parts
 ) -> Parts:
-    """The row of a token for the models that have none of their own."""
-    rule, token = _rule(alignment, number), alignment.tokens[number]
+    """The row that the recipe gives a token."""
     if rule.zero:
         return ()
     if rule.source is not None:
-        return (_explicit(alignment, models, number),)
+        return (_explicit(alignment, models, number, rule),)
     if rule.force:
-        raise _NoRow(f"token {token!r} has `force` and no `source`")
-    rows = [(i, alignment.own[model][number]) for i, model in enumerate(models)]
-    having = [(i, row) for i, row in rows if row >= 0]
-    if len(having) > 1 and base in models and rows[models.index(base)][1] >= 0:
-        return (rows[models.index(base)],)
-    return tuple(having)
+        raise _NoRow(f"token {alignment.tokens[number]!r} has `force` and no `source`")
+    return usual
 
 
-def _explicit(alignment: Alignment, models: Sequence[ModelName], number: int) -> tuple[int, int]:
-    """The row that the recipe names for a token."""
-    rule, token = _rule(alignment, number), alignment.tokens[number]
-    model = rule.source
+def _explicit(
+    alignment: Alignment, models: Sequence[ModelName], number: int, rule: Token
+) -> tuple[int, int]:
+    """The row of another token, or another model, that the recipe names for a token."""
+    token, model = alignment.tokens[number], rule.source
     what = f"token {token!r} takes its row from {model}"
     if model is None or model not in models:
         merged = ", ".join(map(str, models))
@@ -274,38 +294,24 @@ def _explicit(alignment: Alignment, models: Sequence[ModelName], number: int) ->
 def _runs(
     source: int, own: Sequence[int], default: Mapping[int, Parts], forced: set[int]
 ) -> tuple[Run, ...]:
-    """Rows that follow each other in the output and in every source become one run."""
+    """Rows that follow each other in the output and in every source become one run.
+
+    Along a run the row's number there less its number here stays the same.
+    """
+    shifts: list[int | Parts] = list(map(sub, own, range(len(own))))
+    for number, parts in default.items():
+        if own[number] < 0 or number in forced:
+            shift = tuple((i, row - number) for i, row in parts)
+            alone = len(shift) == 1 and shift[0][0] == source
+            shifts[number] = shift[0][1] if alone else shift
     runs: list[Run] = []
-    start, first = 0, -1  # of a run of own rows; -1 where there is none
-    other = [(n, default[n]) for n in sorted(default) if own[n] < 0 or n in forced]
-    at = 0
-    for number, parts in [*other, (len(own), ())]:
-        for n in range(at, number):
-            if first < 0 or own[n] - first != n - start:
-                if first >= 0:
-                    runs.append(Run(n - start, ((source, first),)))
-                start, first = n, own[n]
-        if first >= 0:
-            runs.append(Run(number - start, ((source, first),)))
-        start, first = number + 1, -1
-        if number < len(own):
-            runs.append(Run(1, parts))
-        at = number + 1
-    return tuple(_joined(runs))
-
-
-def _joined(runs: Iterable[Run]) -> Iterable[Run]:
-    """Neighbours that go on where the one before ended become one."""
-    last: Run | None = None
-    for run in runs:
-        if last is not None and run.parts == tuple((i, row + last.count) for i, row in last.parts):
-            last = Run(last.count + run.count, last.parts)
-            continue
-        if last is not None:
-            yield last
-        last = run
-    if last is not None:
-        yield last
+    start = 0
+    for key, group in groupby(shifts):
+        count = len(list(group))
+        each = ((source, key),) if isinstance(key, int) else key
+        runs.append(Run(count, tuple((i, shift + start) for i, shift in each)))
+        start += count
+    return tuple(runs)
 
 
 def _losses(alignment: Alignment, found: Mapping[ModelName, TokenizerFiles]) -> list[str]:
@@ -322,7 +328,7 @@ def _losses(alignment: Alignment, found: Mapping[ModelName, TokenizerFiles]) -> 
             )
         beyond = {token for token, row in numbers.items() if row >= size} | found[model].stripped
         if beyond:
-            notes.append(f"{model}: no row in its embedding, and so not its own: {_some(beyond)}")
+            notes.append(f"{model}: beyond the {size} rows of its embedding: {_some(beyond)}")
         if lost := [t for t, row in numbers.items() if row < size and t not in present]:
             notes.append(f"{model}: not in the output's tokenizer, and lost: {_some(lost)}")
     return notes
@@ -330,16 +336,19 @@ def _losses(alignment: Alignment, found: Mapping[ModelName, TokenizerFiles]) -> 
 
 def _defaults(alignment: Alignment) -> list[str]:
     """Which tokens have rows that no rule and no model of their own gave them."""
+    columns = zip(*alignment.own.values(), strict=True)
     nowhere = [
         token
-        for number, token in enumerate(alignment.tokens)
-        if token is not None
-        and all(rows[number] < 0 for rows in alignment.own.values())
-        and not (_rule(alignment, number).source or _rule(alignment, number).zero)
+        for token, rows in zip(alignment.tokens, columns, strict=True)
+        if max(rows) < 0 and token is not None and not _says(alignment.rules.get(token, _NO_RULE))
     ]
-    gaps = sum(token is None for token in alignment.tokens)
+    gaps = alignment.tokens.count(None)
     notes = [f"in no model, and so rows of zeros: {_some(nowhere)}"] if nowhere else []
     return notes + ([f"{gaps} rows of zeros for numbers that no token has"] if gaps else [])
+
+
+def _says(rule: Token) -> bool:
+    return rule.zero or rule.source is not None
 
 
 def _some(tokens: Iterable[str]) -> str:
