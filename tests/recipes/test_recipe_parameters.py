@@ -13,7 +13,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tests.recipes.conftest import BASES, GOLDENS, TYPES, parameter
+from tests.recipes.catalogue import BASES, GOLDENS, TYPES, parameter
 from weft import methods
 from weft.core.errors import WeftError
 from weft.recipes import mergekit, parameters

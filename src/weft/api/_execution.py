@@ -26,7 +26,7 @@ class Report:
     Attributes:
         output: The folder.
         totals: Tensors changed, survival, bytes.
-        seconds: Of work: planning, reading, arithmetic and writing, without imports.
+        seconds: Of work: planning, reading, arithmetic and writing, without the wait for torch.
         resumed: Tensors that an earlier, interrupted run had finished.
         manifest: The content of `weft.json`.
         warnings: What the user should know before using the output.

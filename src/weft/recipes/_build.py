@@ -45,6 +45,8 @@ class Builder:
         self.method = self._method()
         self.settings = SettingsReader(document, faults, self.method)
         self.settings.meant |= popped
+        if "parameters" in popped:
+            self.settings.meant |= set(self.settings.known or ())
         self.base = self._model(parsed.base_model, ("base_model",))
         self.places: list[_checks.Place] = []
         self.by_model = self._by_model()
@@ -65,6 +67,7 @@ class Builder:
             text=self.document.text,
             positions={place(loc): at for loc, at in self.document.positions.items() if loc},
         )
+        self._strangers(recipe)
         if self.method:
             self.notes += _checks.check(
                 recipe, self.places, self.document, self.faults, self.settings.meant
@@ -102,11 +105,12 @@ class Builder:
             )
             cure = None if layouts else "models:\n  - model: org/name\n  - model: org/other"
             self.faults.add(self.document, (layouts[1],) if layouts else (), what, cure, key=True)
-        if parsed.modules:
-            return tuple(
-                self._module(name, each, ("modules", name)) for name, each in parsed.modules.items()
-            )
-        return (self._module(None, parsed, ()),)
+        parts = (parsed.modules or {}).items()
+        modules = [self._module(name, each, ("modules", name)) for name, each in parts]
+        modules = modules or [self._module(None, parsed, ())]
+        if len(layouts) != 1:
+            self.places.clear()  # nobody can tell what the method would work on
+        return tuple(modules)
 
     def _module(
         self, name: str | None, found: schema.OutputModule | schema.Document, loc: Loc
@@ -180,6 +184,17 @@ class Builder:
             assert model is not None
             found[model] = self.settings.read(settings, loc, of_model=True)
         return found
+
+    def _strangers(self, recipe: Recipe) -> None:
+        for text in self.parsed.input_model_parameters or {}:
+            if self._model(text, ("input_model_parameters", text)) not in recipe.models():
+                self.faults.add(
+                    self.document,
+                    ("input_model_parameters", text),
+                    f'"{text}" is none of the models',
+                    "the models are: " + ", ".join(str(each) for each in recipe.models()),
+                    key=True,
+                )
 
     def _dtype(self, key: str, found: str | None) -> str | None:
         if found is None:

@@ -83,6 +83,10 @@ def _unknown(document: Document, faults: Faults, mistake: Mistake) -> None:
         inside = mapping.setdefault("parameters", {})
         if isinstance(inside, dict):
             inside.setdefault(key, mapping[key])
+    elif key in ("model", "layer_range") and "sources" in mistake.known:
+        cure = _SHAPES["sources"]
+    elif key in ("path", "revision"):
+        cure = _SHAPES["path"]
     elif key == "layer_range":
         what = '"layer_range" belongs to the sources of a slice; `models` takes all layers'
         cure = f"slices:\n  - sources:\n      - model: …\n        layer_range: {mapping[key]}"
@@ -119,7 +123,10 @@ def _put_right(document: Document, faults: Faults, mistake: Mistake, popped: set
     what = f"{named} {mistake.what}"
     if found is not None and "empty" not in mistake.what:
         what += f", not {_short(found)}"
-    faults.add(document, loc, what, _SHAPES.get(key))
+    entry = isinstance(loc[-1], int) and "mapping" in mistake.what
+    faults.add(
+        document, loc, what, _SHAPES.get(key, f"- value: {_short(found)}" if entry else None)
+    )
     while loc[-1] == "value" or not isinstance(loc[-1], str):
         loc = loc[:-1]
     if loc[-1] in _VITAL:

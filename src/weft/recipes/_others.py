@@ -21,8 +21,8 @@ _EXTRACTION = ("finetune", "finetuned", "finetuned_model", "rank", "max_rank")
 
 # Parameters that MergeKit once read, and what became of them.
 OBSOLETE = {
-    "consensus_method": "is not read since MergeKit 0.0.3: signs are elected by the sum",
-    "embed_slerp": "is not read since MergeKit 0.1: embeddings are merged as the method says",
+    "consensus_method": "is no longer read by MergeKit either: signs are elected by the sum",
+    "embed_slerp": "is no longer read by MergeKit either: embeddings are merged like all else",
 }
 
 

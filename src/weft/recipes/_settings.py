@@ -27,7 +27,7 @@ class SettingsReader:
     """Reads settings for one method.
 
     Attributes:
-        meant: Parameters that the recipe tries to set: whoever wrote `wieght` knows of `weight`.
+        meant: Parameters that are not missing, though no value of them could be read.
         notes: What is of no use, by line.
     """
 
@@ -45,32 +45,35 @@ class SettingsReader:
         for name, setting in (found or {}).items():
             parameter = self.known.get(name) if self.known is not None else None
             if parameter is None:
-                self._unknown(name, (*loc, name))
+                meant = self._unknown(name, (*loc, name))
+                if meant:  # whoever wrote `wieght` has not forgotten `weight`
+                    settings.setdefault(meant, (Condition(1.0),))
             elif of_model and not parameter.each:
                 self._shared(name, setting, (*loc, name))
             else:
                 settings[name] = self._conditions(name, parameter, setting, (*loc, name))
         return settings
 
-    def _unknown(self, name: str, loc: Loc) -> None:
+    def _unknown(self, name: str, loc: Loc) -> str | None:
+        """Says that nothing reads it; returns what was probably meant."""
         if self.known is None:
-            return
+            return None
         if name in OBSOLETE:
             self.notes[f"`{name}` {OBSOLETE[name]}"] = None
-            return
+            return None
         others = [each for each in methods.names() if name in methods.method(each).PARAMETERS]
         if others:
             self.notes[
                 f"`{name}` is a parameter of {_some(others)}; "
                 f"{self.method} does not read it, here as in MergeKit"
             ] = None
-            return
+            return None
         own = ", ".join(self.known) or "none"
-        self.meant.add(nearest(name, self.known) or name)
         what = unknown("parameter", name, self.known)
         self.faults.add(
             self.document, loc, what, f"{self.method} has: {own}" if self.known else None, key=True
         )
+        return nearest(name, self.known)
 
     def _shared(self, name: str, setting: schema.Setting, loc: Loc) -> None:
         self.meant.add(name)
@@ -115,7 +118,6 @@ class SettingsReader:
         if made is None:
             what = f'"{name}" should be {words[parameter.type]}, not {_shown(value)}'
             self.faults.add(self.document, loc, what, f"such as {name}: {example(parameter)}")
-            self.meant.add(name)
             return 0
         low, high = _RANGES.get(name, (-math.inf, math.inf))
         if isinstance(made, int | float) and not low <= made <= high:

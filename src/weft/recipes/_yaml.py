@@ -13,7 +13,7 @@ from weft.core.units import clean
 
 Loc = tuple[str | int, ...]
 
-_MOST = 200_000  # values; aliases of aliases multiply
+_MOST = 50_000  # values; aliases of aliases multiply
 _TAG = "tag:yaml.org,2002:"
 _KINDS = {"null", "bool", "int", "float", "str", "timestamp"}
 
@@ -85,11 +85,10 @@ def _documents(text: str, name: str) -> list[Document]:
             event: Any = loader.peek_event()  # type: ignore[no-untyped-call]
             starts.append(event.start_mark.index)
             nodes.append(cast("yaml.Node", loader.get_node()))
-        ends = [*starts[1:], len(text)]
-        starts[:1] = [0] if starts else []
+        bounds = [0, *starts[1:], len(text)]
         documents = []
-        for node, start, end in zip(nodes, starts, ends, strict=True):
-            document = Document(None, text[start:end])
+        for number, node in enumerate(nodes):
+            document = Document(None, text[bounds[number] : bounds[number + 1]])
             document.data = _Reader(loader, document, name).read(node, ())
             if document.data is not None:
                 documents.append(document)
@@ -135,7 +134,7 @@ class _Reader:
             if name in own:
                 first = _position(own[name][0])[0]
                 self._mistake((*loc, name), key, f'"{name}" for a second time, after line {first}')
-            own[name] = (key, value)
+            own.setdefault(name, (key, value))
         found = {}
         for name, (key, value) in (merged | own).items():
             self.document.positions.setdefault((*loc, name), _position(key))

@@ -95,6 +95,7 @@ def read(path: Path, given: str) -> Adapter:
         names = ", ".join(map(clean, unknown))
         notes.append(f"{CONFIG} has keys that weft does not know and ignores: {names}")
     notes += lora.notes(entries, named, config)
+    notes += getattr(method, "notes", lambda config: [])(config)
     notes += [*_idle_patterns(entries, config), *strays(path)]
     kept, left = beside_adapter(path)
     base = config.get("base_model_name_or_path")
