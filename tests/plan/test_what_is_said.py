@@ -39,7 +39,8 @@ def test_order_of_notes(folders: Folders) -> None:
         base_model_name_or_path="meta-llama/Llama-3.1-8B",
         some_key=5,
     )
-    notes = weft.plan_merge(base, adapter).plan.notes
+    plan = weft.plan_merge(base, adapter).plan
+    notes = (*plan.notes, *plan.beside)
     parts = [
         "'model.' taken off the adapter's names",
         "embed.weight goes from [12, 8] to [14, 8]",
@@ -52,7 +53,8 @@ def test_order_of_notes(folders: Folders) -> None:
     ]
     assert len(notes) == len(parts)
     assert [part in note for part, note in zip(parts, notes, strict=True)] == [True] * len(parts)
-    assert weft.plan_merge(base, adapter).plan.notes == notes
+    again = weft.plan_merge(base, adapter).plan
+    assert (*again.notes, *again.beside) == notes
 
 
 def test_base_without_config(folders: Folders) -> None:

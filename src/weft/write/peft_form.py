@@ -154,6 +154,7 @@ def _common(base: Checkpoint, placed: Sequence[Placed]) -> dict[str, Any]:
     ranks = _patterns((module.path, module.rank) for module in placed)
     return {
         "base_model_name_or_path": base.given,
+        "exclude_modules": None,  # said, as of releases whose LoKr is scaled
         "inference_mode": True,
         "r": ranks[0],
         "rank_pattern": ranks[1],
