@@ -16,11 +16,11 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from weft.api._execution import Report, execute
+from weft.api._execution import Report, check_place, execute
 from weft.core import dtypes, events, units
 from weft.core.errors import PlanError, Problem, WeftError
 from weft.formats import checkpoint as checkpoints
-from weft.formats.adapters import is_adapter, open_adapter
+from weft.formats.adapters import describe_adapter, is_adapter, open_adapter
 from weft.formats.hub import resolve
 
 __all__ = [
@@ -104,39 +104,42 @@ def merge(
     Raises:
         WeftError: See `weft.core.errors`; the output is not there, and `resume` may finish it.
     """
-    from weft.execute import threads as executor
     from weft.write.card import card
 
     begin = time.perf_counter()
-    place = executor.pick_device(device)
-    count = executor.pick_threads(threads)
-    made = plan_merge(
+    count = check_place(device, threads)
+    draft = _draft(
         base,
         adapters,
         dtype=dtype,
         max_shard_size=max_shard_size,
         expert_layout=expert_layout,
         init_adapter=init_adapter,
-        threads=count,
-        device=device,
         strict=strict,
         revision=revision,
         cache_dir=cache_dir,
     )
+    inputs, plan = draft.inputs, draft.plan
+    if plan is None or draft.problems:
+        _examine(draft)  # adds its own, and raises them all
+    assert plan is not None
     command = command or _call(
-        made.inputs, output, dtype, max_shard_size, expert_layout, init_adapter, revision
+        inputs, output, dtype, max_shard_size, expert_layout, init_adapter, revision
     )
-    inputs, weft = made.inputs, version("weft")
+    weft = version("weft")
+    if base is None:
+        named = f"{inputs.base.given} is the base, as {inputs.adapters[0][0].given} names it"
+        on_event(events.Noted(named))
     return execute(
-        made.plan,
+        plan,
         Path(output),
         operation="merge",
         command=command,
         card=lambda sums: card(inputs.base, inputs.adapters, sums, command=command, version=weft),
-        warnings=made.warnings,
+        examine=lambda: _examine(draft),
         begin=begin,
         threads=count,
-        device=place,
+        device=device,
         force=force,
         resume=resume,
         on_event=on_event,
@@ -165,27 +168,72 @@ def plan_merge(
     Raises:
         WeftError: What `merge` would stop at before it writes.
     """
-    from weft.execute import threads as executor
-    from weft.execute.health import examine
-    from weft.plan.merge import plan_merge as plan
     from weft.plan.preflight import measure
     from weft.write.checkpoint import check_output
+
+    threads = check_place(device, threads)
+    draft = _draft(
+        base,
+        adapters,
+        dtype=dtype,
+        max_shard_size=max_shard_size,
+        expert_layout=expert_layout,
+        init_adapter=init_adapter,
+        strict=strict,
+        revision=revision,
+        cache_dir=cache_dir,
+    )
+    found, made = _examine(draft), draft.plan
+    assert made is not None
+    if output is not None:
+        check_output(Path(output), made, force=force, resume=resume)
+    return MergePlan(draft.inputs, made, measure(made, threads), (*found, *made.warnings))
+
+
+@dataclass(frozen=True, slots=True)
+class _Draft:
+    """A plan from headers and configs: the adapters' numbers have not been looked at.
+
+    Attributes:
+        inputs: The base and its adapters.
+        initial: The adapter as it was before training.
+        plan: None if there are problems that leave none.
+        problems: What forbids the merge.
+    """
+
+    inputs: Inputs
+    initial: Adapter | None
+    plan: Plan | None
+    problems: tuple[Problem, ...]
+
+
+def _draft(
+    base: str | Path | None,
+    adapters: str | Path | Sequence[str | Path],
+    *,
+    dtype: str | None,
+    max_shard_size: str | int | None,
+    expert_layout: str | None,
+    init_adapter: str | Path | None,
+    strict: bool,
+    revision: str | None,
+    cache_dir: str | None,
+) -> _Draft:
+    """All of a plan that takes no torch, which is slow to load."""
+    from weft.plan.merge import plan_merge as plan
 
     if expert_layout not in (None, "rank_major", "grouped_by_expert"):
         raise WeftError(
             f"unknown expert layout {expert_layout!r}", "one of rank_major, grouped_by_expert"
         )
-    executor.pick_device(device)
-    threads = executor.pick_threads(threads)
     kind = dtypes.parse(dtype) if dtype else None
     size = None if max_shard_size is None else units.parse_size(str(max_shard_size))
     inputs = open_inputs(base, adapters, revision=revision, cache_dir=cache_dir)
-    initial, problems = _initial(init_adapter, cache_dir)
-    warnings: list[str] = []
-    for adapter, weight in inputs.adapters:
-        found, said = examine(adapter, weight)
-        problems += found
-        warnings += said
+    initial = None
+    if init_adapter is not None and str(init_adapter) != "none":
+        path = resolve(str(init_adapter), cache_dir=cache_dir)
+        initial = open_adapter(path, str(init_adapter))
+    problems: list[Problem] = []
     made: Plan | None = None
     try:
         made = plan(
@@ -202,29 +250,37 @@ def plan_merge(
     if strict and made is not None:
         hint = "without --strict it is read so; weft doctor --fix writes it so"
         problems += [Problem(f"{repair}", hint) for repair in made.repairs]
-    if problems or made is None:
-        subject = " + ".join([inputs.base.given, *(a.given for a, _ in inputs.adapters)])
-        raise PlanError(subject, problems)
-    if output is not None:
-        check_output(Path(output), made, force=force, resume=resume)
-    work = measure(made, threads)
-    return MergePlan(inputs, made, work, (*warnings, *made.warnings))
+    return _Draft(inputs, initial, made, tuple(problems))
 
 
-def _initial(
-    given: str | Path | None, cache_dir: str | None
-) -> tuple[Adapter | None, list[Problem]]:
-    """The adapter as it was before training, and what is wrong with it."""
+def _examine(draft: _Draft) -> list[str]:
+    """Warnings that the adapters' numbers give rise to.
+
+    Raises:
+        PlanError: They, or the draft, have problems: all of them.
+    """
     from weft.execute.health import examine
 
-    if given is None or str(given) == "none":
-        return None, []
-    adapter = open_adapter(resolve(str(given), cache_dir=cache_dir), str(given))
-    problems, warnings = examine(adapter)
-    if warnings:
-        what = f"{given} is zero, so no initialisation that moves the base wrote it: {warnings[0]}"
-        problems.append(Problem(what, "save the adapter before the first step of the training"))
-    return adapter, problems
+    problems: list[Problem] = []
+    warnings: list[str] = []
+    if draft.initial is not None:
+        problems, zero = examine(draft.initial)
+        if zero:
+            what = f"{draft.initial.given} is zero, so no initialisation that moves the base wrote "
+            problems.append(
+                Problem(
+                    f"{what}it: {zero[0]}", "save the adapter before the first step of the training"
+                )
+            )
+    for adapter, weight in draft.inputs.adapters:
+        found, said = examine(adapter, weight)
+        problems += found
+        warnings += said
+    problems += draft.problems
+    if problems or draft.plan is None:
+        named = [draft.inputs.base.given, *(a.given for a, _ in draft.inputs.adapters)]
+        raise PlanError(" + ".join(named), problems)
+    return warnings
 
 
 def open_inputs(
@@ -288,14 +344,15 @@ def inspect(
 ) -> Checkpoint | Adapter:
     """What a file or folder is: a base model or an adapter, from its headers and configs.
 
-    Of a model that weft wrote, `origin` says from what, if its manifest is of these tensors.
+    Of a model that weft wrote, `origin` says from what, if its manifest is of these tensors; of an
+    adapter that cannot be merged, `obstacles` say why.
 
     Raises:
         WeftError: Neither, or malformed.
     """
     folder = resolve(str(path), revision=revision, cache_dir=cache_dir)
     if is_adapter(folder) and not checkpoints.has_weights(folder):
-        return open_adapter(folder, str(path))
+        return describe_adapter(folder, str(path))
     from weft.write.manifest import origin
 
     found = checkpoints.open_checkpoint(folder, str(path))

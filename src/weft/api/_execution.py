@@ -9,13 +9,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from weft.core import events, units
-from weft.core.errors import NumericsError, OutputError
+from weft.core.errors import NumericsError, OutputError, PlanError
 from weft.formats.identity import identify
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
-
-    import torch
 
     from weft.core.specs import Plan, Receipt
     from weft.write.manifest import Totals
@@ -28,7 +26,7 @@ class Report:
     Attributes:
         output: The folder.
         totals: Tensors changed, survival, bytes.
-        seconds: Of work: planning, reading, arithmetic and writing, without imports.
+        seconds: Of work: planning, reading, arithmetic and writing, without the wait for torch.
         resumed: Tensors that an earlier, interrupted run had finished.
         manifest: The content of `weft.json`.
         warnings: What the user should know before using the output.
@@ -42,6 +40,18 @@ class Report:
     warnings: tuple[str, ...]
 
 
+def check_place(device: str, threads: int | None) -> int:
+    """How many threads; raises where there cannot be so many, or no such device."""
+    from weft.execute.cores import pick_threads
+
+    count = pick_threads(threads)
+    if device != "cpu":
+        from weft.execute.threads import pick_device
+
+        pick_device(device)
+    return count
+
+
 def execute(
     plan: Plan,
     output: Path,
@@ -49,10 +59,10 @@ def execute(
     operation: str,
     command: str,
     card: Callable[[Totals], str],
-    warnings: Sequence[str],
+    examine: Callable[[], Sequence[str]],
     begin: float,
     threads: int,
-    device: torch.device,
+    device: str,
     force: bool,
     resume: bool,
     on_event: events.OnEvent,
@@ -65,7 +75,8 @@ def execute(
         operation: Verb for the manifest.
         command: What the manifest quotes.
         card: Writes README.md, given the totals.
-        warnings: Known before the run.
+        examine: A look at numbers that takes torch, which is loaded while copies go on: what it
+            warns of. It raises what forbids the run.
         begin: When the work began, as `time.perf_counter` tells it.
         threads: That may compute at once.
         device: Where.
@@ -76,25 +87,34 @@ def execute(
     Raises:
         WeftError: See `weft.core.errors`; the output is not there, and `resume` may finish it.
     """
-    from weft.execute import threads as executor
+    from weft.execute.copies import Copies
     from weft.write.checkpoint import CheckpointSink
     from weft.write.manifest import NAME, manifest, to_text, totals
 
     for note in (*plan.notes, *plan.beside):
         on_event(events.Noted(note))
-    setting = f"weft {version('weft')}, torch {version('torch')}, {device.type}"
+    setting = f"weft {version('weft')}, torch {version('torch')}, {device.partition(':')[0]}"
     sink = CheckpointSink(plan, output, force=force, resume=resume, setting=setting)
     try:
         pending = sink.pending()
         resumed = len(plan.jobs) - len(pending)
         on_event(events.Started(plan.nbytes, plan.nbytes - _size(pending)))
         try:
-            executor.run(pending, sink, threads=threads, device=device, on_event=on_event)
-        except NumericsError:
+            with Copies(pending, sink, on_event) as copies:
+                loading = time.perf_counter()
+                from weft.execute import threads as executor  # a second, while the copies go on
+
+                begin += time.perf_counter() - loading
+                found = examine()
+                place = executor.pick_device(device)
+                executor.run(
+                    pending, sink, copies, threads=threads, device=place, on_event=on_event
+                )
+        except (NumericsError, PlanError):
             sink.discard()  # another run on these inputs ends the same way
             raise
         sums = totals(plan, sink.receipts)
-        warnings = (*warnings, *_doubtful(sums, plan, sink.receipts))
+        warnings = (*found, *plan.warnings, *_doubtful(sums, plan, sink.receipts))
         content = manifest(
             plan,
             sink.receipts,
@@ -134,6 +154,8 @@ def _doubtful(sums: Totals, plan: Plan, receipts: Mapping[str, Receipt]) -> list
     warnings = []
     if not sums.changed and not any(job.operation == "cast" for job in plan.jobs):
         warnings.append("the output equals the base: no element of any tensor changed")
+    elif _updates_nothing(receipts):
+        warnings.append("ΔW is zero in every tensor: the output is the base, in another dtype")
     warnings += _too_large(plan, receipts)
     narrow = ", ".join(sorted({job.dtype for job in plan.jobs if not job.is_copy}))
     if sums.survival is not None and sums.survival < 0:
@@ -148,6 +170,11 @@ def _doubtful(sums: Totals, plan: Plan, receipts: Mapping[str, Receipt]) -> list
             f"{narrow}: --dtype float32 keeps all of it"
         )
     return warnings
+
+
+def _updates_nothing(receipts: Mapping[str, Receipt]) -> bool:
+    found = [receipt.delta for receipt in receipts.values() if receipt.delta is not None]
+    return bool(found) and not any(found)
 
 
 # A new head, a trained bias or token may well outweigh what was there.

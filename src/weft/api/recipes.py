@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from weft.api import names_adapter
-from weft.api._execution import Report, execute
+from weft.api._execution import Report, check_place, execute
 from weft.core import events, units
 from weft.core.errors import NotFound, PlanError, Problem, Unsupported, WeftError
 from weft.formats import checkpoint as checkpoints
@@ -77,37 +77,26 @@ def run(
     Raises:
         WeftError: See `weft.core.errors`; the output is not there, and `resume` may finish it.
     """
-    from weft.execute import threads as executor
     from weft.write.card import recipe_card
 
     begin = time.perf_counter()
-    place = executor.pick_device(device)
-    count = executor.pick_threads(threads)
-    made = plan_run(
-        recipe,
-        output=output,
-        seed=seed,
-        max_shard_size=max_shard_size,
-        threads=count,
-        device=device,
-        force=force,
-        resume=resume,
-        cache_dir=cache_dir,
-    )
+    count = check_place(device, threads)
+    recipes = read_recipe(recipe)
+    opened = _Models(cache_dir)
+    plan = _plan(recipes, opened, seed, max_shard_size)
+    last, credits = recipes[-1], opened.credits()
     command = command or f"weft.run({str(recipe)!r}, output={str(output)!r}, seed={seed})"
     weft = version("weft")
     return execute(
-        made.plan,
+        plan,
         Path(output),
         operation="run",
         command=command,
-        card=lambda sums: recipe_card(
-            made.recipe, made.credits, sums, command=command, version=weft
-        ),
-        warnings=made.warnings,
+        card=lambda sums: recipe_card(last, credits, sums, command=command, version=weft),
+        examine=opened.examine,
         begin=begin,
         threads=count,
-        device=place,
+        device=device,
         force=force,
         resume=resume,
         on_event=on_event,
@@ -131,20 +120,17 @@ def plan_run(
     Raises:
         WeftError: What `run` would stop at before it writes.
     """
-    from weft.execute.threads import pick_device, pick_threads
     from weft.plan.preflight import measure
     from weft.write.checkpoint import check_output
 
-    pick_device(device)
-    threads = pick_threads(threads)
-    size = None if max_shard_size is None else units.parse_size(str(max_shard_size))
+    threads = check_place(device, threads)
     recipes = read_recipe(recipe)
     opened = _Models(cache_dir)
-    plan = _plan(recipes, opened, seed, size)
+    plan = _plan(recipes, opened, seed, max_shard_size)
     if output is not None:
         check_output(Path(output), plan, force=force, resume=resume)
     last = recipes[-1]
-    warnings = (*opened.warnings, *plan.warnings)
+    warnings = (*opened.examine(), *plan.warnings)
     return RunPlan(last, plan, measure(plan, threads), opened.credits(), warnings)
 
 
@@ -168,8 +154,11 @@ def read_recipe(path: str | Path) -> list[Recipe]:
     return read(text, path.name)
 
 
-def _plan(recipes: Sequence[Recipe], opened: _Models, seed: int, size: int | None) -> Plan:
+def _plan(
+    recipes: Sequence[Recipe], opened: _Models, seed: int, max_shard_size: str | int | None
+) -> Plan:
     """Plan every document; each but the last becomes a model of those after it."""
+    size = None if max_shard_size is None else units.parse_size(str(max_shard_size))
     from weft.plan._views import outcome
     from weft.plan.recipe import plan_recipe
 
@@ -226,7 +215,6 @@ class _Models:
         self._cache_dir = cache_dir
         self._bases: dict[tuple[str, str | None], Checkpoint] = {}
         self._adapters: dict[tuple[str, str | None], Adapter] = {}
-        self.warnings: list[str] = []
 
     def view(self, name: ModelName) -> View:
         """A model with its adapters, as a plan.
@@ -250,6 +238,26 @@ class _Models:
         given = (base.given, *(adapter.given for adapter, _ in adapters))
         return view(str(name), plan, base, given, name.override_architecture)
 
+    def examine(self) -> list[str]:
+        """Warnings that the adapters' numbers give rise to.
+
+        Raises:
+            PlanError: Numbers that forbid a merge.
+        """
+        if not self._adapters:
+            return []
+        from weft.execute.health import examine
+
+        problems: list[Problem] = []
+        warnings: list[str] = []
+        for adapter in self._adapters.values():
+            found, said = examine(adapter)
+            problems += found
+            warnings += said
+        if problems:
+            raise PlanError(", ".join(a.given for a in self._adapters.values()), problems)
+        return warnings
+
     def credits(self) -> tuple[str, ...]:
         """Everything that was opened, in that order."""
         bases = [base.given for base in self._bases.values()]
@@ -264,16 +272,8 @@ class _Models:
         return self._bases[key]
 
     def _adapter(self, path: str, revision: str | None) -> Adapter:
-        from weft.execute.health import examine
-
         key = (path, revision)
         if key not in self._adapters:
             folder = resolve(path, revision=revision, cache_dir=self._cache_dir)
-            given = f"{path}@{revision}" if revision else path
-            adapter = open_adapter(folder, given)
-            problems, warnings = examine(adapter)
-            if problems:
-                raise PlanError(given, problems)
-            self.warnings += warnings
-            self._adapters[key] = adapter
+            self._adapters[key] = open_adapter(folder, f"{path}@{revision}" if revision else path)
         return self._adapters[key]

@@ -43,10 +43,11 @@ def merge(
     BASE is a folder, a .safetensors file or org/name@revision; leave it out to take the one that
     the adapter names. ADAPTER is a PEFT folder or org/name, with a weight behind it if it is not 1.
 
-    Examples:
-        weft merge BASE ADAPTER -o OUT
-        weft merge BASE ADAPTER:0.7 OTHER:0.3 -o OUT
-        weft merge BASE ADAPTER -o OUT --dry-run
+    For example:
+
+    - weft merge BASE ADAPTER -o OUT
+    - weft merge BASE ADAPTER:0.7 OTHER:0.3 -o OUT
+    - weft merge BASE ADAPTER -o OUT --dry-run
 
     Parameters
     ----------
@@ -158,8 +159,7 @@ def inspect(
 
 
 def doctor(
-    adapter: str,
-    *,
+    *paths: Annotated[str, Parameter(name="ADAPTER")],
     base: str | None = None,
     fix: Flag = False,
     output: Annotated[Path | None, Parameter(name=["--output", "-o"])] = None,
@@ -167,24 +167,27 @@ def doctor(
     revision: str | None = None,
     cache_dir: str | None = None,
     json: Annotated[bool, Parameter(name="--json", negative=())] = False,
+    quiet: Quiet = False,
 ) -> None:
     """Say what an adapter is, whether it fits a base, and what is wrong with it.
 
     Exit code 0: sound; 1: problems that are repaired or doubtful; 2: it cannot be merged.
 
-    Examples:
-        weft doctor ADAPTER
-        weft doctor ADAPTER --base BASE
-        weft doctor ADAPTER --base BASE --fix -o FIXED
+    For example:
+
+    - weft doctor ADAPTER
+    - weft doctor ADAPTER --base BASE
+    - weft doctor ADAPTER --base BASE --fix -o FIXED
 
     Parameters
     ----------
-    adapter
+    paths
         A folder, a file or org/name@revision.
     base
         The model that it should fit.
     fix
-        Write a sound copy to --output: a PEFT folder that PEFT loads without a warning.
+        Write a sound copy to --output: a PEFT folder that PEFT loads without a warning. Adapters of
+        other tools need --base for it.
     output
         Folder to create.
     force
@@ -195,23 +198,42 @@ def doctor(
         The hub's cache, in place of the one under HF_HOME.
     json
         Print one JSON object on stdout.
+    quiet
+        Nothing but errors, and what --json prints: the exit code is the answer.
     """
     from weft import diagnosis
 
-    if fix != (output is not None):
-        raise WeftError(
-            "--fix needs a folder to write to" if fix else "-o is where --fix writes",
-            "weft doctor ADAPTER --fix -o FIXED",
-        )
+    adapter = _patient(paths, base, output, fix=fix)
     found = diagnosis.doctor(
         adapter, base, fix=output, force=force, revision=revision, cache_dir=cache_dir
     )
-    emit(show.diagnosis_as_dict(found) if json else show.diagnosis_as_text(found))
-    if output is not None:
+    if json or not quiet:
+        emit(show.diagnosis_as_dict(found) if json else show.diagnosis_as_text(found))
+    if output is not None and not quiet:
         doubts = any(finding.level == "warning" for finding in found.findings)
         rest = "; the warnings above hold of it, too" if doubts else ""
-        console.say("note", f"{output} holds the copy with sound keys{rest}")
+        console.say("note", f"{output} holds the copy, as PEFT saves it{rest}")
     sys.exit(["sound", "problems", "unusable"].index(found.verdict))
+
+
+def _patient(paths: tuple[str, ...], base: str | None, output: Path | None, *, fix: bool) -> str:
+    """The one adapter that is meant; what else stands there was meant for an option."""
+    if not paths:
+        raise WeftError("no adapter given", "weft doctor ADAPTER")
+    adapter, *others = paths
+    if others:
+        rest = f"--fix -o {others[0]}" if fix and output is None else f"--base {others[0]}"
+        own = base is None or "-o" in rest
+        raise WeftError(
+            f"doctor examines one adapter, and {len(paths)} paths are given: {', '.join(paths)}",
+            f"weft doctor {adapter} {rest}" if own else f"weft doctor {adapter} --base {base}",
+        )
+    if fix != (output is not None):
+        raise WeftError(
+            "--fix needs a folder to write to" if fix else "-o is where --fix writes",
+            f"weft doctor {adapter} --fix -o {output or 'FIXED'}",
+        )
+    return adapter
 
 
 def demo(

@@ -39,10 +39,11 @@ def run(
     RECIPE is a MergeKit YAML file, as it is; a model in it may be model+adapter, with several
     adapters and weights too: model+a:0.7+b:0.3.
 
-    Examples:
-        weft run recipe.yml -o OUT
-        weft run recipe.yml --check
-        weft run recipe.yml -o OUT --dry-run
+    For example:
+
+    - weft run recipe.yml -o OUT
+    - weft run recipe.yml --check
+    - weft run recipe.yml -o OUT --dry-run
 
     Parameters
     ----------

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
     from weft.api import MergePlan, Report
     from weft.demo import Demo
-    from weft.diagnosis import Diagnosis, Finding
+    from weft.diagnosis import Diagnosis
 
 SCHEMA = 1
 # Kinds whose A has as many rows as their rank, or as that of all their parts.
@@ -166,7 +166,7 @@ def inspection_as_dict(found: Checkpoint | Adapter) -> dict[str, Any]:
     """`weft inspect --json`."""
     common = {
         "schema": SCHEMA,
-        "path": found.folder,
+        "path": _path(found),
         "bytes": sum(ref.nbytes for ref in found.tensors.values()),
         "parameters": sum(ref.numel for ref in found.tensors.values()),
         "dtypes": _dtypes(found),
@@ -195,6 +195,7 @@ def inspection_as_dict(found: Checkpoint | Adapter) -> dict[str, Any]:
         "scalings": sorted(_scalings(found)),
         "modules": {entry.target: entry.kind for entry in found.entries},
         "notes": list(found.notes),
+        "obstacles": [asdict(obstacle) for obstacle in found.obstacles],
     }
 
 
@@ -202,10 +203,9 @@ def diagnosis_as_text(found: Diagnosis) -> str:
     """What `weft doctor` prints: the adapter, what was found, and the verdict last."""
     lines = []
     if found.adapter is not None:
-        lines += [inspection_as_text(replace(found.adapter, notes=())), ""]
-    for (level, _, cure), (first, *others) in _alike(found.findings).items():
-        more = f" (and {len(others)} more like it)" if others else ""
-        lines.append(f"{level:8}  {clean(first)}{more}")
+        lines += [inspection_as_text(replace(found.adapter, notes=(), obstacles=())), ""]
+    for level, what, cure in _alike((f.level, f.what, f.cure) for f in found.findings):
+        lines.append(f"{level:8}  {clean(what)}")
         if cure:
             lines.append(f"{'':8}  -> {clean(cure)}")
     fits = f", and fits {found.base}" if found.plan else ""
@@ -218,13 +218,15 @@ def diagnosis_as_text(found: Diagnosis) -> str:
     return "\n".join([*lines, *([""] if found.findings else []), verdict])
 
 
-def _alike(findings: Iterable[Finding]) -> dict[tuple[str, str, str | None], list[str]]:
-    """What is the same in every layer is one line."""
+def _alike(said: Iterable[tuple[str, str, str | None]]) -> list[tuple[str, str, str | None]]:
+    """(level, what, cure); what is the same in every layer is one line."""
     found: dict[tuple[str, str, str | None], list[str]] = defaultdict(list)
-    for finding in findings:
-        pattern = re.sub(r"(?<=[._])\d+(?=[._])", "*", finding.what)
-        found[finding.level, pattern, finding.cure].append(finding.what)
-    return found
+    for level, what, cure in said:
+        found[level, re.sub(r"(?<=[._])\d+(?=[._])", "*", what), cure].append(what)
+    return [
+        (level, first + (f" (and {len(others)} more like it)" if others else ""), cure)
+        for (level, _, cure), (first, *others) in found.items()
+    ]
 
 
 def diagnosis_as_dict(found: Diagnosis) -> dict[str, Any]:
@@ -251,7 +253,7 @@ def _checkpoint_rows(found: Checkpoint) -> list[tuple[str, str]]:
     tied = config.get("tie_word_embeddings")
     return [
         ("kind", "base model"),
-        ("path", found.folder),
+        ("path", _path(found)),
         ("model", f"{names or 'no config.json'}{', ' + shape if shape else ''}"),
         ("size", f"{parameters} parameters, {show_size(found.nbytes)}"),
         ("tensors", f"{len(found.tensors)} in {count_of(len(found.shards), 'shard')}"),
@@ -263,6 +265,12 @@ def _checkpoint_rows(found: Checkpoint) -> list[tuple[str, str]]:
         ("left out", ", ".join(found.left_out)),
         *_origin_rows(found),
     ]
+
+
+def _path(found: Checkpoint | Adapter) -> str:
+    """The folder, or the one file in it that was asked for."""
+    given = Path(found.given).expanduser()
+    return str(given.absolute()) if given.is_file() else found.folder
 
 
 def _origin_rows(found: Checkpoint) -> list[tuple[str, str]]:
@@ -292,7 +300,7 @@ def _adapter_rows(found: Adapter) -> list[tuple[str, str]]:
     size = show_size(sum(ref.nbytes for ref in found.tensors.values()))
     return [
         ("kind", f"adapter, {_adapter_line(found)}"),
-        ("path", found.folder),
+        ("path", _path(found)),
         ("base", (found.base_model or "not named") + _at(found.revision)),
         ("task", str(config.get("task_type") or "")),
         ("size", f"{parameters} parameters, {size}"),
@@ -304,6 +312,7 @@ def _adapter_rows(found: Adapter) -> list[tuple[str, str]]:
         ("beside", ", ".join(found.side_files)),
         ("left out", ", ".join(found.left_out)),
         *(("note", note) for note in found.notes),
+        *(row[:2] for row in _alike(("not merged", o.what, None) for o in found.obstacles)),
     ]
 
 
@@ -322,6 +331,8 @@ def _adapter_line(adapter: Adapter) -> str:
         parts.append(f"rank {_range(ranks)}")
         parts += [f"alpha {config['lora_alpha']}"] if "lora_alpha" in config else []
         parts.append(f"scaling {_range(scalings)}")
+    elif not adapter.entries and type(config.get("r")) is int:
+        parts.append(f"rank {config['r']}")
     return ", ".join(parts)
 
 

@@ -17,6 +17,7 @@ from functools import cached_property
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 if TYPE_CHECKING:
+    from weft.core.errors import Problem
     from weft.core.selection import Selection
 
 Shape = tuple[int, ...]
@@ -204,6 +205,7 @@ class Adapter:
         moved_base: The initialisation, by name, if it took its factors off the base.
         format: The tool whose layout the files have.
         flattened: Its modules' paths have underscores for dots.
+        obstacles: Why it was not read to its end: it has no entries then, and is not merged.
     """
 
     given: str
@@ -224,6 +226,7 @@ class Adapter:
     moved_base: str | None = None
     format: str = "PEFT"
     flattened: bool = False
+    obstacles: tuple[Problem, ...] = field(default=(), repr=False)
 
     @property
     def files(self) -> tuple[str, ...]:

@@ -16,7 +16,7 @@ from weft.core.specs import AddDeltas, Delta, Expression, Load, Merge, Rows, sha
 from weft.methods import Block, Task
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Hashable, Iterator, Sequence
+    from collections.abc import Callable, Collection, Hashable, Iterator, Sequence
 
     from torch import Tensor
 
@@ -83,15 +83,15 @@ class _Source:
             workspace.load(self._evaluator.files, ref, start, stop, out[start:stop])
         return out.view(ref.shape)
 
-    def shared(self, role: str) -> Tensor:
+    def shared(self, role: str, make: Callable[[Tensor], Tensor] | None = None) -> Tensor:
         ref = self._refs[role]
-        key = (ref.file, ref.start, ref.dtype, ref.shape, self._evaluator.dtype)
-        found = self._evaluator.shared.get(key, lambda: self._load(role))
+        key = (ref.file, ref.start, ref.dtype, ref.shape, self._evaluator.dtype, make)
+        found = self._evaluator.shared.get(key, lambda: self._load(role, make))
         self._evaluator.keep(found)
         return found
 
-    def _load(self, role: str) -> Tensor:
-        values = self.whole(role)
+    def _load(self, role: str, make: Callable[[Tensor], Tensor] | None) -> Tensor:
+        values = make(self.shared(role)) if make else self.whole(role)
         self._evaluator.synchronise()  # other threads read it on their own streams
         return values
 
@@ -395,11 +395,18 @@ class _Blocks:
         self._helpers = helpers
         self._path = path
 
-    def map(self, function: Callable[[Block], Any], sample: int | None = None) -> list[Any]:
+    def map(
+        self,
+        function: Callable[[Block], Any],
+        sample: int | None = None,
+        only: Collection[int] | None = None,
+    ) -> list[Any]:
         numel = torch.Size(shape_of(self._expression)).numel()
         pieces = self._evaluator.cut(0, numel // max(self._evaluator.columns, 1))
         if sample is not None and sample < numel:
             pieces = _sampled(pieces, sample / numel)
+        if only is not None:
+            pieces = [piece for number, piece in enumerate(pieces) if number in only]
 
         def one(start: int, stop: int) -> Any:
             return function(self._evaluator.block(self._expression, start, stop, self._path))

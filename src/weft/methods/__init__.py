@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar, cast
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping, Sequence
+    from collections.abc import Callable, Collection, Mapping, Sequence
 
     from torch import Tensor
 
@@ -101,10 +101,16 @@ class Block:
 class Blocks(Protocol):
     """All blocks of a tensor."""
 
-    def map(self, function: Callable[[Block], T], sample: int | None = None) -> list[T]:
+    def map(
+        self,
+        function: Callable[[Block], T],
+        sample: int | None = None,
+        only: Collection[int] | None = None,
+    ) -> list[T]:
         """`function` of every block, in the order of the rows; several run at once.
 
         `sample`: of about so many elements only, spread over the tensor.
+        `only`: of the blocks with these numbers; every `map` without `sample` cuts alike.
         """
 
 
@@ -122,6 +128,9 @@ class Method(Protocol):
 
     # Also, where there is something to be known of the whole tensor first:
     #     def prepare(task: Task, blocks: Blocks) -> Any
+    #
+    # And where some values of the parameters make no sense, what is wrong with them, if anything:
+    #     def check(task: Task) -> str | None
 
     def block(self, task: Task, state: Any, block: Block) -> Tensor:
         """The merged rows: a tensor of its own, or one of the block's."""
@@ -136,6 +145,12 @@ def names() -> list[str]:
 def method(name: str) -> Method:
     """The method called `name`, one of `names()`."""
     return cast("Method", importlib.import_module(f"{__name__}.{name}"))
+
+
+def check(own: Method, task: Task) -> str | None:
+    """What is wrong with the parameters of `task`, if anything; nothing is read for it."""
+    ask = getattr(own, "check", None)
+    return ask(task) if ask else None
 
 
 def prepare(own: Method, task: Task, blocks: Blocks) -> Any:

@@ -10,8 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from weft.core.errors import PlanError, Problem
 from weft.core.specs import SideFile
-from weft.formats.side_files import TEMPLATE, TOKENIZER, part_of
-from weft.plan._chat_template import with_template
+from weft.formats.side_files import TOKENIZER, part_of
 from weft.plan._replicated import DEPTH, per_layer, told_by_number
 from weft.plan._side_files import patched
 from weft.plan._slices import sequence
@@ -72,10 +71,11 @@ def recipe_files(
         files |= {side.name: side for side in vocabulary.files}
         notes += vocabulary.notes
     if recipe.chat_template:
+        from weft.plan._chat_template import with_chat_template
+
         folders = {name: view.tokenizer for name, view in views.items()}
-        template, said = with_template(recipe.chat_template, folders, files)
-        files = {name: side for name, side in files.items() if part_of(name) != TEMPLATE}
-        files |= template
+        found, said = with_chat_template(recipe.chat_template, folders, list(files.values()))
+        files = {side.name: side for side in found}
         notes += said
     if "README.md" in files:
         del files["README.md"]

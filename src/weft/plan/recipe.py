@@ -155,9 +155,14 @@ def _tensors(draft: _Draft, each: Planned) -> list[tuple[Source, TensorJob]] | N
                 )
             )
             return None
-        if draft.vocabulary:
-            job = arranged(draft.vocabulary, source.model, name, job, draft.views)
         found.append((source, job))
+    if draft.vocabulary:
+        base = draft.recipe.base_model
+        try:
+            found = arranged(draft.vocabulary, each.slice, base, each.name, found, draft.views)
+        except PlanError as error:
+            draft.problems += error.problems
+            return None
     shapes = {job.shape for _, job in found}
     if len(shapes) > 1:
         what = ", ".join(f"{list(job.shape)} in {source.model}" for source, job in found)

@@ -141,7 +141,7 @@ def origin(found: Checkpoint) -> Origin | None:
         return Origin(
             version=str(content["weft"]),
             created=created if created is None else str(created),
-            base=folders.pop("base" if "base" in folders else next(iter(folders))),
+            base=folders.pop(min(folders, key=lambda role: role != "base")),  # or the first model
             adapters=tuple(folders.values()),
             survival=None if survival is None else float(survival),
             command=str(content["command"]),

@@ -1,0 +1,140 @@
+"""Generalised task arithmetic: sparsified task vectors, weighted, perhaps by vote, on the base.
+
+dᵢ = xᵢ − b is sparsified, by `rescale` multiplied by ‖dᵢ‖₁ / ‖sparsified dᵢ‖₁, and eᵢ = wᵢ dᵢ. Then
+
+- without consensus: m = Σ eᵢ and v = Σ wᵢ (1 where |v| < 1e-8);
+- with it: only those eᵢ count in an element whose sign is that of Σ eᵢ (+ if that is 0; an eᵢ of 0
+  never counts), m is their sum and v the sum of their weights (1 where v = 0);
+
+and y = b + λ m, or b + λ m / v by `normalize`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from weft.methods import Parameter, _sparsify
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from torch import Tensor
+
+    from weft.methods import Block, Blocks, Task
+    from weft.methods._sparsify import Keep
+
+LEAST = 1e-7  # an L1 norm below it is that of nothing, and not rescaled to
+
+
+def parameters(*, normalize: bool, rescale: bool, **more: Parameter) -> dict[str, Parameter]:
+    """What all of these methods take, with their defaults, and what one has more."""
+    return {
+        "weight": Parameter("share of the model's task vector", each=True),
+        "density": Parameter("share of the task vector's elements that is kept", float, 1.0, True),
+        **more,
+        "lambda": Parameter("factor of the merged task vector", float, 1.0),
+        "normalize": Parameter("divide by the sum of the weights that count", bool, normalize),
+        "rescale": Parameter("give a task vector its L1 norm back", bool, rescale),
+        "int8_mask": Parameter("accepted; it never changed the values", bool, False),
+    }
+
+
+@dataclass(frozen=True, slots=True)
+class Part:
+    """What becomes of one task vector: sparsified, then multiplied."""
+
+    keep: Keep
+    factor: float = 1.0
+
+
+def rescaled(task: Task, blocks: Blocks, keeps: Sequence[Keep]) -> list[Part]:
+    """Parts of the task vectors; by `rescale`, after a pass that takes the norms.
+
+    That pass also records what it keeps, so that nothing is drawn or ranked a second time.
+    """
+    if not task.params["rescale"] or all(keep is _sparsify.everything for keep in keeps):
+        return [Part(keep) for keep in keeps]
+
+    def measure(block: Block) -> list[tuple[float, float, int, int, _sparsify.Array | None]]:
+        found: list[tuple[float, float, int, int, _sparsify.Array | None]] = []
+        for keep, each in zip(keeps, block.inputs, strict=True):
+            values = each.reshape(-1)
+            if keep is _sparsify.everything:
+                found.append((1.0, 1.0, block.start, len(values), None))
+                continue
+            before = _norm(values.abs_())
+            keep(block.start, values)
+            bits = _sparsify.nonzero_bits(values)
+            found.append((before, _norm(values), block.start, len(values), bits))
+        return found
+
+    measured = blocks.map(measure)
+    parts = []
+    for number, keep in enumerate(keeps):
+        record = _sparsify.Recorded()
+        own = [each[number] for each in measured]
+        for _, _, start, count, bits in own:
+            if bits is not None:
+                record.add(start, count, bits)
+        before, after = sum(each[0] for each in own), sum(each[1] for each in own)
+        factor = before / after if min(before, after) >= LEAST else 1.0
+        parts.append(Part(keep) if keep is _sparsify.everything else Part(record, factor))
+    return parts
+
+
+def _norm(magnitudes: Tensor) -> float:
+    step = _sparsify.PIECE
+    return sum(float(magnitudes[n : n + step].sum()) for n in range(0, len(magnitudes), step))
+
+
+def merge(task: Task, parts: Sequence[Part], block: Block, *, consensus: bool) -> Tensor:
+    """The rows y, in the memory of an input; the base itself where there is no input."""
+    assert block.base is not None
+    if not block.inputs:
+        return block.base
+    for part, each in zip(parts, block.inputs, strict=True):
+        part.keep(block.start, each.reshape(-1))
+    weights = [float(weight) for weight in task.of_each("weight")]
+    factors = [weight * part.factor for weight, part in zip(weights, parts, strict=True)]
+    scale = float(task.params["lambda"])
+    normalize = bool(task.params["normalize"])
+    if not consensus:
+        total = sum(weights)
+        if normalize and abs(total) >= 1e-8:
+            scale /= total
+        for factor, each in zip(factors, block.inputs, strict=True):
+            each.mul_(factor * scale)
+        for each in block.inputs[1:]:
+            block.inputs[0].add_(each)
+        return block.inputs[0].add_(block.base)
+    flat = [each.reshape(-1) for each in (block.base, *block.inputs)]
+    step = _sparsify.PIECE if block.base.device.type == "cpu" else max(flat[0].numel(), 1)
+    for start in range(0, flat[0].numel(), step):
+        base, *inputs = [each[start : start + step] for each in flat]
+        for factor, each in zip(factors, inputs, strict=True):
+            each.mul_(factor)
+        _vote(inputs, weights if normalize else None)
+        inputs[0].mul_(scale).add_(base)
+    return block.inputs[0]
+
+
+def _vote(inputs: Sequence[Tensor], weights: Sequence[float] | None) -> None:
+    """Into the first of `inputs`: the sum of what the majority wants, or with weights its mean."""
+    import torch
+
+    sign = inputs[0].clone()
+    for each in inputs[1:]:
+        sign.add_(each)
+    sign.ge_(0).mul_(2).sub_(1)
+    mixed = torch.zeros_like(sign)
+    share = torch.zeros_like(sign)
+    for number, each in enumerate(inputs):
+        each.mul_(sign).clamp_(min=0)
+        mixed.add_(each)
+        if weights is not None:
+            share.add_(each.gt_(0), alpha=weights[number])
+    if weights is not None:
+        # 1 where nothing counts, or what counts cancels.
+        mixed.div_(share.add_(torch.eq(share, 0, out=torch.empty_like(share))))
+    torch.mul(mixed, sign, out=inputs[0])

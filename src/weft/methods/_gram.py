@@ -1,0 +1,65 @@
+"""Inner products of whole tensors: many methods are a weighted sum whose weights they give.
+
+One pass over the blocks gives the Gram matrix Gᵢⱼ = ⟨xᵢ, xⱼ⟩ in float64; norms, angles and
+iterations on the sphere are then arithmetic on a few numbers.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    import numpy as np
+    from torch import Tensor
+
+    from weft.methods import Block, Blocks
+
+    Matrix = np.ndarray[Any, np.dtype[np.float64]]
+
+PART = 2**16  # elements whose products are added in the dtype of the blocks
+
+
+def gram(blocks: Blocks, *, base: bool = False) -> Matrix:
+    """⟨xᵢ, xⱼ⟩ for all inputs (n, n); with `base`, that is number 0 before them."""
+
+    def products(block: Block) -> list[list[float]]:
+        tensors = [*([block.base] if base and block.base is not None else []), *block.inputs]
+        flat = [each.reshape(-1) for each in tensors]
+        return [[dot(one, other) for other in flat[: n + 1]] for n, one in enumerate(flat)]
+
+    import numpy as np
+
+    parts = blocks.map(products)
+    count = len(parts[0])
+    total = np.zeros((count, count))
+    for part in parts:
+        for n, row in enumerate(part):
+            total[n, : n + 1] += row
+    return np.tril(total) + np.tril(total, -1).T
+
+
+def dot(one: Tensor, other: Tensor) -> float:
+    """⟨one, other⟩ of vectors of one dtype, in partial sums."""
+    import torch
+
+    step = PART if one.device.type == "cpu" else max(one.numel(), 1)
+    starts = range(0, one.numel(), step)
+    return sum(float(torch.dot(one[n : n + step], other[n : n + step])) for n in starts)
+
+
+def combine(weights: Sequence[float], inputs: Sequence[Tensor]) -> Tensor:
+    """Σ wᵢ xᵢ, in the memory of the first."""
+    total = inputs[0].mul_(weights[0])
+    for weight, each in zip(weights[1:], inputs[1:], strict=True):
+        total.add_(each, alpha=weight)
+    return total
+
+
+def norm(products: Matrix, weights: Sequence[float] | Matrix) -> float:
+    """‖Σ wᵢ xᵢ‖ of vectors with these inner products."""
+    import numpy as np
+
+    w = np.asarray(weights)
+    return float(np.sqrt(max(w @ products @ w, 0.0)))

@@ -1,0 +1,269 @@
+"""Which elements of a task vector are kept: by magnitude, at random, or by rank in their row.
+
+Each is a callable (number of the first element, flat values) that sets the others to 0 in place.
+"""
+
+from __future__ import annotations
+
+import math
+from bisect import bisect_right
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Protocol
+
+from weft.methods import Parameter, _random, _select
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    import numpy as np
+    from torch import Tensor
+
+    from weft.methods import Block, Blocks, Task
+    from weft.methods._select import Cut, Rank
+
+    Array = np.ndarray[Any, np.dtype[Any]]
+
+PIECE = 2**16  # elements at a time, that stay in the nearest cache
+
+
+class Keep(Protocol):
+    """What is kept of a task vector."""
+
+    def __call__(self, start: int, values: Tensor) -> None:
+        """Set to 0 what is not kept of `values` (n,), the elements from `start` on."""
+
+
+def everything(start: int, values: Tensor) -> None:
+    """All are kept."""
+
+
+def nothing(start: int, values: Tensor) -> None:
+    """None is kept."""
+    values.zero_()
+
+
+@dataclass(frozen=True, slots=True)
+class Magnitudes:
+    """Those with |d| from one bound on and up to another.
+
+    Attributes:
+        low: Of what is kept from below, or None.
+        high: Of what is kept from above, or None.
+        first: At the lower bound itself, the first elements are kept, not the last.
+    """
+
+    low: Cut | None
+    high: Cut | None = None
+    first: bool = True
+
+    def __call__(self, start: int, values: Tensor) -> None:
+        import torch
+
+        if self.low and self.low.value > 0:
+            for part, before in _sides(start, values, self.low.stop):
+                value, equal = self.low.value, before is self.first
+                below = _select.below(value, values) if equal else value
+                torch.hardshrink(part, below, out=part)
+        if self.high and self.high.value < math.inf:
+            for part, before in _sides(start, values, self.high.stop):
+                kept = part.abs()
+                part.mul_(kept.le_(self.high.value) if before else kept.lt_(self.high.value))
+
+
+def _sides(start: int, values: Tensor, stop: int) -> Iterator[tuple[Tensor, bool]]:
+    """What of `values` is before element `stop`, and what is not."""
+    edge = min(max(stop - start, 0), len(values))
+    if edge:
+        yield values[:edge], True
+    if edge < len(values):
+        yield values[edge:], False
+
+
+@dataclass(frozen=True, slots=True)
+class Bernoulli:
+    """Each with the same probability, on its own."""
+
+    key: str
+    density: float
+
+    def __call__(self, start: int, values: Tensor) -> None:
+        for at in range(0, len(values), PIECE):
+            part = values[at : at + PIECE]
+            part.mul_(_mask(_random.bernoulli(self.key, self.density, start + at, len(part)), part))
+
+
+@dataclass(frozen=True, slots=True)
+class ByRank:
+    """Each by the rank of its magnitude in its row: density ± epsilon, the largest likeliest.
+
+    An element of rank r, counted from the smallest of n at 0, is kept if r exceeds the random
+    number x = (u − density + ε) (n − 1) / 2ε, u uniform in [0, 1). So only the magnitude at place x
+    of the sorted row must be known. Equal elements share the mean of their ranks: of the places
+    that x rounds to, it is below the place itself for half.
+    """
+
+    key: str
+    density: float
+    epsilon: float
+    columns: int
+
+    def __call__(self, start: int, values: Tensor) -> None:
+        rows = values.view(-1, self.columns)
+        step = max(PIECE // self.columns, 1)
+        for at in range(0, len(rows), step):
+            part = rows[at : at + step]
+            part.mul_(_mask(self._kept(start + at * self.columns, part.abs()), part))
+
+    def _kept(self, start: int, magnitudes: Tensor) -> Array:
+        import numpy as np
+
+        ours: Array = magnitudes.float().cpu().numpy()
+        rows, count = ours.shape
+        # Magnitudes as whole numbers: their bits are in the same order.
+        bits = np.full((rows, count + 2), np.iinfo(np.int32).max, np.int32)
+        ours.view(np.int32)
+        bits[:, 0] = -1
+        bits[:, 1:-1] = ours.view(np.int32)
+        bits[:, 1:-1].sort(axis=1)
+        x = _random.uniform32(self.key, start, rows * count).reshape(rows, count)
+        if count == 1 or not self.epsilon:
+            return x < self.density * 2**32
+        scale = (count - 1) / (2 * self.epsilon)
+        x = np.multiply(x, np.float32(scale * 2**-32), dtype=np.float32, casting="unsafe")
+        x -= np.float32((self.density - self.epsilon) * scale)
+        place = np.rint(x)
+        before = x < place
+        at = np.clip(place, -1, count).astype(np.int64)
+        at += np.arange(1, rows * (count + 2), count + 2)[:, None]
+        kept: Array = ours.view(np.int32) + before > bits.ravel().take(at)
+        return kept
+
+
+@dataclass(slots=True)
+class Recorded:
+    """What another has kept, at one bit an element."""
+
+    starts: list[int] = field(default_factory=list)
+    counts: list[int] = field(default_factory=list)
+    bits: list[Array] = field(default_factory=list)
+
+    def add(self, start: int, count: int, bits: Array) -> None:
+        """The elements from `start` on; they follow those that were added before."""
+        self.starts.append(start)
+        self.counts.append(count)
+        self.bits.append(bits)
+
+    def __call__(self, start: int, values: Tensor) -> None:
+        import numpy as np
+
+        at, stop = start, start + len(values)
+        piece = bisect_right(self.starts, start) - 1
+        while at < stop:
+            first = at - self.starts[piece]
+            last = min(stop - self.starts[piece], self.counts[piece])
+            packed = self.bits[piece][first // 8 : -(-last // 8)]
+            kept = np.unpackbits(packed)[first % 8 :][: last - first]
+            part = values[at - start : at - start + last - first]
+            part.mul_(_mask(kept, part))
+            at += last - first
+            piece += 1
+
+
+def nonzero_bits(values: Tensor) -> Array:
+    """Packed: which of `values` (n,) are not 0."""
+    import numpy as np
+
+    bits: Array = np.packbits((values != 0).cpu().numpy())
+    return bits
+
+
+def _mask(kept: Array, like: Tensor) -> Tensor:
+    """0 and 1 on the device; NaN · 0 stays NaN, and is found out."""
+    import torch
+
+    return torch.from_numpy(kept.view("u1")).to(like.device)
+
+
+# ------------------------------------------------------------------- of all task vectors of a task
+
+GAMMA = Parameter("share of the largest elements that is dropped", float, 0.01, each=True)
+EPSILON = Parameter("how far a probability is from the density, at most", float, 0.15, each=True)
+
+
+def largest(task: Task, blocks: Blocks) -> list[Keep]:
+    """Of each the int(density · n) elements of largest |d|, at least one."""
+
+    def ranks(number: int, density: float) -> list[Rank]:
+        return [_select.Rank(number, max(1, int(density * task.numel)))]
+
+    densities = task.of_each("density")
+    asked = [ranks(n, each) if 0 < each < 1 else [] for n, each in enumerate(densities)]
+    found = _by_magnitude(task, blocks, asked)
+    return [
+        Magnitudes(cuts[0]) if cuts else _all_or_none(density)
+        for cuts, density in zip(found, densities, strict=True)
+    ]
+
+
+def without_outliers(task: Task, blocks: Blocks) -> list[Keep]:
+    """Of each the int(density · n) elements of largest |d| below the int(gamma · n) largest."""
+    count = task.numel
+    densities = task.of_each("density")
+    asked: list[list[Rank]] = []
+    for number, (density, gamma) in enumerate(zip(densities, task.of_each("gamma"), strict=True)):
+        target = int(density * count)
+        first = max(0, count - target - int(gamma * count))
+        ends = [_select.Rank(number, n, largest=False) for n in (first, first + target)]
+        asked.append(ends if density < 1 and target > 0 else [])
+    found = _by_magnitude(task, blocks, asked)
+    return [
+        Magnitudes(cuts[0], cuts[1], first=False) if cuts else _all_or_none(math.floor(density))
+        for cuts, density in zip(found, densities, strict=True)
+    ]
+
+
+def at_random(task: Task) -> list[Keep]:
+    """Of each every element with probability `density`."""
+    return [
+        Bernoulli(f"{number} {task.key}", density) if 0 < density < 1 else _all_or_none(density)
+        for number, density in enumerate(task.of_each("density"))
+    ]
+
+
+def by_rank(task: Task) -> list[Keep]:
+    """Of each every element with a probability by its rank in its row."""
+    columns = task.shape[-1] if task.shape else 1
+    return [
+        ByRank(f"{number} {task.key}", density, epsilon, columns)
+        if 0 < density < 1
+        else _all_or_none(density)
+        for number, (density, epsilon) in enumerate(
+            zip(task.of_each("density"), task.of_each("epsilon"), strict=True)
+        )
+    ]
+
+
+def check_ranks(task: Task) -> str | None:
+    """Probabilities that are none."""
+    for density, epsilon in zip(task.of_each("density"), task.of_each("epsilon"), strict=True):
+        if 0 < density < 1 and not 0 < density - epsilon <= density + epsilon < 1:
+            return (
+                f"density {density:g} with epsilon {epsilon:g}: density − epsilon and "
+                "density + epsilon must lie between 0 and 1"
+            )
+    return None
+
+
+def _all_or_none(density: float) -> Keep:
+    return everything if density > 0 else nothing
+
+
+def _by_magnitude(task: Task, blocks: Blocks, ranks: list[list[Rank]]) -> list[list[Cut]]:
+    """Cuts of |dᵢ| for the ranks of every input, in one search."""
+    flat = [rank for each in ranks for rank in each]
+    found = iter(_select.cuts(task.numel, blocks, _magnitude, flat))
+    return [[next(found) for _ in each] for each in ranks]
+
+
+def _magnitude(block: Block, number: int) -> Tensor:
+    return block.inputs[number].abs_()

@@ -1,0 +1,43 @@
+"""DELLA (arXiv:2406.11617): drops at random, the smallest rather; then the vote of TIES.
+
+y = b + λ Σ eᵢ [sign eᵢ = s] / Σ wᵢ [sign eᵢ = s], eᵢ = wᵢ drop(dᵢ), s = sign Σ eᵢ, as
+`weft.methods._arithmetic` says in full. drop keeps an element with a
+probability between density − ε and density + ε that grows with the rank of its |d| in its row, and
+then gives the task vector its L1 norm back.
+
+A row is one along the last dimension, and a vector is one row. Equal elements share their mean
+rank, and the only element of a row is kept with probability `density`. MergeKit ranks along the
+second dimension: the same for matrices, but for a stack of experts it goes down their columns.
+
+Defaults: density 1, ε (`epsilon`) 0.15, normalize true, rescale true, λ 1.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from weft.methods import _arithmetic, _sparsify
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from weft.methods import Block, Blocks, Task
+
+USE_WHEN = "As dare_ties, where large changes should be likelier to stay."
+PARAMETERS = _arithmetic.parameters(normalize=True, rescale=True, epsilon=_sparsify.EPSILON)
+BASE = "required"
+INPUTS = (0, None)
+TASK_VECTORS = True
+ROWS = True
+
+
+def check(task: Task) -> str | None:
+    return _sparsify.check_ranks(task)
+
+
+def prepare(task: Task, blocks: Blocks) -> list[_arithmetic.Part]:
+    return _arithmetic.rescaled(task, blocks, _sparsify.by_rank(task))
+
+
+def block(task: Task, state: list[_arithmetic.Part], block: Block) -> Tensor:
+    return _arithmetic.merge(task, state, block, consensus=True)

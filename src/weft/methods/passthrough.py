@@ -1,0 +1,26 @@
+"""Passthrough: y = scale · x of the only model, or x itself without a `scale`."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from weft.methods import Parameter
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from weft.methods import Block, Task
+
+USE_WHEN = "Layers are to be stacked, left out or repeated, or single tensors scaled."
+PARAMETERS = {
+    "scale": Parameter("factor of the tensor", each=True, base_too=True, optional=True),
+}
+BASE = "none"
+INPUTS = (1, 1)
+TASK_VECTORS = False
+ROWS = False
+
+
+def block(task: Task, state: None, block: Block) -> Tensor:
+    (scale,) = task.of_each("scale")
+    return block.inputs[0] if scale is None else block.inputs[0].mul_(scale)
