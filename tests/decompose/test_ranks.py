@@ -70,7 +70,7 @@ def test_signal_of_a_merged_adapter_is_its_rank(dtype: str, rank: int) -> None:
     tuned = exact.to(getattr(torch, dtype))
     noise = (tuned.double() - exact).square().sum()
     floor = noise_floor(shape, [mean_square_ulp(tuned, dtype)])
-    assert floor.energy == pytest.approx(float(noise), rel=0.03)
+    assert floor.energy == pytest.approx(float(noise), rel=0.06)
     if not rank:
         return
     difference = tuned.double() - W.double()

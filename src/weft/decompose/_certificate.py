@@ -8,10 +8,10 @@ and the first k eigenvalues of H are, in sum, at most those of any matrix that i
 μ ≥ ‖H₂‖ that is [[T, Sᵀ], [S, μI]], of which all but a small block is diagonal.
 
 `free_bound` takes μ = tr H₂ = ‖A‖² − tr T. `probed_bound` finds a μ by block Lanczos on H₂ from
-random vectors G that the basis knows nothing of (Hochstenbach, SIAM J. Matrix Anal. 34, 2013, for one
-vector): for a unit eigenvector v of the largest eigenvalue λ, and the Lanczos vectors Vⱼ = Pⱼ(H₂)G in
-which Pⱼ are known s × s polynomials, Σ ‖vᵀVⱼ‖² ≤ 1, and so σ_min(Σ Pⱼ(λ) Pⱼ(λ)ᵀ) ‖gᵀR₀⁻¹‖² ≤ 1 for
-the Gaussian gᵀ = vᵀG, whose length is below c with probability `_DOUBT`.
+random vectors G that the basis knows nothing of (Hochstenbach, SIAM J. Matrix Anal. 34, 2013, for
+one vector): for a unit eigenvector v of the largest eigenvalue λ, and the Lanczos vectors
+Vⱼ = Pⱼ(H₂) G of which Pⱼ are known s × s polynomials, Σ ‖vᵀVⱼ‖² ≤ 1. So σ_min(Σ Pⱼ(λ) Pⱼ(λ)ᵀ) is at
+most ‖gᵀR₀⁻¹‖⁻² for the Gaussian gᵀ = vᵀG, which is shorter than assumed with probability `_DOUBT`.
 """
 
 from __future__ import annotations
