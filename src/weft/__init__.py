@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from weft.api import MergePlan, Report, inspect, merge, plan_merge
+    from weft.api.extract import ExtractReport, extract
     from weft.api.recipes import RunPlan, plan_run, run
     from weft.api.resize import ResizeReport, resize
     from weft.core.errors import WeftError
@@ -14,12 +15,14 @@ if TYPE_CHECKING:
 
 _HOMES = {
     "Diagnosis": "weft.diagnosis",
+    "ExtractReport": "weft.api.extract",
     "MergePlan": "weft.api",
     "Report": "weft.api",
     "ResizeReport": "weft.api.resize",
     "RunPlan": "weft.api.recipes",
     "WeftError": "weft.core.errors",
     "doctor": "weft.diagnosis",
+    "extract": "weft.api.extract",
     "inspect": "weft.api",
     "merge": "weft.api",
     "plan_merge": "weft.api",
@@ -29,12 +32,14 @@ _HOMES = {
 }
 __all__ = [
     "Diagnosis",
+    "ExtractReport",
     "MergePlan",
     "Report",
     "ResizeReport",
     "RunPlan",
     "WeftError",
     "doctor",
+    "extract",
     "inspect",
     "merge",
     "plan_merge",

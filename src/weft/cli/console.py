@@ -21,7 +21,7 @@ def say(kind: str, text: str) -> None:
 
 
 @contextmanager
-def progress(*, quiet: bool) -> Iterator[OnEvent]:
+def progress(*, quiet: bool, verb: str = "merging") -> Iterator[OnEvent]:
     """A function to give to the library: it draws a bar in bytes, with rates, on a terminal.
 
     No bar where stderr is no terminal, or with HF_HUB_DISABLE_PROGRESS_BARS; nothing if `quiet`.
@@ -39,7 +39,7 @@ def progress(*, quiet: bool) -> Iterator[OnEvent]:
 
     console = Console(stderr=True)
     bar = Progress(
-        TextColumn("merging"),
+        TextColumn(verb),
         BarColumn(),
         DownloadColumn(),
         TextColumn(
