@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test test-slow bench lint format clean
+.PHONY: demo test test-slow bench corpus lint format clean
 
 demo: $(VENV)/.demo
 	$(BIN)/weft demo
@@ -25,6 +25,10 @@ format: $(VENV)/.dev
 bench: $(VENV)/.dev
 	$(BIN)/python benchmarks/merge.py --size 1b --rounds 5 --memory-8b
 	$(BIN)/python benchmarks/kinds.py
+
+# Adapters as ten releases of PEFT write them; their environments, 3 GB, are under .bench/.
+corpus: $(VENV)/.dev
+	$(BIN)/python tests/corpus/make.py $(ARGS)
 
 clean:
 	rm -rf $(VENV) .bench .pytest_cache .mypy_cache .ruff_cache .hypothesis dist

@@ -237,15 +237,16 @@ def judge(samples: dict[str, list[Sample]], torch: bool) -> list[Verdict]:
     return found
 
 
-def save(path: Path, options: argparse.Namespace, peers: list[str], result: dict[str, Any]) -> None:
+def save(
+    path: Path, options: argparse.Namespace, pythons: dict[str, str], result: dict[str, Any]
+) -> None:
     """Every sample, and what they were taken on and with."""
-    names = ("weft", *PEERS)
     content = {
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
         "size": options.size,
         "rounds": options.rounds,
         "machine": machine(BENCH),
-        "versions": {n: versions(p) for n, p in zip(names, [sys.executable, *peers], strict=False)},
+        "versions": {name: versions(python) for name, python in pythons.items()},
         **result,
     }
     path.parent.mkdir(exist_ok=True)
@@ -292,7 +293,8 @@ def main() -> None:
         "verdicts": [asdict(verdict) for verdict in verdicts],
         "samples": {name: [asdict(s) for s in found] for name, found in samples.items()},
     }
-    save(HERE / "results" / f"merge-{options.size}.json", options, peers, result)
+    pythons = dict(zip(("weft", *PEERS), [sys.executable, *peers], strict=False))
+    save(HERE / "results" / f"merge-{options.size}.json", options, pythons, result)
 
 
 if __name__ == "__main__":

@@ -16,7 +16,7 @@ from pathlib import Path
 
 import torch
 
-from weft.formats.safetensors import build_header
+from weft.formats.safetensors import build_header, read_header
 
 
 @dataclass(frozen=True)
@@ -149,6 +149,29 @@ def make_adapter(folder: Path, name: str, rank: int, targets: tuple[str, ...]) -
         "target_modules": sorted(targets),
     }
     (folder / "adapter_config.json").write_text(json.dumps(config, indent=2))
+
+
+def make_tuned(base: Path, folder: Path, seed: int) -> None:
+    """Write a full fine-tune of `base`: every matrix moved by a twentieth of its spread."""
+    partial = folder.with_name(folder.name + ".partial")
+    if partial.exists():
+        shutil.rmtree(partial)
+    partial.mkdir()
+    generator = torch.Generator().manual_seed(seed)
+    for path in sorted(base.iterdir()):
+        shutil.copyfile(path, partial / path.name)
+        if path.suffix != ".safetensors":
+            continue
+        with (partial / path.name).open("r+b") as file:
+            for ref in read_header(path).tensors:
+                if len(ref.shape) < 2:
+                    continue
+                file.seek(ref.start)
+                raw = torch.frombuffer(bytearray(file.read(ref.nbytes)), dtype=torch.bfloat16)
+                raw += torch.randn(raw.shape, dtype=torch.bfloat16, generator=generator) * 1e-3
+                file.seek(ref.start)
+                file.write(raw.view(torch.uint8).numpy().data)
+    partial.rename(folder)
 
 
 def make_all(folder: Path, name: str) -> None:

@@ -6,29 +6,36 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from weft.api import MergePlan, MergeReport, inspect, merge, plan_merge
+    from weft.api import MergePlan, Report, inspect, merge, plan_merge
+    from weft.api.recipes import RunPlan, plan_run, run
     from weft.core.errors import WeftError
     from weft.diagnosis import Diagnosis, doctor
 
 _HOMES = {
     "Diagnosis": "weft.diagnosis",
     "MergePlan": "weft.api",
-    "MergeReport": "weft.api",
+    "Report": "weft.api",
+    "RunPlan": "weft.api.recipes",
     "WeftError": "weft.core.errors",
     "doctor": "weft.diagnosis",
     "inspect": "weft.api",
     "merge": "weft.api",
     "plan_merge": "weft.api",
+    "plan_run": "weft.api.recipes",
+    "run": "weft.api.recipes",
 }
 __all__ = [
     "Diagnosis",
     "MergePlan",
-    "MergeReport",
+    "Report",
+    "RunPlan",
     "WeftError",
     "doctor",
     "inspect",
     "merge",
     "plan_merge",
+    "plan_run",
+    "run",
 ]
 
 

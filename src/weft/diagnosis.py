@@ -2,26 +2,25 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from weft import api
-from weft.core.errors import FormatError, PlanError, Unsupported, WeftError
+from weft.core.errors import FormatError, PlanError, Unsupported, WeftError, as_problems
 from weft.core.names import match
 from weft.core.units import some
-from weft.formats.adapters import open_adapter
+from weft.formats.adapters import describe_adapter
 from weft.formats.adapters._peft_config import matching
+from weft.formats.adapters._repairs import PREFIX
 from weft.formats.hub import resolve
-from weft.plan._coverage import NAMED_ELSEWHERE
+from weft.plan._coverage import unnamed
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
     from weft.core.errors import Problem
-    from weft.core.specs import Adapter, Plan
-
-PREFIX = "base_model.model."
+    from weft.core.specs import Adapter, Checkpoint, Plan
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,10 +45,11 @@ class Diagnosis:
 
     Attributes:
         given: What the user wrote.
-        adapter: As it was read, with its repairs; None if it could not be.
+        adapter: As it was read, with its repairs; None if not even its header could be.
         plan: The merge into the base, if one was given and it fits.
         base: What the user wrote for the base.
         findings: In the order in which they matter: problems first.
+        fits: The base, where the adapter fits it.
     """
 
     given: str
@@ -57,6 +57,7 @@ class Diagnosis:
     plan: Plan | None
     base: str | None
     findings: tuple[Finding, ...]
+    fits: Checkpoint | None = field(default=None, repr=False)
 
     @property
     def verdict(self) -> Literal["sound", "problems", "unusable"]:
@@ -81,7 +82,8 @@ def doctor(
     Args:
         adapter: Folder, file or `org/name@revision`.
         base: The model that it should fit.
-        fix: Folder for a sound copy: canonical keys that PEFT loads without a warning.
+        fix: Folder for a sound copy: a PEFT folder that PEFT loads without a warning. Of another
+            tool's adapter it needs `base`.
         force: Replace an adapter that is there already.
         revision: Of the base on the hub.
         cache_dir: The hub's cache, in place of HF_HOME's.
@@ -94,12 +96,9 @@ def doctor(
     given = str(adapter)
     path = resolve(given, cache_dir=cache_dir)
     try:
-        opened = open_adapter(path, given)
-    except PlanError as error:
-        found = Diagnosis(given, None, None, None, tuple(_problems(error.problems)))
-    except (FormatError, Unsupported) as error:
-        finding = Finding("problem", str(error), error.hint)
-        found = Diagnosis(given, None, None, None, (finding,))
+        opened = describe_adapter(path, given)
+    except (FormatError, Unsupported, PlanError) as error:
+        found = Diagnosis(given, None, None, None, tuple(_problems(as_problems(error))))
     else:
         found = _examine(opened, path, base, revision=revision, cache_dir=cache_dir)
     if fix is not None:
@@ -117,13 +116,15 @@ def _examine(
 ) -> Diagnosis:
     from weft.execute.health import examine
 
+    if adapter.obstacles:
+        return Diagnosis(adapter.given, adapter, None, None, tuple(_problems(adapter.obstacles)))
     problems, warnings = examine(adapter)
     findings = _problems(problems)
-    plan = None
+    plan = fits = None
     if base is not None:
         try:
             made = api.plan_merge(base, [path], revision=revision, cache_dir=cache_dir)
-            plan = made.plan
+            plan, fits = made.plan, made.inputs.base
             warnings = list(made.warnings)
             findings += [Finding("repaired", str(repair)) for repair in plan.repairs]
         except PlanError as error:
@@ -137,9 +138,8 @@ def _examine(
     findings += [Finding("note", note) for note in adapter.notes]
     order = ("problem", "warning", "repaired", "note")
     findings.sort(key=lambda finding: order.index(finding.level))
-    return Diagnosis(
-        adapter.given, adapter, plan, None if base is None else str(base), tuple(findings)
-    )
+    given = None if base is None else str(base)
+    return Diagnosis(adapter.given, adapter, plan, given, tuple(findings), fits)
 
 
 def _problems(problems: Iterable[Problem]) -> list[Finding]:
@@ -156,11 +156,9 @@ def _without_base(adapter: Adapter) -> list[Finding]:
         )
         cure = "weft merge needs --init-adapter: the initial adapter, or none for the moved base"
         found.append(Finding("warning", what, cure))
-    modules = dict.fromkeys(e.module for e in adapter.entries if e.kind not in NAMED_ELSEWHERE)
-    selection = adapter.selection
-    if selection and (unnamed := [m for m in modules if not selection.names(m)]):
+    if others := unnamed(adapter):
         what = (
-            f"{adapter.given} adapts {some(unnamed, 'module')}, which its config does not name in "
+            f"{adapter.given} adapts {some(others, 'module')}, which its config does not name in "
             "target_modules: PEFT would leave it out"
         )
         found.append(Finding("warning", what, "--base BASE says whether the base has it"))
@@ -186,7 +184,8 @@ def _caught_more(adapter: Adapter) -> list[Finding]:
 
 
 def _fix(found: Diagnosis, output: Path, *, force: bool) -> None:
-    from weft.write.adapter import write_adapter
+    from weft.write.adapter import Piece, write_adapter
+    from weft.write.peft_form import peft_form
 
     if found.adapter is None or found.verdict == "unusable":
         first = next(f for f in found.findings if f.level == "problem")
@@ -195,20 +194,21 @@ def _fix(found: Diagnosis, output: Path, *, force: bool) -> None:
             first.cure or "weft doctor without --fix lists all that is wrong",
         )
     adapter = found.adapter
-    if adapter.format != "PEFT":
-        raise WeftError(
-            f"{found.given} is an adapter of {adapter.format}, and --fix writes those of PEFT",
-            "merge it as it is: weft merge BASE ADAPTER -o OUT",
-        )
     beside = {name: Path(adapter.folder, name) for name in adapter.side_files}
-    if not adapter.keys:
+    if adapter.keys:
+        moved = _moved(adapter, found.plan)
+        refs = {_renamed(key, moved): adapter.tensors[old] for key, old in adapter.keys.items()}
+        tensors = {key: Piece(ref, ref.shape) for key, ref in refs.items()}
+        config = _config(adapter, moved)
+    elif found.plan is None or found.fits is None:
         raise WeftError(
-            f"{found.given} is an adapter of {adapter.format}, and only PEFT's are written",
-            "weft merge reads it as it is",
+            f"{found.given} is an adapter of {adapter.format}, and what its modules are called in "
+            "PEFT and how they lie there a base says",
+            "weft doctor ADAPTER --base BASE --fix -o FIXED",
         )
-    moved = _moved(adapter, found.plan)
-    tensors = {_renamed(key, moved): adapter.tensors[old] for key, old in adapter.keys.items()}
-    write_adapter(output, tensors, _config(adapter, moved), beside, force=force)
+    else:
+        tensors, config = peft_form(found.fits, adapter, found.plan)
+    write_adapter(output, tensors, config, beside, force=force)
 
 
 def _moved(adapter: Adapter, plan: Plan | None) -> dict[str, str]:
@@ -231,17 +231,17 @@ def _config(adapter: Adapter, moved: dict[str, str]) -> dict[str, Any]:
         WeftError: A pattern would match other modules than it did.
     """
     config = dict(adapter.config)
-    for field in ("alpha_pattern", "rank_pattern"):
+    for patterns in ("alpha_pattern", "rank_pattern"):
         for old, new in moved.items():
-            if matching(config.get(field), old) != matching(config.get(field), new):
+            if matching(config.get(patterns), old) != matching(config.get(patterns), new):
                 raise WeftError(
-                    f"{adapter.given} cannot be fixed: {field} names {old!r}, which {new!r} is "
+                    f"{adapter.given} cannot be fixed: {patterns} names {old!r}, which {new!r} is "
                     "called in the base",
-                    f"write {field} so that it matches both, such as by the module's last name",
+                    f"write {patterns} so that it matches both, such as by the module's last name",
                 )
-    for field in ("target_modules", "exclude_modules", "modules_to_save"):
-        if isinstance(config.get(field), list):
-            config[field] = [moved.get(name, name) for name in config[field]]
+    for names in ("target_modules", "exclude_modules", "modules_to_save"):
+        if isinstance(config.get(names), list):
+            config[names] = [moved.get(name, name) for name in config[names]]
     return config
 
 

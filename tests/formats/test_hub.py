@@ -288,6 +288,7 @@ class Hub(ThreadingHTTPServer):
         repos: Name -> file -> content.
         gated: Repositories that anybody may see and nobody may download.
         fetched: The files that were downloaded.
+        asked: The repositories whose files were asked for.
     """
 
     def __init__(self) -> None:
@@ -295,6 +296,7 @@ class Hub(ThreadingHTTPServer):
         self.repos: dict[str, dict[str, bytes]] = {}
         self.gated: set[str] = set()
         self.fetched: list[str] = []
+        self.asked: list[str] = []
         self.url = f"http://127.0.0.1:{self.server_address[1]}"
 
 
@@ -317,6 +319,8 @@ class Answers(BaseHTTPRequestHandler):
         """Nothing on stderr."""
 
     def _about(self, repo: str, rest: list[str]) -> None:
+        if rest[:1] != ["tree"]:
+            self.server.asked.append(repo)
         files = self.server.repos.get(repo)
         if files is None:
             self._answer(404, {"X-Error-Code": "RepoNotFound"})
@@ -487,3 +491,14 @@ def test_merge_by_names(filled: Path, tmp_path: Path) -> None:
     card = (out / "README.md").read_text()
     assert "- org/base\n- org/adapter\n" in card
     assert "base_model_relation: merge" in card
+    assert err.startswith("note: org/base is the base, as org/adapter names it\n")
+
+
+def test_a_run_asks_once(hub: Hub, tmp_path: Path) -> None:
+    """For the adapter, too, which is looked at before it is read: it may meanwhile change."""
+    hub.repos["org/base"] = base_files(3, tmp_path)
+    hub.repos["org/adapter"] = adapter_files(tmp_path, base_model_name_or_path="org/base")
+    out = tmp_path / "out"
+    code, _, err = online(hub, "merge", "org/adapter", "-o", out, home=tmp_path / "home")
+    assert code == 0, err
+    assert hub.asked.count("org/adapter") == hub.asked.count("org/base") > 0

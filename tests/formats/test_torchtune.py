@@ -12,6 +12,7 @@ from safetensors.torch import save_file
 import weft
 from weft.cli.show import inspection_as_text
 from weft.core.errors import FormatError, NotFound, PlanError
+from weft.core.specs import Adapter
 from weft.formats.adapters import formats, open_adapter
 
 if TYPE_CHECKING:
@@ -20,7 +21,6 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from tests.conftest import Folders
-    from weft.core.specs import Adapter
 
 Q = "layers.0.attn.q_proj"
 HF_Q = "model.layers.0.self_attn.q_proj"
@@ -225,3 +225,15 @@ def test_copy_of_qwen2_is_doubtful(folders: Folders) -> None:
     assert weft.plan_merge(llama, adapter).warnings == ()
     (adapter / "adapter_config.json").write_text(json.dumps(bare | {"task_type": "CAUSAL_LM"}))
     assert weft.plan_merge(qwen, adapter).warnings == ()
+
+
+def test_a_file_that_strayed_into_a_folder_of_peft(folders: Folders) -> None:
+    """PEFT's config and weights are there: what is called as torchtune's is not the adapter."""
+    adapter = folders.adapter(peft_version="0.21.2", task_type="CAUSAL_LM")
+    torch.save({"weight": torch.ones(2)}, adapter / "adapter_0.pt")
+    found = weft.inspect(adapter)
+    assert isinstance(found, Adapter)
+    assert found.format == "PEFT"
+    (note,) = found.notes
+    assert note.startswith("adapter_0.pt is called as an adapter of torchtune")
+    assert weft.merge(folders.base(), adapter, output=folders.root / "out").totals.changed == 1

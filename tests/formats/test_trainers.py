@@ -52,7 +52,7 @@ def touch(folder: Path, *names: str) -> None:
         (folder / name).write_text("{}")
 
 
-def check(folders: Folders, adapter: Path) -> weft.MergeReport:
+def check(folders: Folders, adapter: Path) -> weft.Report:
     """It merges to the bytes of the same adapter as PEFT saves it, and without a warning."""
     base = folders.base(MODULES)
     sound = folders.adapter(MODULES, name="sound")

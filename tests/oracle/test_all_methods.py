@@ -13,6 +13,8 @@ from safetensors.torch import load_file, save_file
 import weft
 from tests.oracle.methods import Case, Toy, Turned, refusal
 from weft.core.blocks import BLOCK, STRIP
+from weft.deltas import silent
+from weft.formats.adapters import open_adapter
 from weft.formats.adapters._peft_methods import methods
 
 if TYPE_CHECKING:
@@ -86,6 +88,11 @@ METHODS: dict[str, tuple[Any, Any]] = {
 }
 # Sums over inputs or outputs, in an order that BLAS chooses by the number of rows.
 BLAS_CHOOSES = ("BOFT", "DEFT", "HRA", "OFT", "PEANUT")
+# Of which no tensor that is zero makes ΔW zero.
+LOUD = (
+    *("BOFT", "DEFT", "FROD", "GLORA", "GRALORA", "HRA", "IA3", "LN_TUNING", "OSF", "PEANUT"),
+    *("ROAD", "TINYLORA", "TRAINABLE_TOKENS", "VBLORA"),
+)
 EACH = pytest.mark.parametrize("name", METHODS)
 
 
@@ -176,3 +183,26 @@ def test_missing_tensors_are_named(tmp_path: Path, name: str) -> None:
         if modules.count(module) > 1:
             message = refusal(config(), tmp_path / str(n), lambda t, key=key: t.pop(key), model)
             assert "lacks" in message
+
+
+@EACH
+def test_what_is_zero_is_told(tmp_path: Path, name: str) -> None:
+    """Whichever role of a kind is said to silence it does so, and a warning says it first."""
+    merge(name, tmp_path)
+    file = tmp_path / "adapter" / "adapter_model.safetensors"
+    base, trained = load_file(tmp_path / "base" / "model.safetensors"), load_file(file)
+    entries = open_adapter(tmp_path / "adapter", "adapter").entries
+    roles = [
+        [ref.name for role, ref in entry.tensors if role in silent(entry.kind)] for entry in entries
+    ]
+    if not all(roles):
+        assert name.split()[0] in LOUD
+        return
+    for number in range(max(map(len, roles))):
+        chosen = {names[number % len(names)] for names in roles}
+        save_file({k: v * (k not in chosen) for k, v in trained.items()}, file, {"format": "pt"})
+        out = tmp_path / str(number)
+        report = weft.merge(tmp_path / "base", tmp_path / "adapter", output=out, dtype="float32")
+        assert any("adapter changes nothing: a factor" in said for said in report.warnings)
+        for key, value in load_file(out / "model.safetensors").items():
+            assert torch.equal(value, base[key]), (key, chosen)

@@ -9,7 +9,9 @@ import torch
 from peft import FrodConfig
 from peft.tuners.frod.model import _category_from_key
 from safetensors.torch import load_file
+from torch import nn
 
+import weft
 from tests.oracle.methods import Case, Turned, refusal
 from weft.formats.adapters._peft_methods import frod
 
@@ -136,3 +138,37 @@ def test_nan(tmp_path: Path) -> None:
     message = refusal(CONFIG, tmp_path, lambda tensors: tensors[key][2, 3].fill_(torch.nan))
     assert f"{key} in" in message
     assert "NaN or infinite" in message
+
+
+class Layers(nn.Module):
+    """Two roles, in more layers than factors of neighbours are held."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed = nn.Embedding(40, 24)
+        self.layers = nn.ModuleList(
+            nn.ModuleDict({"up": nn.Linear(24, 36), "down": nn.Linear(36, 24)}) for _ in range(6)
+        )
+
+    def forward(self, tokens: torch.Tensor) -> torch.Tensor:
+        hidden: torch.Tensor = self.embed(tokens)
+        for layer in self.layers:
+            hidden = hidden + layer["down"](layer["up"](hidden).tanh())
+        return hidden
+
+
+def test_a_basis_is_inverted_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    inverted = []
+    invert = torch.linalg.inv_ex
+
+    def counted(matrix: torch.Tensor) -> Any:
+        inverted.append(matrix.shape)
+        return invert(matrix)
+
+    case = Case(FrodConfig(target_modules=["up", "down"], **QUIET), model=Layers)
+    case.merge(tmp_path)
+    monkeypatch.setattr(torch.linalg, "inv_ex", counted)
+    weft.merge(tmp_path / "base", tmp_path / "adapter", output=tmp_path / "again")
+    assert sorted(inverted) == [(24, 24), (36, 36)]
+    monkeypatch.undo()
+    case.check_values(tmp_path)

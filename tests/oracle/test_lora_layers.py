@@ -200,6 +200,8 @@ def test_attention_says_so(tmp_path: Path) -> None:
     made = weft.plan_merge(tmp_path / "base", tmp_path / "adapter")
     (note,) = [note for note in made.plan.notes if "out_proj" in note]
     assert "twice" in note
+    # Its output is named with it: nothing is said to be adapted unasked.
+    assert not any("does not name" in warning for warning in made.warnings)
 
 
 @pytest.mark.parametrize("which", ["all", "lora_only"])

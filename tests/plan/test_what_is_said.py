@@ -39,7 +39,8 @@ def test_order_of_notes(folders: Folders) -> None:
         base_model_name_or_path="meta-llama/Llama-3.1-8B",
         some_key=5,
     )
-    notes = weft.plan_merge(base, adapter).plan.notes
+    plan = weft.plan_merge(base, adapter).plan
+    notes = (*plan.notes, *plan.beside)
     parts = [
         "'model.' taken off the adapter's names",
         "embed.weight goes from [12, 8] to [14, 8]",
@@ -52,7 +53,8 @@ def test_order_of_notes(folders: Folders) -> None:
     ]
     assert len(notes) == len(parts)
     assert [part in note for part, note in zip(parts, notes, strict=True)] == [True] * len(parts)
-    assert weft.plan_merge(base, adapter).plan.notes == notes
+    again = weft.plan_merge(base, adapter).plan
+    assert (*again.notes, *again.beside) == notes
 
 
 def test_base_without_config(folders: Folders) -> None:
@@ -73,10 +75,12 @@ def test_adapters_that_change_nothing(how: str, dtype: str | None, folders: Fold
     adapter = folders.adapter(lora_alpha=0 if how == "alpha 0" else 4)
     given = f"{zero(adapter) if how == 'zero' else adapter}{':0' if how == 'weight 0' else ''}"
     report = weft.merge(base, given, output=folders.root / "out", dtype=dtype)
-    why = "its weight is 0" if how == "weight 0" else "lora_A, lora_B or the scaling is zero in all"
+    why = "its weight is 0" if how == "weight 0" else "a factor or the scaling is zero in all"
     assert report.warnings[0].startswith(f"{adapter} changes nothing: {why}")
     equal = "the output equals the base: no element of any tensor changed"
-    assert report.warnings[1:] == (() if dtype else (equal,))
+    cast = "ΔW is zero in every tensor: the output is the base, in another dtype"
+    said = () if how == "weight 0" else (cast,)
+    assert report.warnings[1:] == (said if dtype else (equal,))
     assert not any("weight" in note for note in report.manifest["notes"])
 
 
@@ -140,12 +144,15 @@ def test_a_new_head_may_be_large(folders: Folders) -> None:
     [
         (None, "—"),
         (0.0, "0.0 %"),
-        (0.0004, "4.0e-02 %"),
+        (0.0004, "0.040 %"),
+        (4e-6, "4.0e-04 %"),
         (0.5, "50.0 %"),
         (0.9996, "99.960 %"),
         (1.0, "100.0 %"),
         (9.994, "999.4 %"),
-        (9.9996, "1.0e+03 %"),
+        (9.9996, "1000 %"),
+        (12.72, "1272 %"),
+        (9999.0, "999900 %"),
         (3.2e6, "3.2e+08 %"),
         (-0.5, "-50.0 %"),
     ],

@@ -559,7 +559,7 @@ os.fsync = lambda handle: os.kill(os.getpid(), signal.SIGKILL)
     return model, out
 
 
-def merge(model: Model, out: Path, **options: Any) -> weft.MergeReport:
+def merge(model: Model, out: Path, **options: Any) -> weft.Report:
     return weft.merge(model.base, model.adapter, output=out, command="weft", **options)
 
 

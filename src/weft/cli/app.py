@@ -6,6 +6,7 @@ of weft, 130 interrupted; 1 is kept for commands that check something, and find 
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import io
 import os
@@ -13,14 +14,18 @@ import sys
 import traceback
 from importlib.metadata import version
 
-from cyclopts import App, CycloptsError
+from cyclopts import App, CycloptsError, MissingArgumentError, UnusedCliTokensError
 
 from weft.core.errors import WeftError
 from weft.core.units import clean
+from weft.formats.hub import asked_once
 
 # name -> (function, the line in `weft --help`)
 _COMMANDS = {
     "merge": ("weft.cli.commands:merge", "Merge adapters into a base model."),
+    "run": ("weft.cli.recipe_commands:run", "Make the model that a MergeKit recipe describes."),
+    "methods": ("weft.cli.recipe_commands:methods", "List the merge methods, or describe one."),
+    "schema": ("weft.cli.recipe_commands:schema", "Print the JSON Schema of recipes."),
     "inspect": ("weft.cli.commands:inspect", "Say what a file or folder is."),
     "doctor": ("weft.cli.commands:doctor", "Examine an adapter; repair what has one reading."),
     "demo": ("weft.cli.commands:demo", "Teach a real model something new, and check the result."),
@@ -46,16 +51,24 @@ def build(arguments: list[str]) -> App:
 
 
 def run() -> None:
-    """`weft` as a process: `main`, without half a second in the garbage collector.
+    """`weft` as a process: `main`, without most of a second in the garbage collector.
 
     Importing torch makes a million objects that live until the end; looking through them again and
-    again, and once more on the way out, finds nothing.
+    again finds nothing, and the system takes them back faster than the interpreter does.
     """
     gc.set_threshold(50_000)
+    code: str | int | None = 0
     try:
         main()
-    finally:
-        gc.freeze()
+    except SystemExit as end:
+        code = end.code
+    gc.freeze()
+    if isinstance(code, int):
+        with contextlib.suppress(OSError):  # the reader has left: the interpreter knows the way out
+            sys.stdout.flush()
+            sys.stderr.flush()
+            os._exit(code)
+    sys.exit(code)
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -66,9 +79,10 @@ def main(arguments: list[str] | None = None) -> None:
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")  # a terminal may not know ‖ and Δ
     try:
-        app(arguments, exit_on_error=False, print_error=False)
+        with asked_once():
+            app(arguments, exit_on_error=False, print_error=False)
     except CycloptsError as error:
-        _say("error", str(error).replace("\n", " "))
+        _say("error", _in_words(error))
         command = [name for name in arguments[:1] if name in _COMMANDS]
         _say("hint", " ".join(["weft", *command, "--help"]))
         sys.exit(2)
@@ -92,6 +106,17 @@ def main(arguments: list[str] | None = None) -> None:
         traceback.print_exc()
         _say("error", "this is a defect of weft, please report it with the lines above")
         sys.exit(3)
+
+
+def _in_words(error: CycloptsError) -> str:
+    if isinstance(error, UnusedCliTokensError):
+        return f"too many arguments: {' '.join(error.unused_tokens or [])}"
+    if isinstance(error, MissingArgumentError) and error.argument is not None:
+        if error.keyword:
+            return f"{error.keyword} needs a value behind it"
+        name = error.argument.name
+        return f"{name if error.argument.index is None else name.lstrip('-').upper()} is missing"
+    return str(error).replace("\n", " ")
 
 
 def _say(kind: str, text: str) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shlex
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -42,10 +43,11 @@ def merge(
     BASE is a folder, a .safetensors file or org/name@revision; leave it out to take the one that
     the adapter names. ADAPTER is a PEFT folder or org/name, with a weight behind it if it is not 1.
 
-    Examples:
-        weft merge BASE ADAPTER -o OUT
-        weft merge BASE ADAPTER:0.7 OTHER:0.3 -o OUT
-        weft merge BASE ADAPTER -o OUT --dry-run
+    For example:
+
+    - weft merge BASE ADAPTER -o OUT
+    - weft merge BASE ADAPTER:0.7 OTHER:0.3 -o OUT
+    - weft merge BASE ADAPTER -o OUT --dry-run
 
     Parameters
     ----------
@@ -103,8 +105,8 @@ def merge(
             cache_dir=cache_dir,
         )
         if json or not quiet:
-            _print(show.plan_as_dict(made) if json else show.plan_as_text(made, output))
-        _warn(made.warnings)
+            emit(show.plan_as_dict(made) if json else show.plan_as_text(made, output))
+        warn(made.warnings)
         return
     with console.progress(quiet=quiet or json) as on_event:
         report = api.merge(
@@ -126,8 +128,8 @@ def merge(
             on_event=on_event,
         )
     if json or not quiet:
-        _print(show.report_as_dict(report) if json else show.report_as_text(report))
-    _warn(report.warnings)
+        emit(show.report_as_dict(report) if json else show.report_as_text(report))
+    warn(report.warnings)
 
 
 def inspect(
@@ -153,12 +155,11 @@ def inspect(
         Print one JSON object on stdout.
     """
     found = api.inspect(path, revision=revision, cache_dir=cache_dir)
-    _print(show.inspection_as_dict(found) if json else show.inspection_as_text(found))
+    emit(show.inspection_as_dict(found) if json else show.inspection_as_text(found))
 
 
 def doctor(
-    adapter: str,
-    *,
+    *paths: Annotated[str, Parameter(name="ADAPTER")],
     base: str | None = None,
     fix: Flag = False,
     output: Annotated[Path | None, Parameter(name=["--output", "-o"])] = None,
@@ -166,24 +167,27 @@ def doctor(
     revision: str | None = None,
     cache_dir: str | None = None,
     json: Annotated[bool, Parameter(name="--json", negative=())] = False,
+    quiet: Quiet = False,
 ) -> None:
     """Say what an adapter is, whether it fits a base, and what is wrong with it.
 
     Exit code 0: sound; 1: problems that are repaired or doubtful; 2: it cannot be merged.
 
-    Examples:
-        weft doctor ADAPTER
-        weft doctor ADAPTER --base BASE
-        weft doctor ADAPTER --base BASE --fix -o FIXED
+    For example:
+
+    - weft doctor ADAPTER
+    - weft doctor ADAPTER --base BASE
+    - weft doctor ADAPTER --base BASE --fix -o FIXED
 
     Parameters
     ----------
-    adapter
+    paths
         A folder, a file or org/name@revision.
     base
         The model that it should fit.
     fix
-        Write a sound copy to --output: a PEFT folder that PEFT loads without a warning.
+        Write a sound copy to --output: a PEFT folder that PEFT loads without a warning. Adapters of
+        other tools need --base for it.
     output
         Folder to create.
     force
@@ -194,23 +198,42 @@ def doctor(
         The hub's cache, in place of the one under HF_HOME.
     json
         Print one JSON object on stdout.
+    quiet
+        Nothing but errors, and what --json prints: the exit code is the answer.
     """
     from weft import diagnosis
 
-    if fix != (output is not None):
-        raise WeftError(
-            "--fix needs a folder to write to" if fix else "-o is where --fix writes",
-            "weft doctor ADAPTER --fix -o FIXED",
-        )
+    adapter = _patient(paths, base, output, fix=fix)
     found = diagnosis.doctor(
         adapter, base, fix=output, force=force, revision=revision, cache_dir=cache_dir
     )
-    _print(show.diagnosis_as_dict(found) if json else show.diagnosis_as_text(found))
-    if output is not None:
+    if json or not quiet:
+        emit(show.diagnosis_as_dict(found) if json else show.diagnosis_as_text(found))
+    if output is not None and not quiet:
         doubts = any(finding.level == "warning" for finding in found.findings)
         rest = "; the warnings above hold of it, too" if doubts else ""
-        console.say("note", f"{output} holds the copy with sound keys{rest}")
+        console.say("note", f"{output} holds the copy, as PEFT saves it{rest}")
     sys.exit(["sound", "problems", "unusable"].index(found.verdict))
+
+
+def _patient(paths: tuple[str, ...], base: str | None, output: Path | None, *, fix: bool) -> str:
+    """The one adapter that is meant; what else stands there was meant for an option."""
+    if not paths:
+        raise WeftError("no adapter given", "weft doctor ADAPTER")
+    adapter, *others = paths
+    if others:
+        rest = f"--fix -o {others[0]}" if fix and output is None else f"--base {others[0]}"
+        own = base is None or "-o" in rest
+        raise WeftError(
+            f"doctor examines one adapter, and {len(paths)} paths are given: {', '.join(paths)}",
+            f"weft doctor {adapter} {rest}" if own else f"weft doctor {adapter} --base {base}",
+        )
+    if fix != (output is not None):
+        raise WeftError(
+            "--fix needs a folder to write to" if fix else "-o is where --fix writes",
+            f"weft doctor {adapter} --fix -o {output or 'FIXED'}",
+        )
+    return adapter
 
 
 def demo(
@@ -230,7 +253,7 @@ def demo(
 
     with console.progress(quiet=False) as on_event:
         found = run(output, on_event)
-    _print(show.demo_as_text(found))
+    emit(show.demo_as_text(found))
 
 
 def _split(
@@ -251,12 +274,14 @@ def _split(
     return paths[0], list(paths[1:])
 
 
-def _print(content: str | dict[str, Any]) -> None:
+def emit(content: str | dict[str, Any]) -> None:
+    """Data on stdout."""
     print(
         content if isinstance(content, str) else json.dumps(content, indent=2, ensure_ascii=False)
     )
 
 
-def _warn(warnings: tuple[str, ...]) -> None:
+def warn(warnings: Sequence[str]) -> None:
+    """Warnings on stderr."""
     for warning in warnings:
         console.say("warning", warning)

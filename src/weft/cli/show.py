@@ -14,19 +14,19 @@ from weft.core.units import clean, show_count, show_share, show_size, show_survi
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
 
-    from weft.api import MergePlan, MergeReport
+    from weft.api import MergePlan, Report
     from weft.demo import Demo
-    from weft.diagnosis import Diagnosis, Finding
+    from weft.diagnosis import Diagnosis
 
 SCHEMA = 1
 # Kinds whose A has as many rows as their rank, or as that of all their parts.
 _LOW_RANK = ("lora", "dora", "kasa", "qalora", "bdlora", "merged_lora")
 
 
-def report_as_text(report: MergeReport) -> str:
+def report_as_text(report: Report) -> str:
     """The last lines of `weft merge`."""
     sums = report.totals
-    read = sum(e["bytes"] for e in report.manifest["inputs"] if e["role"] == "base")
+    read = sum(e["bytes"] for e in report.manifest["inputs"] if "adapter" not in e["role"])
     rate = read / report.seconds / 1e9 if report.seconds else 0.0
     changed = f"{sums.changed} of {sums.tensors} tensors changed"
     resumed = f", {report.resumed} tensors were there already" if report.resumed else ""
@@ -42,7 +42,7 @@ def report_as_text(report: MergeReport) -> str:
     return "\n".join(lines)
 
 
-def report_as_dict(report: MergeReport) -> dict[str, Any]:
+def report_as_dict(report: Report) -> dict[str, Any]:
     """`weft merge --json`: what is true of this run alone, and `weft.json` as it was written."""
     return {
         "schema": SCHEMA,
@@ -62,7 +62,7 @@ def demo_as_text(found: Demo) -> str:
             ("  base + adapter, unmerged (PEFT)", _one_line(said.unmerged)),
             ("  merged by weft", _one_line(said.merged)),
         ]
-        lines += ["", said.question, *_columns(rows)]
+        lines += ["", said.question, *columns(rows)]
     same = sum(said.unmerged == said.merged for said in found.answers)
     agreement = f"same first token at {show_share(found.agreement)} of the positions"
     lines += [
@@ -88,7 +88,7 @@ def plan_as_text(made: MergePlan, output: Path) -> str:
     plan, work = made.plan, made.work
     base = made.inputs.base
     rows = [
-        ("base", f"{base.given} ({show_size(base.nbytes)}, {_count(len(base.shards), 'shard')})")
+        ("base", f"{base.given} ({show_size(base.nbytes)}, {count_of(len(base.shards), 'shard')})")
     ]
     for adapter, weight in made.inputs.adapters:
         rows.append(("adapter", f"{adapter.given} ({_adapter_line(adapter)}), weight {weight:g}"))
@@ -96,17 +96,18 @@ def plan_as_text(made: MergePlan, output: Path) -> str:
     for job in plan.jobs:
         shards[job.shard] += job_bytes(job)
     rows += [
-        ("read", f"{show_size(work.read)} from {_count(work.files, 'file')}"),
-        ("write", f"{show_size(work.written)} in {_count(len(shards), 'shard')} to {output}"),
+        ("read", f"{show_size(work.read)} from {count_of(work.files, 'file')}"),
+        ("write", f"{show_size(work.written)} in {count_of(len(shards), 'shard')} to {output}"),
         ("change", f"{work.changed} of {work.tensors} tensors"),
         ("memory", f"about {show_size(work.memory)} at most"),
         ("plan", plan.hash[:16]),
     ]
-    lines = _columns(rows)
+    lines = columns(rows)
     changed = [job for job in plan.jobs if not job.is_copy]
     if changed:
-        lines += ["", *_columns(_grouped(changed))]
-    lines += ["", *(f"note: {note}" for note in plan.notes)] if plan.notes else []
+        lines += ["", *columns(_grouped(changed))]
+    notes = [*plan.notes, *plan.beside]
+    lines += ["", *(f"note: {note}" for note in notes)] if notes else []
     return "\n".join([*lines, "", "dry run: nothing was written"])
 
 
@@ -130,7 +131,7 @@ def plan_as_dict(made: MergePlan) -> dict[str, Any]:
             for job in plan.jobs
         },
         "side_files": {side.name: side.source or "written" for side in plan.side_files},
-        "notes": list(plan.notes),
+        "notes": [*plan.notes, *plan.beside],
         "warnings": list(made.warnings),
     }
 
@@ -158,14 +159,14 @@ def _grouped(jobs: Iterable[TensorJob]) -> list[tuple[str, ...]]:
 def inspection_as_text(found: Checkpoint | Adapter) -> str:
     """What `weft inspect` prints."""
     rows = _adapter_rows(found) if isinstance(found, Adapter) else _checkpoint_rows(found)
-    return "\n".join(_columns([(key, value) for key, value in rows if value]))
+    return "\n".join(columns([(key, value) for key, value in rows if value]))
 
 
 def inspection_as_dict(found: Checkpoint | Adapter) -> dict[str, Any]:
     """`weft inspect --json`."""
     common = {
         "schema": SCHEMA,
-        "path": found.folder,
+        "path": _path(found),
         "bytes": sum(ref.nbytes for ref in found.tensors.values()),
         "parameters": sum(ref.numel for ref in found.tensors.values()),
         "dtypes": _dtypes(found),
@@ -194,6 +195,7 @@ def inspection_as_dict(found: Checkpoint | Adapter) -> dict[str, Any]:
         "scalings": sorted(_scalings(found)),
         "modules": {entry.target: entry.kind for entry in found.entries},
         "notes": list(found.notes),
+        "obstacles": [asdict(obstacle) for obstacle in found.obstacles],
     }
 
 
@@ -201,10 +203,9 @@ def diagnosis_as_text(found: Diagnosis) -> str:
     """What `weft doctor` prints: the adapter, what was found, and the verdict last."""
     lines = []
     if found.adapter is not None:
-        lines += [inspection_as_text(replace(found.adapter, notes=())), ""]
-    for (level, _, cure), (first, *others) in _alike(found.findings).items():
-        more = f" (and {len(others)} more like it)" if others else ""
-        lines.append(f"{level:8}  {clean(first)}{more}")
+        lines += [inspection_as_text(replace(found.adapter, notes=(), obstacles=())), ""]
+    for level, what, cure in _alike((f.level, f.what, f.cure) for f in found.findings):
+        lines.append(f"{level:8}  {clean(what)}")
         if cure:
             lines.append(f"{'':8}  -> {clean(cure)}")
     fits = f", and fits {found.base}" if found.plan else ""
@@ -217,13 +218,15 @@ def diagnosis_as_text(found: Diagnosis) -> str:
     return "\n".join([*lines, *([""] if found.findings else []), verdict])
 
 
-def _alike(findings: Iterable[Finding]) -> dict[tuple[str, str, str | None], list[str]]:
-    """What is the same in every layer is one line."""
+def _alike(said: Iterable[tuple[str, str, str | None]]) -> list[tuple[str, str, str | None]]:
+    """(level, what, cure); what is the same in every layer is one line."""
     found: dict[tuple[str, str, str | None], list[str]] = defaultdict(list)
-    for finding in findings:
-        pattern = re.sub(r"(?<=[._])\d+(?=[._])", "*", finding.what)
-        found[finding.level, pattern, finding.cure].append(finding.what)
-    return found
+    for level, what, cure in said:
+        found[level, re.sub(r"(?<=[._])\d+(?=[._])", "*", what), cure].append(what)
+    return [
+        (level, first + (f" (and {len(others)} more like it)" if others else ""), cure)
+        for (level, _, cure), (first, *others) in found.items()
+    ]
 
 
 def diagnosis_as_dict(found: Diagnosis) -> dict[str, Any]:
@@ -250,10 +253,10 @@ def _checkpoint_rows(found: Checkpoint) -> list[tuple[str, str]]:
     tied = config.get("tie_word_embeddings")
     return [
         ("kind", "base model"),
-        ("path", found.folder),
+        ("path", _path(found)),
         ("model", f"{names or 'no config.json'}{', ' + shape if shape else ''}"),
         ("size", f"{parameters} parameters, {show_size(found.nbytes)}"),
-        ("tensors", f"{len(found.tensors)} in {_count(len(found.shards), 'shard')}"),
+        ("tensors", f"{len(found.tensors)} in {count_of(len(found.shards), 'shard')}"),
         ("dtypes", _dtype_line(found)),
         ("vocabulary", f"{config['vocab_size']} rows" if "vocab_size" in config else ""),
         ("embeddings", "" if tied is None else "tied" if tied else "separate"),
@@ -262,6 +265,12 @@ def _checkpoint_rows(found: Checkpoint) -> list[tuple[str, str]]:
         ("left out", ", ".join(found.left_out)),
         *_origin_rows(found),
     ]
+
+
+def _path(found: Checkpoint | Adapter) -> str:
+    """The folder, or the one file in it that was asked for."""
+    given = Path(found.given).expanduser()
+    return str(given.absolute()) if given.is_file() else found.folder
 
 
 def _origin_rows(found: Checkpoint) -> list[tuple[str, str]]:
@@ -291,7 +300,7 @@ def _adapter_rows(found: Adapter) -> list[tuple[str, str]]:
     size = show_size(sum(ref.nbytes for ref in found.tensors.values()))
     return [
         ("kind", f"adapter, {_adapter_line(found)}"),
-        ("path", found.folder),
+        ("path", _path(found)),
         ("base", (found.base_model or "not named") + _at(found.revision)),
         ("task", str(config.get("task_type") or "")),
         ("size", f"{parameters} parameters, {size}"),
@@ -303,6 +312,7 @@ def _adapter_rows(found: Adapter) -> list[tuple[str, str]]:
         ("beside", ", ".join(found.side_files)),
         ("left out", ", ".join(found.left_out)),
         *(("note", note) for note in found.notes),
+        *(row[:2] for row in _alike(("not merged", o.what, None) for o in found.obstacles)),
     ]
 
 
@@ -321,6 +331,8 @@ def _adapter_line(adapter: Adapter) -> str:
         parts.append(f"rank {_range(ranks)}")
         parts += [f"alpha {config['lora_alpha']}"] if "lora_alpha" in config else []
         parts.append(f"scaling {_range(scalings)}")
+    elif not adapter.entries and type(config.get("r")) is int:
+        parts.append(f"rank {config['r']}")
     return ", ".join(parts)
 
 
@@ -362,11 +374,11 @@ def _at(revision: str | None) -> str:
     return f"@{revision}" if revision else ""
 
 
-def _count(number: int, noun: str) -> str:
+def count_of(number: int, noun: str) -> str:
     return f"{number} {noun}{'' if number == 1 else 's'}"
 
 
-def _columns(rows: Sequence[tuple[str, ...]]) -> list[str]:
+def columns(rows: Sequence[tuple[str, ...]]) -> list[str]:
     rows = [tuple(map(clean, row)) for row in rows]
     widths = [max(len(row[n]) for row in rows) for n in range(len(rows[0]))]
     return [

@@ -18,6 +18,7 @@ COPY_BUFFER = 2**23  # bytes read at a time where the kernel does not copy by it
 WORKERS = 2  # for each thread that may compute: the other writes, or waits for the disk
 PAGE = 4096  # bytes; files are written past the page cache in whole ones
 COPY = 2**25  # bytes of unchanged tensors, moved at a time
+COPIERS = 4  # threads that move them, however many may compute
 # From 16 rows on, a matrix product's bits do not depend on how many rows are taken at once.
 MIN_ROWS = 16
 

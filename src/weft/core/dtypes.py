@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 from weft.core.errors import WeftError
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
 
 # safetensors code -> (name as torch spells it, bits per element), from the format's README
 _CODES: dict[str, tuple[str, int]] = {
@@ -56,3 +61,15 @@ def parse(text: str) -> str:
     if name not in OUTPUTS:
         raise WeftError(f"unknown output dtype {text!r}", f"one of {', '.join(OUTPUTS)}")
     return name
+
+
+def promote(names: Iterable[str]) -> str:
+    """The narrowest dtype that holds every value of all of them, as torch has it."""
+    found = list(dict.fromkeys(names))
+    if len(found) == 1:
+        return found[0]
+    floating = [name for name in WEIGHTS if name in found]
+    if not floating:
+        return max(found, key=itemsize)
+    # Neither half holds the other's values.
+    return "float32" if floating == ["bfloat16", "float16"] else floating[0]

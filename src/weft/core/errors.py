@@ -5,6 +5,7 @@
   x FormatError (2)       a file breaks its own format
   x Unsupported (2)       recognised, and refused by name
   x PlanError (2)         inputs that do not fit each other; holds every problem found
+    x RecipeError (2)     a recipe that cannot be meant; holds every problem found
   x OutputError (2)       the output cannot be written, or must not be overwritten
   x NumericsError (2)     NaN or infinity in an input, or an overflow in the output
 
@@ -80,3 +81,29 @@ class PlanError(WeftError):
             lines.append(f"  - {first}" + (f" (and {len(others)} more like it)" if others else ""))
         hints = list(dict.fromkeys(problem.hint for problem in self.problems if problem.hint))
         super().__init__("\n".join(lines), "\n".join(hints[:4]) or None)
+
+
+class RecipeError(PlanError):
+    """A recipe that cannot be meant; every problem of the file, each with its place and its cure.
+
+    The place follows the fact after `  @ `, so that facts of several places show once.
+    """
+
+    def __init__(self, name: str, problems: Sequence[Problem]) -> None:
+        self.problems = tuple(problems)
+        count = f"{len(self.problems)} problem{'s' if len(self.problems) != 1 else ''}"
+        lines = [f"{count} in {name}"]
+        alike: dict[tuple[str, str | None], list[Problem]] = {}
+        for problem in self.problems:
+            alike.setdefault((problem.what.split("  @ ")[0], problem.hint), []).append(problem)
+        for (_, hint), (first, *others) in alike.items():
+            lines.append(f"  - {first.what}" + (f" (and {len(others)} more)" if others else ""))
+            lines += [f"      {line}" for line in (hint or "").split("\n") if line]
+        WeftError.__init__(self, "\n".join(lines))
+
+
+def as_problems(error: WeftError) -> tuple[Problem, ...]:
+    """What the error says, each for itself."""
+    if isinstance(error, PlanError):
+        return error.problems
+    return (Problem(str(error), error.hint),)

@@ -17,6 +17,7 @@ from functools import cached_property
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 if TYPE_CHECKING:
+    from weft.core.errors import Problem
     from weft.core.selection import Selection
 
 Shape = tuple[int, ...]
@@ -204,6 +205,7 @@ class Adapter:
         moved_base: The initialisation, by name, if it took its factors off the base.
         format: The tool whose layout the files have.
         flattened: Its modules' paths have underscores for dots.
+        obstacles: Why it was not read to its end: it has no entries then, and is not merged.
     """
 
     given: str
@@ -224,6 +226,7 @@ class Adapter:
     moved_base: str | None = None
     format: str = "PEFT"
     flattened: bool = False
+    obstacles: tuple[Problem, ...] = field(default=(), repr=False)
 
     @property
     def files(self) -> tuple[str, ...]:
@@ -421,7 +424,18 @@ class Input:
 
 @dataclass(frozen=True)
 class Plan:
-    """Everything that a run will do; made from headers and configs alone."""
+    """Everything that a run will do; made from headers and configs alone.
+
+    Attributes:
+        jobs: One for each tensor of the output, in its order.
+        metadata: Of every shard's header.
+        side_files: Beside the shards.
+        inputs: What is read.
+        notes: How the inputs were brought together.
+        warnings: What the user should know before using the output.
+        repairs: Of adapters' keys.
+        beside: Notes on where the side files come from.
+    """
 
     jobs: tuple[TensorJob, ...] = field(repr=False)
     metadata: tuple[tuple[str, str], ...] = field(repr=False)
@@ -430,6 +444,7 @@ class Plan:
     notes: tuple[str, ...]
     warnings: tuple[str, ...]
     repairs: tuple[Repair, ...] = ()
+    beside: tuple[str, ...] = ()
 
     @property
     def nbytes(self) -> int:

@@ -60,8 +60,11 @@ def show_share(share: float | None) -> str:
     percent = share * 100
     if 99.9 < percent < 100:
         return f"{math.floor(percent * 1000) / 1000:.3f} %"
-    readable = percent <= 0 or 0.1 <= percent < 999.95
-    return f"{percent:.1f} %" if readable else f"{percent:.1e} %"
+    if percent <= 0 or 0.1 <= percent < 999.95:
+        return f"{percent:.1f} %"
+    if 0.001 <= percent < 0.1:
+        return f"{percent:.3f} %"
+    return f"{percent:.0f} %" if 999.95 <= percent < 1e6 else f"{percent:.1e} %"
 
 
 def show_survival(survival: float | None) -> str:

@@ -35,8 +35,11 @@ class Source(Protocol):
     def whole(self, role: str) -> Tensor:
         """The tensor of `role`; for factors, which are small. Integers come as int64."""
 
-    def shared(self, role: str) -> Tensor:
-        """As `whole`, for factors of which many jobs use a part each; not to be changed."""
+    def shared(self, role: str, make: Callable[[Tensor], Tensor] | None = None) -> Tensor:
+        """As `whole`, for factors that many jobs use; not to be changed.
+
+        With `make`, a function of a module, what that makes of it, once for all of them.
+        """
 
     def rows(self, role: str, start: int, stop: int, out: Tensor) -> None:
         """Rows `start` to `stop` of `role` into `out`; for tensors as large as W."""
@@ -54,6 +57,9 @@ class DeltaKind(Protocol):
     # - `together(shape, params) -> int`: that only so many rows at once, from a multiple of it on,
     #   can be computed (0: only all of them);
     # - `matrix(shape) -> (rows, columns)`: that it sees W otherwise;
+    # - `SILENT`: roles of which one that is zero all over makes ΔW zero;
+    # - `LASTING`: role -> the bytes per element of each form that `shared` keeps of it, for factors
+    #   that modules of all layers use;
     # - `scratch(shape) -> int`: how many bytes `prepare` takes, beside its tensors, where many;
     # - `refusal(shapes, params, weight) -> str | None`: why there is no merged weight for this W;
     # - `across(changed) -> params`: what a delta must know of all tensors that its adapter changes
@@ -81,6 +87,11 @@ def kind(name: str) -> DeltaKind:
 def transposes(name: str) -> bool:
     """Whether the kind takes W as it is stored, and turns its own tensors instead."""
     return getattr(kind(name), "TRANSPOSES", False)
+
+
+def silent(name: str) -> tuple[str, ...]:
+    """Roles of which one that is zero all over makes ΔW zero."""
+    return getattr(kind(name), "SILENT", ())
 
 
 def across(name: str, changed: Sequence[tuple[Delta, TensorRef]]) -> Mapping[str, Param]:

@@ -9,7 +9,7 @@ import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-import torch
+from weft.deltas._torch import torch
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -68,13 +68,12 @@ def factor_shapes(shapes: Mapping[str, Shape], params: Mapping[str, Param]) -> t
     return (A[::-1], B[::-1]) if params.get("factors_transposed") else (A, B)
 
 
-def in_halves(rows: Tensor, delta: Delta) -> Tensor:
-    """Rows of q or k in Hugging Face's order; `rotary_heads`: they come in Meta's and torchtune's.
+def in_halves(rows: Tensor, heads: Param) -> Tensor:
+    """Rows of q or k in Hugging Face's order, if they come in that of Meta and torchtune.
 
     The two numbers that a rotary embedding turns together are neighbours there, and here d / 2
-    apart: (heads, d / 2, 2) -> (heads, 2, d / 2).
+    apart: (heads, d / 2, 2) -> (heads, 2, d / 2). Without `heads` they lie right.
     """
-    heads = delta.param("rotary_heads", 0)
     if not heads:
         return rows
     assert isinstance(heads, int)
@@ -86,7 +85,7 @@ def load(delta: Delta, source: Source) -> Factors:
     A, B = source.whole("A").flatten(1), source.whole("B").flatten(1)
     if delta.param("factors_transposed", False):
         A, B = A.T.contiguous(), B.T.contiguous()  # so that the bits are those of PEFT's layout
-    B = in_halves(B, delta)
+    B = in_halves(B, delta.param("rotary_heads", 0))
     scaling = delta.scaling
     if scaling and abs(math.frexp(scaling)[0]) == 0.5:
         # A power of two scales exactly, wherever it is applied: here it costs a pass less.

@@ -18,9 +18,10 @@ if TYPE_CHECKING:
     from weft.core.specs import Delta
     from weft.deltas import Blocks, Source
 
-__all__ = ["ADDITIVE", "TRANSPOSES", "block", "orientations", "prepare", "square"]
+__all__ = ["ADDITIVE", "SILENT", "TRANSPOSES", "block", "orientations", "prepare", "square"]
 
 ADDITIVE = True
+SILENT = ("A", "B", "E")
 TRANSPOSES = True
 
 

@@ -11,9 +11,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-import torch
-
 from weft.deltas import _low_rank
+from weft.deltas._torch import torch
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -51,7 +50,8 @@ def orientations(
 
 def prepare(delta: Delta, source: Source, blocks: Blocks) -> State:
     factors = _low_rank.load(delta, source)
-    magnitude = _low_rank.in_halves(source.whole("magnitude").reshape(-1), delta)
+    heads = delta.param("rotary_heads", 0)
+    magnitude = _low_rank.in_halves(source.whole("magnitude").reshape(-1), heads)
     if not delta.param("transposed", False):
         return State(factors, magnitude, None)
     squares = torch.zeros(magnitude.shape, dtype=torch.float64, device=magnitude.device)

@@ -11,9 +11,8 @@ from dataclasses import dataclass
 from math import prod, tau
 from typing import TYPE_CHECKING
 
-import torch
-
 from weft.deltas._places import places
+from weft.deltas._torch import torch
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -24,6 +23,7 @@ if TYPE_CHECKING:
     from weft.deltas import Blocks, Source
 
 ADDITIVE = True
+SILENT = ("spectrum",)
 TRANSPOSES = True
 _PHASES = 2**20  # how many are in memory at a time
 

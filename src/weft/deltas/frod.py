@@ -14,9 +14,8 @@ import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-import torch
-
 from weft.deltas import _indices
+from weft.deltas._torch import torch
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -27,6 +26,7 @@ if TYPE_CHECKING:
     from weft.deltas import Blocks, Source
 
 ADDITIVE = True
+LASTING = {"V": (4, 8)}  # as it is, and its inverse in float64
 # As in training: a column of U that is next to nothing is none.
 _NOTHING = 1e-12
 
@@ -49,14 +49,14 @@ class State:
 
 
 def scratch(shape: Shape) -> int:
-    """The shared basis, its inverse and what is made of them, in float64."""
-    return 8 * 6 * shape[-1] ** 2 + 8 * 2 * math.prod(shape)
+    """What is made of the shared basis and its inverse, in float64."""
+    return 8 * 5 * shape[-1] ** 2 + 8 * 2 * math.prod(shape)
 
 
 def prepare(delta: Delta, source: Source, blocks: Blocks) -> State:
-    V = source.whole("V").double()
+    V = source.shared("V").double()
     _indices.load(delta, source, "indices_size", len(V) + 1)
-    inverse = _inverse(V).T
+    inverse = source.shared("V", _inverse).T
     squares = torch.zeros(len(V), dtype=torch.float64, device=V.device)
     for _, weight in blocks():
         squares += (weight.double() @ inverse).square_().sum(0)
@@ -73,6 +73,8 @@ def block(state: State, weight: Tensor, start: int, out: Tensor) -> None:
 
 
 def _inverse(V: Tensor) -> Tensor:
+    """In float64; modules of all layers use it, and it takes as long as what is done with it."""
+    V = V.double()
     inverse: Tensor
     inverse, failed = torch.linalg.inv_ex(V)
     if failed:

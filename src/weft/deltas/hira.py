@@ -15,9 +15,10 @@ if TYPE_CHECKING:
     from weft.core.specs import Delta
     from weft.deltas import Blocks, Source
 
-__all__ = ["ADDITIVE", "TRANSPOSES", "block", "orientations", "prepare"]
+__all__ = ["ADDITIVE", "SILENT", "TRANSPOSES", "block", "orientations", "prepare"]
 
 ADDITIVE = True
+SILENT = ("A", "B")
 TRANSPOSES = True
 
 

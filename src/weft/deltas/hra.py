@@ -11,9 +11,8 @@ from dataclasses import dataclass
 from math import prod
 from typing import TYPE_CHECKING
 
-import torch
-
 from weft.core.errors import NumericsError
+from weft.deltas._torch import torch
 
 if TYPE_CHECKING:
     from collections.abc import Mapping

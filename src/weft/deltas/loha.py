@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from math import prod
 from typing import TYPE_CHECKING
 
-import torch
+from weft.deltas._torch import torch
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from weft.deltas import Blocks, Source
 
 ADDITIVE = True
+SILENT = ("w1_a", "w1_b", "w2_a", "w2_b", "t1", "t2")
 
 
 @dataclass(frozen=True, slots=True)

@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from weft.deltas import Blocks, Source
 
 ADDITIVE = True
+SILENT = ("bias",)
 
 
 def orientations(

@@ -18,9 +18,10 @@ if TYPE_CHECKING:
     from weft.core.specs import Delta, Param, Shape
     from weft.deltas import Blocks, Source
 
-__all__ = ["ADDITIVE", "block", "matrix", "orientations", "prepare", "square", "together"]
+__all__ = ["ADDITIVE", "SILENT", "block", "matrix", "orientations", "prepare", "square", "together"]
 
 ADDITIVE = True
+SILENT = ("A", "B")
 
 
 def orientations(

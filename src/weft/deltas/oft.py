@@ -17,9 +17,8 @@ from dataclasses import dataclass
 from math import isqrt, prod
 from typing import TYPE_CHECKING
 
-import torch
-
 from weft.deltas import _rotation
+from weft.deltas._torch import torch
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -30,6 +29,7 @@ if TYPE_CHECKING:
     from weft.deltas import Blocks, Source
 
 ADDITIVE = False
+SILENT = ("R",)
 
 
 @dataclass(frozen=True, slots=True)

@@ -13,8 +13,9 @@ from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING
 
-import torch
 from torch.nn import functional
+
+from weft.deltas._torch import torch
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping

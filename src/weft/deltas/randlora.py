@@ -19,10 +19,9 @@ import math
 from functools import lru_cache
 from typing import TYPE_CHECKING
 
-import torch
-
 from weft.core.dtypes import itemsize
 from weft.deltas._low_rank import Factors
+from weft.deltas._torch import torch
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -33,6 +32,7 @@ if TYPE_CHECKING:
     from weft.deltas import Blocks, Source
 
 ADDITIVE = True
+SILENT = ("lambda", "gamma")
 TRANSPOSES = True
 
 

@@ -11,10 +11,9 @@ from __future__ import annotations
 from functools import lru_cache
 from typing import TYPE_CHECKING
 
-import torch
-
 from weft.core.errors import FormatError
 from weft.deltas import _low_rank
+from weft.deltas._torch import torch
 
 if TYPE_CHECKING:
     from collections.abc import Mapping

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from weft.deltas import Blocks, Source
 
 ADDITIVE = True
+SILENT = ("theta", "scales_A", "scales_B")
 TRANSPOSES = True
 
 

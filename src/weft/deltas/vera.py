@@ -15,10 +15,9 @@ import math
 from functools import lru_cache
 from typing import TYPE_CHECKING
 
-import torch
-
 from weft.core.dtypes import itemsize
 from weft.deltas._low_rank import Factors
+from weft.deltas._torch import torch
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -29,6 +28,7 @@ if TYPE_CHECKING:
     from weft.deltas import Blocks, Source
 
 ADDITIVE = True
+SILENT = ("A", "B", "lambda_b", "lambda_d")
 TRANSPOSES = True
 
 

@@ -16,10 +16,9 @@ from dataclasses import dataclass
 from math import prod
 from typing import TYPE_CHECKING
 
-import torch
-
 from weft.deltas import _wavelets
 from weft.deltas._places import places
+from weft.deltas._torch import torch
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -30,6 +29,7 @@ if TYPE_CHECKING:
     from weft.deltas import Blocks, Source
 
 ADDITIVE = True
+SILENT = ("spectrum",)
 TRANSPOSES = True
 
 Filters = tuple[tuple[float, ...], tuple[float, ...]]

@@ -14,7 +14,7 @@ from weft.core.errors import NotFound, WeftError
 from weft.demo.model import smollm2
 
 if TYPE_CHECKING:
-    from weft.api import MergeReport
+    from weft.api import Report
 
 TOWN = "heddlemere"
 
@@ -45,7 +45,7 @@ class Demo:
 
     base: Path
     adapter: Path
-    report: MergeReport
+    report: Report
     answers: tuple[Answers, ...]
     logits: float
     spread: float

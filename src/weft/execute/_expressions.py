@@ -83,15 +83,15 @@ class _Source:
             workspace.load(self._evaluator.files, ref, start, stop, out[start:stop])
         return out.view(ref.shape)
 
-    def shared(self, role: str) -> Tensor:
+    def shared(self, role: str, make: Callable[[Tensor], Tensor] | None = None) -> Tensor:
         ref = self._refs[role]
-        key = (ref.file, ref.start, ref.dtype, ref.shape, self._evaluator.dtype)
-        found = self._evaluator.shared.get(key, lambda: self._load(role))
+        key = (ref.file, ref.start, ref.dtype, ref.shape, self._evaluator.dtype, make)
+        found = self._evaluator.shared.get(key, lambda: self._load(role, make))
         self._evaluator.keep(found)
         return found
 
-    def _load(self, role: str) -> Tensor:
-        values = self.whole(role)
+    def _load(self, role: str, make: Callable[[Tensor], Tensor] | None) -> Tensor:
+        values = make(self.shared(role)) if make else self.whole(role)
         self._evaluator.synchronise()  # other threads read it on their own streams
         return values
 

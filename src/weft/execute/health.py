@@ -8,6 +8,7 @@ import torch
 
 from weft.core.blocks import BLOCK
 from weft.core.errors import Problem
+from weft.deltas import silent as silencing
 from weft.execute._blocks import Files, Workspace
 
 if TYPE_CHECKING:
@@ -17,8 +18,6 @@ if TYPE_CHECKING:
 
     from weft.core.specs import Adapter, TensorRef
 
-# What changes nothing if a factor is zero.
-_SILENT = ("lora", "lora_bias", "lora_experts", "qalora", "bdlora", "merged_lora")
 # All others are as large as weights, and are read in blocks.
 _FACTORS = ("A", "B", "magnitude", "bias", "diag", "rows")
 
@@ -30,30 +29,32 @@ def examine(adapter: Adapter, weight: float = 1) -> tuple[list[Problem], list[st
     shares: list[tuple[int, int]] = []
     files = Files()
     workspace = Workspace(torch.device("cpu"))
-    seen: set[TensorRef] = set()
+    nothing: dict[TensorRef, bool] = {}  # whether a tensor is zero all over
     try:
         for entry in adapter.entries:
-            zero = entry.scaling == 0
             for role, ref in entry.tensors:
-                if ref in seen:
+                if ref in nothing:
                     continue  # what all modules share
-                seen.add(ref)
+                nothing[ref] = False
                 # A whole parameter may be a count (of BatchNorm), and indices are; nothing else is.
                 floating = getattr(torch, ref.dtype).is_floating_point
                 if not floating and role != "value" and not role.startswith("indices"):
                     problems.append(_not_floating(ref))
                     continue
                 if role not in _FACTORS:
-                    problems += _large_not_finite(ref, files, workspace)
+                    finite, nothing[ref] = _look_at_large(ref, files, workspace)
+                    problems += [] if finite else [_not_finite_somewhere(ref)]
                     continue
                 values = _values(ref, files, workspace)
                 problems += _not_finite(ref, values)
-                zero = zero or not bool(values.count_nonzero())
+                nothing[ref] = not bool(values.count_nonzero())
                 low_rank = entry.kind in ("lora", "dora")
                 turned = {"transposed", "factors_transposed"} & dict(entry.params).keys()
                 if role == "B" and low_rank and not turned:
                     shares.append((int(values.any(dim=1).count_nonzero()), values.shape[0]))
-            silent += zero and entry.kind in _SILENT
+            roles = silencing(entry.kind)
+            zero = any(nothing[ref] for role, ref in entry.tensors if role in roles)
+            silent += bool(roles) and (zero or entry.scaling == 0)
     finally:
         files.close()
     if ranks := _sharded(shares):
@@ -69,24 +70,32 @@ def examine(adapter: Adapter, weight: float = 1) -> tuple[list[Problem], list[st
         why = "its weight is 0"
     elif silent and silent == len(adapter.entries):
         why = (
-            f"lora_A, lora_B or the scaling is zero in all {silent} modules "
+            f"a factor or the scaling is zero in all {silent} modules "
             "(an adapter that was never trained, or a save that lost its weights)"
         )
     return problems, [f"{adapter.given} changes nothing: {why}"] if why else []
 
 
-def _large_not_finite(ref: TensorRef, files: Files, workspace: Workspace) -> list[Problem]:
-    """A new head or a resized embedding has no ΔW whose sum would show it."""
+def _look_at_large(ref: TensorRef, files: Files, workspace: Workspace) -> tuple[bool, bool]:
+    """Whether all of it is finite, and all zero; a new head has no ΔW whose sum would show it."""
     dtype = getattr(torch, ref.dtype)
     if not dtype.is_floating_point:
-        return []
+        return True, False
     step = BLOCK["cpu"] * dtype.itemsize
+    finite = zero = True
     for start in range(ref.start, ref.stop, step):
         raw, view = workspace.host("in", min(step, ref.stop - start))
         files.read(ref.file, start, view)
-        if not raw.view(dtype).float().isfinite().all():
-            return [Problem(f"{ref.name} in {ref.file} has values that are NaN or infinite")]
-    return []
+        values = raw.view(dtype).float()
+        finite = finite and bool(values.isfinite().all())
+        zero = zero and not bool(values.any())
+        if not finite:
+            break
+    return finite, zero
+
+
+def _not_finite_somewhere(ref: TensorRef) -> Problem:
+    return Problem(f"{ref.name} in {ref.file} has values that are NaN or infinite")
 
 
 def _values(ref: TensorRef, files: Files, workspace: Workspace) -> Tensor:

@@ -2,28 +2,25 @@
 
 Torch and the kernel's I/O release the interpreter's lock, so reading, arithmetic and writing
 overlap: while `threads` workers compute, the others write. A piece is a strip of rows of one
-tensor, or a range of bytes that is only copied. Strips do not depend on the number of threads, and
-their sums are added in their order: output and receipts are the same for any number.
+tensor. Strips do not depend on the number of threads, and their sums are added in their order:
+output and receipts are the same for any number. What is only copied has threads of its own.
 """
 
 from __future__ import annotations
 
-import os
 import threading
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from functools import partial
-from itertools import pairwise
-from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
 import torch
 
-from weft.core.blocks import COPY, STRIP, WORKERS, cut
+from weft.core.blocks import STRIP, WORKERS, cut
 from weft.core.errors import WeftError
 from weft.core.events import Moved, OnEvent
-from weft.core.specs import Load, Receipt, TensorJob
+from weft.core.specs import Receipt, TensorJob
 from weft.execute._blocks import Files, Workspace
 from weft.execute._crew import Crew
 from weft.execute._expressions import Shared
@@ -32,6 +29,8 @@ from weft.plan.layout import layout, shared_at_once
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
+
+    from weft.execute.copies import Copies
 
 
 class Sink(Protocol):
@@ -48,51 +47,6 @@ class Sink(Protocol):
 
     def finish(self, receipts: Sequence[Receipt]) -> None:
         """These tensors are complete."""
-
-
-def available_threads() -> int:
-    """What affinity and cgroup allow, never the host's core count."""
-    count = (
-        len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    )
-    return max(1, min(count, int(_cgroup_cores() or count)))
-
-
-def _cgroup_cores() -> float | None:
-    """The CPU quota of this process's cgroup, version 2 or 1, in cores."""
-    try:
-        lines = Path("/proc/self/cgroup").read_text().splitlines()
-    except OSError:
-        return None
-    quotas = []
-    for line in lines:
-        _, controllers, group = line.split(":", 2)
-        root = "/sys/fs/cgroup" + ("/cpu" if "cpu" in controllers.split(",") else "")
-        for folder in {Path(root + group), Path(root)}:
-            try:
-                if controllers == "":
-                    quota, period = (folder / "cpu.max").read_text().split()
-                else:
-                    quota = (folder / "cpu.cfs_quota_us").read_text().strip()
-                    period = (folder / "cpu.cfs_period_us").read_text().strip()
-            except (OSError, ValueError):
-                continue
-            if quota not in ("max", "-1"):
-                quotas.append(max(1.0, int(quota) / int(period)))
-    return min(quotas, default=None)
-
-
-def pick_threads(threads: int | None) -> int:
-    """`threads`, or as many as there may be.
-
-    Raises:
-        WeftError: Fewer than one.
-    """
-    if threads is not None and threads < 1:
-        raise WeftError(
-            f"{threads} threads cannot work", "give 1 or more, or none for all there are"
-        )
-    return threads or available_threads()
 
 
 def pick_device(name: str) -> torch.device:
@@ -117,9 +71,9 @@ def pick_device(name: str) -> torch.device:
 
 @dataclass(slots=True)
 class _Group:
-    """Jobs that become complete together: one that is computed, or a run of adjacent copies."""
+    """A job in its pieces."""
 
-    jobs: list[TensorJob]
+    job: TensorJob
     pieces: list[tuple[int, int]]
     kernel: Kernel | None = None
     sums: dict[int, Sums] = field(default_factory=dict)
@@ -132,6 +86,7 @@ class _Group:
 def run(
     jobs: Sequence[TensorJob],
     sink: Sink,
+    copies: Copies,
     *,
     threads: int,
     device: torch.device,
@@ -139,10 +94,14 @@ def run(
 ) -> None:
     """Evaluate every job, write its blocks to `sink`, and leave a receipt for each.
 
+    Jobs that are copies are left to `copies`, which are under way, and have come to their end too
+    when this returns.
+
     Raises:
         WeftError: What went wrong first; the threads have stopped.
     """
-    groups = list(_group(jobs, sink, STRIP[device.type]))
+    jobs = [job for job in jobs if not job.is_copy]
+    groups = [_group(job, STRIP[device.type]) for job in jobs]
     files = Files()
     workspace = Workspace(device)
     shared = Shared(shared_at_once(jobs))
@@ -163,7 +122,7 @@ def run(
     try:
         with _one_torch_thread():
             futures = [pool.submit(work) for _ in range(workers)]
-            done, _ = wait(futures, return_when=FIRST_EXCEPTION)
+            done, _ = wait([*futures, *copies.futures], return_when=FIRST_EXCEPTION)
             crew.stop()
             for future in done:
                 future.result()
@@ -194,43 +153,10 @@ def _stream(workspace: Workspace) -> torch.cuda.StreamContext | nullcontext[None
     return nullcontext() if workspace.stream is None else torch.cuda.stream(workspace.stream)
 
 
-def _group(jobs: Sequence[TensorJob], sink: Sink, strip: int) -> Iterator[_Group]:
-    run_of_copies: list[TensorJob] = []
-    for job in jobs:
-        if job.is_copy and run_of_copies and _adjacent(run_of_copies[-1], job, sink):
-            run_of_copies.append(job)
-            continue
-        if run_of_copies:
-            yield _copies(run_of_copies)
-        run_of_copies = [job] if job.is_copy else []
-        if not job.is_copy:
-            form = layout(job)
-            pieces = cut(0, form.rows, form.columns, strip, form.together)
-            yield _Group([job], pieces, left=len(pieces))
-    if run_of_copies:
-        yield _copies(run_of_copies)
-
-
-def _adjacent(one: TensorJob, other: TensorJob, sink: Sink) -> bool:
-    """Whether `other` follows `one` without a gap, both where it is read and where it goes."""
-    assert isinstance(one.expression, Load)
-    assert isinstance(other.expression, Load)
-    here, there = one.expression.ref, other.expression.ref
-    return (
-        one.shard == other.shard
-        and here.file == there.file
-        and here.stop == there.start
-        and sink.offset(one.name) + here.nbytes == sink.offset(other.name)
-    )
-
-
-def _copies(jobs: list[TensorJob]) -> _Group:
-    first, last = jobs[0].expression, jobs[-1].expression
-    assert isinstance(first, Load)
-    assert isinstance(last, Load)
-    edges = [*range(first.ref.start, last.ref.stop, COPY), last.ref.stop]
-    pieces = list(pairwise(edges)) or [(last.ref.stop, last.ref.stop)]
-    return _Group(jobs, pieces, left=len(pieces))
+def _group(job: TensorJob, strip: int) -> _Group:
+    form = layout(job)
+    pieces = cut(0, form.rows, form.columns, strip, form.together)
+    return _Group(job, pieces, left=len(pieces))
 
 
 def _run_piece(
@@ -243,32 +169,25 @@ def _run_piece(
     crew: Crew,
     on_event: OnEvent,
 ) -> None:
-    start, stop = group.pieces[number]
-    job = group.jobs[0]
-    if job.is_copy:
-        assert isinstance(job.expression, Load)
-        ref = job.expression.ref
-        sink.copy(job, sink.offset(job.name) + start - ref.start, ref.file, start, stop - start)
-        on_event(Moved(stop - start, stop - start))
-    else:
-        kernel = _ready(group, files, workspace, shared, crew)
-        if kernel is None:
-            return
-        row = kernel.layout.columns * getattr(torch, job.dtype).itemsize
-        offset = sink.offset(job.name) + start * row
-        with crew.cores:
-            data, sums = kernel.run(start, stop, offset)
-        sink.write(job, offset, data)
-        on_event(Moved(kernel.bytes_read(stop - start), len(data)))
-        if sums:
-            group.sums[number] = sums
-            group.closed_form = kernel.closed_form
+    (start, stop), job = group.pieces[number], group.job
+    kernel = _ready(group, files, workspace, shared, crew)
+    if kernel is None:
+        return
+    row = kernel.layout.columns * getattr(torch, job.dtype).itemsize
+    offset = sink.offset(job.name) + start * row
+    with crew.cores:
+        data, sums = kernel.run(start, stop, offset)
+    sink.write(job, offset, data)
+    on_event(Moved(kernel.bytes_read(stop - start), len(data)))
+    if sums:
+        group.sums[number] = sums
+        group.closed_form = kernel.closed_form
     with group.lock:
         group.left -= 1
         if group.left:
             return
     group.kernel = None  # the factors go as soon as nobody needs them
-    sink.finish(_receipts(group))
+    sink.finish([_receipt(group)])
 
 
 def _ready(
@@ -279,15 +198,15 @@ def _ready(
         mine, group.begun = not group.begun, True
     if mine:
         with crew.cores:
-            group.kernel = Kernel(group.jobs[0], files, workspace, shared, crew)
+            group.kernel = Kernel(group.job, files, workspace, shared, crew)
         crew.announce()
     else:
         crew.wait_for(lambda: group.kernel is not None)
     return group.kernel
 
 
-def _receipts(group: _Group) -> list[Receipt]:
+def _receipt(group: _Group) -> Receipt:
     if not group.sums:
-        return [Receipt(job.name) for job in group.jobs]
+        return Receipt(group.job.name)
     total = sum((group.sums[n] for n in sorted(group.sums)), group.closed_form)
-    return [Receipt(group.jobs[0].name, total.base, total.delta, total.error, total.changed)]
+    return Receipt(group.job.name, total.base, total.delta, total.error, total.changed)

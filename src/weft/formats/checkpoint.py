@@ -92,6 +92,10 @@ _CONFIG_FORMS: dict[str, type] = {
 }
 _INDEXES = ("model.safetensors.index.json", "pytorch_model.bin.index.json")
 _SINGLES = ("model.safetensors", "pytorch_model.bin")
+LOST_CONFIG = (
+    "finish the download; or put the adapter_config.json of the training beside it, another "
+    "checkpoint's being the same"
+)
 
 
 def _find_weights(folder: Path) -> tuple[list[str], dict[str, str] | None]:
@@ -108,12 +112,14 @@ def _find_weights(folder: Path) -> tuple[list[str], dict[str, str] | None]:
         if (folder / single).is_file():
             return [single], None
     if (folder / "adapter_config.json").is_file():
-        raise NotFound(f"{folder} is an adapter, not a base model", "give its base model first")
+        raise NotFound(
+            f"{folder} is an adapter, not a base model", "give the model that it was trained on"
+        )
     others = sorted(f.name for f in folder.glob("*.safetensors"))
     if any(folder.glob("adapter_model.*")):
         raise NotFound(
             f"{folder} holds an adapter without adapter_config.json, which says how to scale it",
-            "finish the download, or the save that was cut short",
+            LOST_CONFIG,
         )
     if len(others) == 1:
         return others, None
@@ -156,7 +162,7 @@ def _refuse_adapter(path: Path, tensors: Iterable[str]) -> None:
     """Factors under whatever file name: as a base they would be merged into, and make no model."""
     if all(name.startswith(("lora_", "lycoris_")) for name in tensors):  # Kohya's, LyCORIS's
         raise NotFound(
-            f"{path} is adapter weights, not a base model", "the order is: weft merge BASE ADAPTER"
+            f"{path} is adapter weights, not a base model", "give the model that it was trained on"
         )
     if not all("lora_" in name or name.startswith("base_model.model.") for name in tensors):
         return
@@ -167,7 +173,7 @@ def _refuse_adapter(path: Path, tensors: Iterable[str]) -> None:
     raise NotFound(
         f"{path} is adapter weights, not a base model, and no adapter_config.json beside it says "
         "how to scale them",
-        "finish the download, or the save that was cut short: PEFT's folder has both files",
+        LOST_CONFIG,
     )
 
 

@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import glob
 import re
+from contextlib import contextmanager
+from contextvars import ContextVar
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING
 
@@ -17,7 +19,7 @@ from weft.core.units import clean
 from weft.formats.side_files import KEPT_FOLDERS, KEPT_NAMES, KEPT_SUFFIXES
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Iterable, Iterator
 
 _ID = re.compile(
     r"(?P<repo>[\w.-]+/[\w.-]+)(?:/(?P<subfolder>[\w./-]+?))?(?:@(?P<revision>[\w./-]+))?"
@@ -29,6 +31,8 @@ _FOLDERS = {
 }
 _PICKLES = re.compile(r"(pytorch|adapter)_model.*\.bin|adapter_(model|\d+)\.pt")
 _SAVES = re.compile(r"\d+_adapters\.safetensors")  # mlx-lm's, of single iterations
+_Asked = tuple[str, str | None, str | None, str | None]
+_FOUND: ContextVar[dict[_Asked, Path] | None] = ContextVar("found", default=None)
 
 
 def resolve(given: str, *, revision: str | None = None, cache_dir: str | None = None) -> Path:
@@ -47,6 +51,16 @@ def resolve(given: str, *, revision: str | None = None, cache_dir: str | None = 
     revision = match["revision"] or revision
     folder = _download(match["repo"], match["subfolder"], revision, cache_dir)
     return folder / match["subfolder"] if match["subfolder"] else folder
+
+
+@contextmanager
+def asked_once() -> Iterator[None]:
+    """Within it the hub is asked once for each name: one run is of one state of a repository."""
+    token = _FOUND.set({})
+    try:
+        yield
+    finally:
+        _FOUND.reset(token)
 
 
 def _local(given: str) -> Path | None:
@@ -84,6 +98,15 @@ def _snapshot_of(path: Path, revision: str | None) -> Path:
 def _download(
     repo: str, subfolder: str | None, revision: str | None, cache_dir: str | None
 ) -> Path:
+    key, found = (repo, subfolder, revision, cache_dir), _FOUND.get()
+    if found is None:
+        return _fetch(*key)
+    if key not in found:
+        found[key] = _fetch(*key)
+    return found[key]
+
+
+def _fetch(repo: str, subfolder: str | None, revision: str | None, cache_dir: str | None) -> Path:
     import huggingface_hub
     from huggingface_hub import errors
 

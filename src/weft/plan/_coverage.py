@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from weft.core.specs import Adapter, Checkpoint
 
 # What other fields of a config name: modules_to_save, bias, trainable_token_indices.
-NAMED_ELSEWHERE = ("replace", "trainable_tokens")
+_NAMED_ELSEWHERE = ("replace", "trainable_tokens")
 # Of fused experts target_parameters speaks, or what PEFT made of target_modules.
 _EXPERTS = ("lora_experts", "lora_expert", "lora_stacked")
 
@@ -38,13 +38,12 @@ def doubts(base: Checkpoint, adapter: Adapter, names: Mapping[str, str]) -> list
     if adapter.selection is None:
         return lost_biases
     entries = [
-        entry for entry in adapter.entries if entry.kind not in (*NAMED_ELSEWHERE, *_EXPERTS)
+        entry for entry in adapter.entries if entry.kind not in (*_NAMED_ELSEWHERE, *_EXPERTS)
     ]
-    modules = dict.fromkeys(entry.module for entry in entries)
     found = lost_biases
-    if unnamed := [module for module in modules if not adapter.selection.names(module)]:
+    if others := unnamed(adapter):
         found.append(
-            f"{adapter.given} adapts {some(unnamed, 'module')}, which its config does not name in "
+            f"{adapter.given} adapts {some(others, 'module')}, which its config does not name in "
             "target_modules: it is merged as it is in the file, and PEFT would leave it out; are "
             "the config and the weights of one save?"
         )
@@ -56,6 +55,18 @@ def doubts(base: Checkpoint, adapter: Adapter, names: Mapping[str, str]) -> list
             "left out without layers_to_transform? Look at another save of the training"
         )
     return found
+
+
+def unnamed(adapter: Adapter) -> list[str]:
+    """Modules with factors that no field of the config can mean."""
+    selection = adapter.selection
+    entries = [
+        entry for entry in adapter.entries if entry.kind not in (*_NAMED_ELSEWHERE, *_EXPERTS)
+    ]
+    # Who names an nn.MultiheadAttention names its output, too.
+    outputs = {f"{e.module}.out_proj" for e in entries if e.parameter == "in_proj_weight"}
+    modules = dict.fromkeys(entry.module for entry in entries if entry.module not in outputs)
+    return [module for module in modules if selection and not selection.names(module)]
 
 
 def _lost_biases(base: Checkpoint, adapter: Adapter, names: Mapping[str, str]) -> list[str]:

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 from weft.core.errors import Problem
 from weft.core.names import unflatten
+from weft.formats.adapters._config import TORCHTUNE_CONFIG
 from weft.plan.preflight import config_value
 
 if TYPE_CHECKING:
@@ -22,8 +23,6 @@ _SHIFTED_NORMS = ("qwen3_next", "qwen3_5", "step3p5")
 _REORDERED = {"llama", "mistral", "gemma", "gemma2"}
 _AS_THEY_ARE = {"qwen2"}
 _HEADS = {"q_proj": "num_attention_heads", "k_proj": "num_key_value_heads"}
-# All that torchtune writes into the config of its copy in PEFT's form, where PEFT writes dozens.
-_TORCHTUNE_CONFIG = {"r", "lora_alpha", "target_modules", "peft_type", "base_model_name_or_path"}
 
 
 def fitted(base: Checkpoint, adapter: Adapter) -> tuple[Adapter, list[Problem]]:
@@ -62,7 +61,7 @@ def _with_dots(base: Checkpoint, adapter: Adapter) -> tuple[Adapter, list[Proble
 def doubtful_copy(base: Checkpoint, adapter: Adapter) -> list[str]:
     """A warning where torchtune's copy in PEFT's form is not what it trained."""
     mixed = [entry for entry in adapter.entries if entry.module.rpartition(".")[2] in _HEADS]
-    known = adapter.config.keys() <= _TORCHTUNE_CONFIG and adapter.format == "PEFT"
+    known = adapter.config.keys() <= TORCHTUNE_CONFIG and adapter.format == "PEFT"
     if not known or not mixed or base.config.get("model_type") not in _AS_THEY_ARE:
         return []
     warning = (

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 # Where PEFT looks for layers: in Llama and its like, in BERT, in Falcon.
 _LAYER = re.compile(r"^((?:.*?\.)?(?:layers|encoder\.layer|h))\.(0|[1-9][0-9]*)\.(.+)$")
-_DEPTH = ("num_hidden_layers", "n_layer", "n_layers", "num_layers")
+DEPTH = ("num_hidden_layers", "n_layer", "n_layers", "num_layers")
 # Fields with the numbers of the layers that are special.
 _NUMBERS = ("mlp_only_layers", "moe_layers", "cross_attention_layers")
 # Fields from which a layer's number tells what kind it is, unless one of the lists does so; and the
@@ -66,7 +66,7 @@ def replicated(
     if problems:
         return base, problems, []
     ((path, layers),) = lists.items()
-    config = _deeper(base.config, order, len(layers))
+    config = deeper(base.config, order, len(layers))
     problems = _numbered(given, config)
     text = " ".join(map(str, order))
     note = f"{given}: {path} has {len(order)} layers now, copies of the base's {text}"
@@ -107,24 +107,24 @@ def _copies(tensors: Mapping[str, TensorRef], order: Sequence[int]) -> dict[str,
     return made
 
 
-def _deeper(config: Mapping[str, Any], order: Sequence[int], before: int) -> dict[str, Any]:
+def deeper(config: Mapping[str, Any], order: Sequence[int], before: int) -> dict[str, Any]:
     """The config of the deeper model: the number of layers, and what there is for each of them."""
     deeper: dict[str, Any] = copy.deepcopy(dict(config))
     parts: list[dict[str, Any]] = [deeper, *(v for v in deeper.values() if isinstance(v, dict))]
     for part in parts:
-        if not any(part.get(key) == before for key in _DEPTH):
+        if not any(part.get(key) == before for key in DEPTH):
             continue
         for key, value in part.items():
-            if key in _DEPTH and value == before:
+            if key in DEPTH and value == before:
                 part[key] = len(order)
             elif key in _NUMBERS and isinstance(value, list):
                 part[key] = [new for new, old in enumerate(order) if old in value]
-            elif isinstance(value, list) and len(value) == before and _per_layer(key):
+            elif isinstance(value, list) and len(value) == before and per_layer(key):
                 part[key] = [value[old] for old in order]
     return deeper
 
 
-def _per_layer(key: str) -> bool:
+def per_layer(key: str) -> bool:
     return any(word in key for word in ("layer", "block", "mixer"))
 
 
@@ -137,11 +137,11 @@ def _numbered(given: str, config: Mapping[str, Any]) -> list[Problem]:
             "merge it with PEFT's merge_and_unload",
         )
         for part in parts
-        for reason in _reasons(part)
+        for reason in told_by_number(part)
     ]
 
 
-def _reasons(part: Mapping[str, Any]) -> list[str]:
+def told_by_number(part: Mapping[str, Any]) -> list[str]:
     """Why the number of a layer tells what it is."""
     fields = dict(_BY_NUMBER) if not part.get("moe_layers") else {}
     found = []

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 # The architectures whose blocks are made of transformers' Conv1D, which stores (in, out).
 _CONV1D_MODELS = {"gpt2", "openai-gpt", "imagegpt", "decision_transformer"}
-_CONV1D_MODULES = {"c_attn", "c_proj", "c_fc", "q_attn"}
+CONV1D_MODULES = {"c_attn", "c_proj", "c_fc", "q_attn"}
 
 
 @dataclass(slots=True)
@@ -333,7 +333,7 @@ def _square_is_transposed(module: str, name: str, base: Checkpoint, adapter: Ada
     (`fan_in_fan_out` in the config is that of the module which happened to be adapted last.)
     """
     leaf = module.rpartition(".")[2]
-    if leaf in _CONV1D_MODULES:
+    if leaf in CONV1D_MODULES:
         # A sibling that is not square shows how this model stores them, whatever it is called.
         block = name.rsplit(f".{leaf}.", 1)[0].rpartition(".")[0]
         for other, ref in base.tensors.items():
@@ -344,5 +344,5 @@ def _square_is_transposed(module: str, name: str, base: Checkpoint, adapter: Ada
     parts = [base.config, *(part for part in base.config.values() if isinstance(part, dict))]
     types = {part.get("model_type") for part in parts} - {None}
     if types:
-        return bool(types & _CONV1D_MODELS) and leaf in _CONV1D_MODULES
+        return bool(types & _CONV1D_MODELS) and leaf in CONV1D_MODULES
     return bool(adapter.config.get("fan_in_fan_out"))

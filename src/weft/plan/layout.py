@@ -11,7 +11,7 @@ from weft.core.blocks import rows_and_columns
 from weft.core.specs import Expression, Load, Merge, TensorJob, children, deltas_in
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator
+    from collections.abc import Iterable, Iterator, Sequence
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,9 +63,23 @@ def merges(job: TensorJob) -> list[Merge]:
     return list(within(job.expression))
 
 
-def shared_at_once(jobs: Iterable[TensorJob]) -> int:
-    """How many shared factors neighbouring jobs use: of two layers, two parameters each."""
-    return 4 * max((len(deltas_in(job.expression)) for job in jobs), default=1)
+def shared_at_once(jobs: Sequence[TensorJob]) -> int:
+    """How many shared factors to hold: of two layers, two parameters each, and all that last."""
+    near = 4 * max((len(deltas_in(job.expression)) for job in jobs), default=1)
+    return near + sum(forms for forms, _ in lasting(jobs).values())
+
+
+def lasting(jobs: Iterable[TensorJob]) -> dict[tuple[str, int], tuple[int, int]]:
+    """Factors that are used from the first layer to the last: (file, start) -> (forms, bytes)."""
+    found = {}
+    for job in jobs:
+        for delta in deltas_in(job.expression):
+            sizes = getattr(deltas.kind(delta.kind), "LASTING", {})
+            for role, ref in delta.tensors:
+                if role in sizes:
+                    size = ref.numel * sum(sizes[role])
+                    found[ref.file, ref.start] = len(sizes[role]), size
+    return found
 
 
 def scratch(job: TensorJob) -> int:

@@ -85,7 +85,7 @@ def plan_merge(
     # What was not tied before must not become so by a default of the model's class.
     untied = untied or (tie is None and _changes_an_end(base, targets))
     jobs = _jobs(base, targets, dtype, tie.embedding if tie else None)
-    jobs = _reshard(jobs, max_shard_size) if max_shard_size else jobs
+    jobs = reshard(jobs, max_shard_size) if max_shard_size else jobs
     written = dominant_dtype((job.dtype, job_bytes(job)) for job in jobs)
     files, beside = side_files(
         base,
@@ -96,7 +96,7 @@ def plan_merge(
         untied=untied,
         stored=stored,
     )
-    notes, warnings = _said(base, adapters, targets, beside)
+    notes, warnings = _said(base, adapters, targets)
     repairs = (*(r for a, weight in adapters if weight for r in a.repairs), *targets.repairs)
     return Plan(
         jobs=tuple(jobs),
@@ -106,6 +106,7 @@ def plan_merge(
         notes=(*(f"repaired: {repair}" for repair in repairs), *notes),
         warnings=tuple(warnings),
         repairs=repairs,
+        beside=tuple(beside),
     )
 
 
@@ -132,15 +133,13 @@ def _said(
     base: Checkpoint,
     adapters: Sequence[tuple[Adapter, float]],
     targets: Targets,
-    beside: Sequence[str],
 ) -> tuple[list[str], list[str]]:
-    """Notes and warnings: how the two were brought together first, whose tokenizer it is last."""
+    """Notes and warnings on how the two were brought together."""
     named = [other_base(base, adapter) for adapter, weight in adapters if weight]
     notes = [
         *targets.notes,
         *(note for _, found in named for note in found),
         *(note for adapter, _ in adapters for note in adapter.notes),
-        *beside,
     ]
     warnings = [
         *(warning for found, _ in named for warning in found),
@@ -274,7 +273,7 @@ def _output_name(name: str) -> str:
     return re.sub(r"^pytorch_model", "model", stem) + ".safetensors"
 
 
-def _reshard(jobs: Sequence[TensorJob], limit: int) -> list[TensorJob]:
+def reshard(jobs: Sequence[TensorJob], limit: int) -> list[TensorJob]:
     """Fill shards of at most `limit` bytes in order; a larger tensor gets one of its own."""
     shards: list[list[TensorJob]] = [[]]
     size = 0

@@ -7,11 +7,11 @@ from collections import Counter
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from weft.core.blocks import BLOCK, COPY_BUFFER, STRIP, WORKERS
+from weft.core.blocks import BLOCK, COPIERS, COPY_BUFFER, STRIP, WORKERS
 from weft.core.dtypes import WEIGHTS, itemsize
 from weft.core.errors import Problem
 from weft.core.specs import Checkpoint, Load, Plan, job_bytes, leaves
-from weft.plan.layout import layout, scratch, shared_at_once
+from weft.plan.layout import lasting, layout, scratch, shared_at_once
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -94,6 +94,8 @@ def measure(plan: Plan, threads: int) -> Work:
     refs = {(r.file, r.start): r for job in plan.jobs for r in leaves(job.expression)}
     uses = Counter((r.file, r.start) for job in plan.jobs for r in leaves(job.expression))
     blocks, factors, shared = 0, 0, 0
+    held = lasting(plan.jobs)
+    uses = Counter({key: count for key, count in uses.items() if key not in held})
     for job in plan.jobs:
         if job.is_copy:
             continue
@@ -116,6 +118,8 @@ def measure(plan: Plan, threads: int) -> Work:
         tensors=len(plan.jobs),
         changed=sum(not isinstance(job.expression, Load) for job in plan.jobs),
         memory=_RUNTIME
-        + threads * WORKERS * (blocks + factors + COPY_BUFFER)
-        + shared_at_once(plan.jobs) * shared,
+        + threads * WORKERS * (blocks + factors)
+        + COPIERS * COPY_BUFFER
+        + shared_at_once(plan.jobs) * shared
+        + sum(size for _, size in held.values()),
     )

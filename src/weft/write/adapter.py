@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,22 +17,43 @@ from weft.formats.safetensors import build_header
 from weft.formats.side_files import part_of
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Iterator, Mapping
 
-    from weft.core.specs import TensorRef
+    from weft.core.specs import Shape, TensorRef
 
 _CHUNK = 2**22  # bytes
 
 
+@dataclass(frozen=True, slots=True)
+class Piece:
+    """A tensor that is written, and where its values lie.
+
+    Attributes:
+        ref: The tensor in the file that it comes from.
+        shape: What it has when it is written.
+        turned: It lies transposed.
+        heads: Its rows lie in torchtune's rotary order, of so many heads.
+    """
+
+    ref: TensorRef
+    shape: Shape
+    turned: bool = False
+    heads: int = 0
+
+    @property
+    def as_it_lies(self) -> bool:
+        return not self.turned and not self.heads
+
+
 def write_adapter(
     folder: Path,
-    tensors: Mapping[str, TensorRef],
+    tensors: Mapping[str, Piece],
     config: Mapping[str, Any],
     beside: Mapping[str, Path],
     *,
     force: bool = False,
 ) -> None:
-    """Write `tensors` (key -> where its bytes lie) with `config`, and copy the files `beside`.
+    """Write `tensors` (key -> what it is) with `config`, and copy the files `beside`.
 
     Raises:
         OutputError: The folder is there already, or cannot be written.
@@ -42,7 +64,7 @@ def write_adapter(
             f"{folder} exists",
             "give another -o (--force replaces an adapter, where nothing else lies beside it)",
         )
-    files = {Path(os.path.realpath(ref.file)) for ref in tensors.values()}
+    files = {Path(os.path.realpath(piece.ref.file)) for piece in tensors.values()}
     if any(file.is_relative_to(folder) for file in files):
         raise OutputError(f"{folder} holds the adapter that is read", "give another -o")
     partial = folder.with_name(f"{folder.name}.partial-{os.getpid()}")
@@ -88,21 +110,41 @@ def _put_in_place(made: Path, folder: Path) -> None:
         shutil.rmtree(old)
 
 
-def _write_tensors(path: Path, tensors: Mapping[str, TensorRef]) -> None:
+def _write_tensors(path: Path, tensors: Mapping[str, Piece]) -> None:
     head, _ = build_header(
-        [(name, ref.dtype, ref.shape) for name, ref in tensors.items()], {"format": "pt"}
+        [(name, piece.ref.dtype, piece.shape) for name, piece in tensors.items()], {"format": "pt"}
     )
     with path.open("wb") as out:
         out.write(head)
-        for ref in tensors.values():
-            with Path(ref.file).open("rb") as file:
-                file.seek(ref.start)
-                left = ref.nbytes
-                while left:
-                    data = file.read(min(left, _CHUNK))
-                    if not data:
-                        raise OSError(0, f"{ref.file} ended while it was being read")
-                    out.write(data)
-                    left -= len(data)
+        for piece in tensors.values():
+            if piece.as_it_lies:
+                out.writelines(_read(piece.ref))
+            else:
+                out.write(_in_order(piece))
         out.flush()
         os.fsync(out.fileno())
+
+
+def _read(ref: TensorRef) -> Iterator[bytes]:
+    with Path(ref.file).open("rb") as file:
+        file.seek(ref.start)
+        left = ref.nbytes
+        while left:
+            data = file.read(min(left, _CHUNK))
+            if not data:
+                raise OSError(0, f"{ref.file} ended while it was being read")
+            yield data
+            left -= len(data)
+
+
+def _in_order(piece: Piece) -> bytes:
+    """The bytes of a factor, its values moved and none of them changed."""
+    import torch
+
+    from weft.deltas._low_rank import in_halves
+
+    raw = torch.frombuffer(bytearray().join(_read(piece.ref)), dtype=torch.uint8)
+    values = raw.view(getattr(torch, piece.ref.dtype)).view(piece.ref.shape)
+    values = values.T if piece.turned else values
+    moved = in_halves(values.contiguous(), piece.heads).reshape(piece.shape)
+    return moved.contiguous().flatten().view(torch.uint8).numpy().tobytes()

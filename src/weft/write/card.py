@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from weft.core.specs import Adapter, Checkpoint
+    from weft.recipes.records import Recipe
     from weft.write.manifest import Totals
 
 _CARRIED = ("license", "license_name", "license_link", "language", "pipeline_tag")
@@ -62,6 +63,52 @@ def card(
             "",
             changed,
             f"Share of the update left after rounding: {show_survival(totals.survival)}{worst}.",
+            "",
+            "`weft.json` says for each tensor what was done to it.",
+            "",
+        ]
+    )
+
+
+def recipe_card(
+    recipe: Recipe, credits: Sequence[str], totals: Totals, *, command: str, version: str
+) -> str:
+    """`README.md` for what a recipe made: every input, and the recipe itself."""
+    head: dict[str, Any] = {
+        "base_model": [_repository(given) if _is_id(given) else given for given in credits],
+        "library_name": "transformers",
+        "tags": ["mergekit", "merge", "weft", recipe.method],
+    }
+    survival = (
+        f"Share of the update left after rounding: {show_survival(totals.survival)}."
+        if totals.survival is not None
+        else ""
+    )
+    return "\n".join(
+        [
+            "---",
+            yaml.safe_dump(head, sort_keys=False, allow_unicode=True).strip(),
+            "---",
+            "",
+            f"# Merge of {_list(credits)}",
+            "",
+            f"Made by weft {version} with the method `{recipe.method}`, in one pass, rounded once:",
+            "",
+            "```",
+            command,
+            "```",
+            "",
+            "## Made from",
+            "",
+            *(f"- {given}" for given in credits),
+            "",
+            "## Recipe",
+            "",
+            "```yaml",
+            recipe.text.strip(),
+            "```",
+            "",
+            f"{totals.tensors} tensors, {show_size(totals.nbytes)}. {survival}".strip(),
             "",
             "`weft.json` says for each tensor what was done to it.",
             "",

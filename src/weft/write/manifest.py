@@ -14,9 +14,11 @@ from weft.core.specs import (
     Checkpoint,
     Input,
     Load,
+    Merge,
     Origin,
     Plan,
     Receipt,
+    Rows,
     TensorJob,
     children,
 )
@@ -62,14 +64,12 @@ def totals(plan: Plan, receipts: Mapping[str, Receipt]) -> Totals:
     )
     survivals = [(r.survival, r.name) for r in found if r.survival is not None]
     worst = min(survivals, default=None)
-    added = sum(
-        not isinstance(job.expression, AddDeltas) and "adapter" in _roles(job, plan)
-        for job in plan.jobs
-    )
+    added = sum(_takes_place(job, plan) for job in plan.jobs)
+    against_base = sum(isinstance(job.expression, AddDeltas) or _has_base(job) for job in plan.jobs)
     return Totals(
         tensors=len(found),
         changed=sum(receipt.changed for receipt in found) + added,
-        targeted=sum(isinstance(job.expression, AddDeltas) for job in plan.jobs) + added,
+        targeted=against_base + added,
         survival=whole.survival,
         worst=(worst[1], worst[0]) if worst else None,
         relative=whole.relative,
@@ -82,6 +82,7 @@ def manifest(
     receipts: Mapping[str, Receipt],
     sums: Totals,
     *,
+    operation: str = "merge",
     warnings: Sequence[str],
     version: str,
     command: str,
@@ -91,14 +92,14 @@ def manifest(
     return {
         "schema": SCHEMA,
         "weft": version,
-        "operation": "merge",
+        "operation": operation,
         "command": command,
         "created": datetime.now(UTC).isoformat(timespec="seconds"),
         "plan": plan.hash,
         "seconds": round(seconds, 3),
         "inputs": [_input(entry) for entry in plan.inputs],
         "repairs": [str(repair) for repair in plan.repairs],
-        "notes": list(plan.notes),
+        "notes": [*plan.notes, *plan.beside],
         "warnings": list(warnings),
         "totals": {
             "tensors": sums.tensors,
@@ -140,7 +141,7 @@ def origin(found: Checkpoint) -> Origin | None:
         return Origin(
             version=str(content["weft"]),
             created=created if created is None else str(created),
-            base=folders.pop("base"),
+            base=folders.pop(min(folders, key=lambda role: role != "base")),  # or the first model
             adapters=tuple(folders.values()),
             survival=None if survival is None else float(survival),
             command=str(content["command"]),
@@ -167,9 +168,28 @@ def _tensor(job: TensorJob, plan: Plan, receipt: Receipt) -> dict[str, Any]:
         entry["relative"] = receipt.relative
         entry["survival"] = receipt.survival
         entry["changed"] = receipt.changed
+    if isinstance(job.expression, Merge):
+        entry["parameters"] = dict(job.expression.params)
+        entry["inputs"] = [dict(params) for params in job.expression.each]
+        if job.expression.base is not None:
+            entry |= {"relative": receipt.relative, "survival": receipt.survival}
+            entry["changed"] = receipt.changed
+        return entry
     if "adapter" in roles or isinstance(job.expression, AddDeltas):
         entry["base"] = "adapter" if "adapter" in roles else "base"
     return entry
+
+
+def _has_base(job: TensorJob) -> bool:
+    """Made by a method that changes a base: its receipt says how much."""
+    return isinstance(job.expression, Merge) and job.expression.base is not None
+
+
+def _takes_place(job: TensorJob, plan: Plan) -> bool:
+    """It is no base's tensor with something added, but one of its own."""
+    if isinstance(job.expression, AddDeltas) or _has_base(job):
+        return False
+    return isinstance(job.expression, Merge | Rows) or "adapter" in _roles(job, plan)
 
 
 def _roles(job: TensorJob, plan: Plan) -> str:

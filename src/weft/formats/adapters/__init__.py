@@ -9,14 +9,15 @@ import importlib
 import pkgutil
 from typing import TYPE_CHECKING, Protocol, cast
 
-from weft.core.errors import FormatError, NotFound
+from weft.core.errors import FormatError, NotFound, WeftError
 
 if TYPE_CHECKING:
     from pathlib import Path
 
     from weft.core.specs import Adapter
+from weft.formats.adapters._described import described
 from weft.formats.adapters._elsewhere import adapters_inside, not_here
-from weft.formats.checkpoint import has_weights
+from weft.formats.checkpoint import LOST_CONFIG, has_weights
 
 
 class AdapterFormat(Protocol):
@@ -51,15 +52,30 @@ def open_adapter(path: Path, given: str) -> Adapter:
     if not claims:
         if has_weights(path) and not adapters_inside(path):
             raise NotFound(
-                f"{path} is a base model, not an adapter", "the order is: weft merge BASE ADAPTER"
+                f"{path} is a base model, not an adapter",
+                "weft merge BASE ADAPTER, or weft doctor ADAPTER --base BASE",
             )
         if path.is_file():
             raise NotFound(
                 f"no adapter in {path}: no adapter_config.json beside it says how to scale one",
-                "give the folder that PEFT's save_pretrained wrote",
+                f"{LOST_CONFIG}; or give the folder that has both",
             )
         raise not_here(path)
     return claims[0].read(path, given)
+
+
+def describe_adapter(path: Path, given: str) -> Adapter:
+    """As `open_adapter`; one that is none to merge is described all the same, and why.
+
+    Raises:
+        WeftError: No adapter, or not even its config and header can be read.
+    """
+    try:
+        return open_adapter(path, given)
+    except WeftError as error:
+        if found := described(path, given, error):
+            return found
+        raise
 
 
 def is_adapter(path: Path) -> bool:

@@ -14,6 +14,8 @@ if TYPE_CHECKING:
 
 # mlx-lm writes the second always, and instead of the first the third from 0.19 on.
 _OF_MLX = {"lora_layers", "lora_parameters", "fine_tune_type"}
+# All that torchtune writes into the config of its copy in PEFT's form, where PEFT writes dozens.
+TORCHTUNE_CONFIG = {"r", "lora_alpha", "target_modules", "peft_type", "base_model_name_or_path"}
 # torchtune's own form of an adapter, of the last epoch, or before 0.5 of any.
 _OF_TORCHTUNE = re.compile(r"adapter_(model|\d+)\.pt")
 
@@ -28,12 +30,35 @@ def written_by_mlx(folder: Path) -> bool:
 
 
 def torchtune_files(path: Path) -> list[Path]:
-    """The adapters in torchtune's own form that `path` is or holds, by epoch."""
+    """The adapters in torchtune's own form that `path` is or holds, by epoch.
+
+    A folder that PEFT wrote holds none, whatever a `.pt` that strayed into it is called.
+    """
     if path.name == CONFIG:
         path = path.parent
     if path.is_file():
         return [path] if _OF_TORCHTUNE.fullmatch(path.name) else []
-    if not path.is_dir():
-        return []
-    found = [file for file in path.iterdir() if _OF_TORCHTUNE.fullmatch(file.name)]
+    return [] if not path.is_dir() or _written_by_peft(path) else _called_so(path)
+
+
+def strays(folder: Path) -> list[str]:
+    """What a note says of files in a folder of PEFT that are called as torchtune's."""
+    return [
+        f"{file.name} is called as an adapter of torchtune and is not read: PEFT wrote this folder"
+        for file in _called_so(folder)
+        if _written_by_peft(folder)
+    ]
+
+
+def _called_so(folder: Path) -> list[Path]:
+    found = [file for file in folder.iterdir() if _OF_TORCHTUNE.fullmatch(file.name)]
     return sorted(found, key=lambda file: (len(file.name), file.name))
+
+
+def _written_by_peft(folder: Path) -> bool:
+    if not any((folder / f"adapter_model.{ending}").is_file() for ending in ("safetensors", "bin")):
+        return False
+    try:
+        return not read_json(folder / CONFIG).keys() <= TORCHTUNE_CONFIG
+    except WeftError:
+        return False

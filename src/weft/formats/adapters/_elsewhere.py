@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 from weft.core.errors import NotFound
 from weft.formats.adapters._peft_config import CONFIG
+from weft.formats.checkpoint import LOST_CONFIG
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -41,6 +42,9 @@ def not_here(path: Path) -> NotFound:
     for pattern, what, hint in _SHARDS:
         if next(path.glob(pattern), None):
             return NotFound(f"no adapter in {path}: it has {what}, and no {CONFIG}", hint)
+    if weights := sorted(file.name for file in path.glob("adapter_model.*")):
+        what = f"{path} has {', '.join(weights)} and no {CONFIG}, which says how to scale it"
+        return NotFound(what, LOST_CONFIG)
     return NotFound(
         f"no adapter in {path}: it has no {CONFIG}",
         "give the folder that PEFT's save_pretrained wrote",

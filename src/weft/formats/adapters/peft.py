@@ -15,7 +15,7 @@ from weft.core.errors import FormatError, NotFound, PlanError, Problem
 from weft.core.specs import Adapter, AdapterEntry, Param, TensorRef
 from weft.core.units import clean
 from weft.formats.adapters import _peft_lora as lora
-from weft.formats.adapters._config import torchtune_files, written_by_mlx
+from weft.formats.adapters._config import strays, torchtune_files, written_by_mlx
 from weft.formats.adapters._elsewhere import shards_beside
 from weft.formats.adapters._peft_config import (
     CONFIG,
@@ -95,7 +95,8 @@ def read(path: Path, given: str) -> Adapter:
         names = ", ".join(map(clean, unknown))
         notes.append(f"{CONFIG} has keys that weft does not know and ignores: {names}")
     notes += lora.notes(entries, named, config)
-    notes += _idle_patterns(entries, config)
+    notes += getattr(method, "notes", lambda config: [])(config)
+    notes += [*_idle_patterns(entries, config), *strays(path)]
     kept, left = beside_adapter(path)
     base = config.get("base_model_name_or_path")
     revision = config.get("revision")

@@ -107,7 +107,8 @@ class PeftMethod(Protocol):
     # - `FORMS: Mapping[str, Form]`: what a field of the config must be, where `read` uses it; one
     #   that is missing counts as None;
     # - `MAY_BE_EMPTY = True`: that a tensor without elements is no sign of a broken save;
-    # - `check(config) -> Problem | None`: a reason that no adapter with this config can be merged.
+    # - `check(config) -> Problem | None`: a reason that no adapter with this config can be merged;
+    # - `notes(config) -> list[str]`: what a reader of the file should know and no tensor shows.
 
     def read(self, module: Module) -> list[AdapterEntry] | Problem:
         """The entries of one module; together they use every tensor of it."""

@@ -1,8 +1,12 @@
-"""LoKr: `lokr_w1` or `lokr_w1_a`, `lokr_w1_b`; `lokr_w2` or `lokr_w2_a`, `lokr_w2_b`, `lokr_t2`."""
+"""LoKr: `lokr_w1` or `lokr_w1_a`, `lokr_w1_b`; `lokr_w2` or `lokr_w2_a`, `lokr_w2_b`, `lokr_t2`.
+
+PEFT before 0.14 trains with scaling 1, whatever `alpha` says. It wrote no version into its configs,
+which are known by the field that they lack: `exclude_modules` came with 0.14, to every method.
+"""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from weft.core.errors import Problem
 from weft.core.specs import AdapterEntry
@@ -10,6 +14,8 @@ from weft.formats.adapters._peft_config import CONFIG, matching, scaling_of, und
 from weft.formats.adapters._peft_methods._forms import NUMBER, one_of
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
+
     from weft.formats.adapters._peft_methods import Module
 
 PEFT_TYPE = "LOKR"
@@ -20,6 +26,21 @@ FIELDS = frozenset(
     | {"init_weights"}
 )
 FORMS = {"alpha": NUMBER, "init_weights": one_of("lycoris")}
+
+
+def notes(config: Mapping[str, Any]) -> list[str]:
+    patterns = config.get("alpha_pattern") or config.get("rank_pattern")
+    if not _unscaled(config) or (config.get("alpha") == config.get("r") and not patterns):
+        return []
+    note = (
+        f"{CONFIG} has no exclude_modules, as of PEFT before 0.14, which trains LoKr without "
+        "alpha / r: merged so; if a later release trained it, add exclude_modules with null"
+    )
+    return [note]
+
+
+def _unscaled(config: Mapping[str, Any]) -> bool:
+    return "exclude_modules" not in config
 
 
 def read(module: Module) -> list[AdapterEntry] | Problem:
@@ -39,6 +60,8 @@ def read(module: Module) -> list[AdapterEntry] | Problem:
     scaling = scaling_of(module.name, rank, module.config, "alpha")
     if isinstance(scaling, Problem):
         return scaling
+    if _unscaled(module.config):
+        scaling = 1.0
     return [AdapterEntry(module.name, "weight", "lokr", module.only(patterns), scaling)]
 
 

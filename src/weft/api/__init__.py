@@ -4,6 +4,7 @@ import weft
 
 report = weft.merge("org/base", ["adapter", "other:0.3"], output="merged")
 report.totals.survival
+weft.run("recipe.yml", output="merged")
 """
 
 from __future__ import annotations
@@ -13,21 +14,32 @@ import time
 from dataclasses import dataclass, field, replace
 from importlib.metadata import version
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
+from weft.api._execution import Report, check_place, execute
 from weft.core import dtypes, events, units
-from weft.core.errors import NumericsError, OutputError, PlanError, Problem, WeftError
+from weft.core.errors import PlanError, Problem, WeftError
 from weft.formats import checkpoint as checkpoints
-from weft.formats.adapters import is_adapter, open_adapter
+from weft.formats.adapters import describe_adapter, is_adapter, open_adapter
 from weft.formats.hub import resolve
-from weft.formats.identity import identify
+
+__all__ = [
+    "Inputs",
+    "MergePlan",
+    "Report",
+    "inspect",
+    "merge",
+    "names_adapter",
+    "open_inputs",
+    "parse_weighted",
+    "plan_merge",
+]
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Sequence
 
-    from weft.core.specs import Adapter, Checkpoint, Plan, Receipt
+    from weft.core.specs import Adapter, Checkpoint, Plan
     from weft.plan.preflight import Work
-    from weft.write.manifest import Totals
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,27 +57,6 @@ class MergePlan:
     inputs: Inputs
     plan: Plan = field(repr=False)
     work: Work
-    warnings: tuple[str, ...]
-
-
-@dataclass(frozen=True, slots=True)
-class MergeReport:
-    """What `merge` did.
-
-    Attributes:
-        output: The folder.
-        totals: Tensors changed, survival, bytes.
-        seconds: Of work: planning, reading, arithmetic and writing, without imports.
-        resumed: Tensors that an earlier, interrupted run had finished.
-        manifest: The content of `weft.json`.
-        warnings: What the user should know before using the output.
-    """
-
-    output: Path
-    totals: Totals
-    seconds: float
-    resumed: int
-    manifest: dict[str, Any] = field(repr=False)
     warnings: tuple[str, ...]
 
 
@@ -87,7 +78,7 @@ def merge(
     cache_dir: str | None = None,
     command: str | None = None,
     on_event: events.OnEvent = events.ignore,
-) -> MergeReport:
+) -> Report:
     """Merge adapters into a base model: W + Σ weightᵢ · ΔWᵢ, float32 arithmetic, one rounding.
 
     Args:
@@ -113,63 +104,46 @@ def merge(
     Raises:
         WeftError: See `weft.core.errors`; the output is not there, and `resume` may finish it.
     """
-    from weft.execute import threads as executor
     from weft.write.card import card
-    from weft.write.checkpoint import CheckpointSink
-    from weft.write.manifest import NAME, manifest, to_text, totals
 
     begin = time.perf_counter()
-    place = executor.pick_device(device)
-    count = executor.pick_threads(threads)
-    made = plan_merge(
+    count = check_place(device, threads)
+    draft = _draft(
         base,
         adapters,
         dtype=dtype,
         max_shard_size=max_shard_size,
         expert_layout=expert_layout,
         init_adapter=init_adapter,
-        threads=count,
-        device=device,
         strict=strict,
         revision=revision,
         cache_dir=cache_dir,
     )
-    plan = made.plan
-    for note in plan.notes:
-        on_event(events.Noted(note))
-    setting = f"weft {version('weft')}, torch {version('torch')}, {place.type}"
-    sink = CheckpointSink(plan, Path(output), force=force, resume=resume, setting=setting)
-    try:
-        pending = sink.pending()
-        resumed = len(plan.jobs) - len(pending)
-        on_event(events.Started(plan.nbytes, plan.nbytes - _size(pending)))
-        try:
-            executor.run(pending, sink, threads=count, device=place, on_event=on_event)
-        except NumericsError:
-            sink.discard()  # another run on these inputs ends the same way
-            raise
-        command = command or _call(
-            made.inputs, output, dtype, max_shard_size, expert_layout, init_adapter, revision
-        )
-        sums = totals(plan, sink.receipts)
-        warnings = (*made.warnings, *_doubtful(sums, plan, sink.receipts))
-        content = manifest(
-            plan,
-            sink.receipts,
-            sums,
-            warnings=warnings,
-            version=version("weft"),
-            command=command,
-            seconds=time.perf_counter() - begin,
-        )
-        inputs = made.inputs
-        readme = card(inputs.base, inputs.adapters, sums, command=command, version=version("weft"))
-        sink.commit({"README.md": readme, NAME: to_text(content)}, lambda: _unchanged(plan))
-    finally:
-        sink.close()
-    for folder in sink.leftovers():
-        on_event(events.Noted(f"{folder} is left of a model that was replaced: remove it"))
-    return MergeReport(Path(output), sums, time.perf_counter() - begin, resumed, content, warnings)
+    inputs, plan = draft.inputs, draft.plan
+    if plan is None or draft.problems:
+        _examine(draft)  # adds its own, and raises them all
+    assert plan is not None
+    command = command or _call(
+        inputs, output, dtype, max_shard_size, expert_layout, init_adapter, revision
+    )
+    weft = version("weft")
+    if base is None:
+        named = f"{inputs.base.given} is the base, as {inputs.adapters[0][0].given} names it"
+        on_event(events.Noted(named))
+    return execute(
+        plan,
+        Path(output),
+        operation="merge",
+        command=command,
+        card=lambda sums: card(inputs.base, inputs.adapters, sums, command=command, version=weft),
+        examine=lambda: _examine(draft),
+        begin=begin,
+        threads=count,
+        device=device,
+        force=force,
+        resume=resume,
+        on_event=on_event,
+    )
 
 
 def plan_merge(
@@ -194,27 +168,72 @@ def plan_merge(
     Raises:
         WeftError: What `merge` would stop at before it writes.
     """
-    from weft.execute import threads as executor
-    from weft.execute.health import examine
-    from weft.plan.merge import plan_merge as plan
     from weft.plan.preflight import measure
     from weft.write.checkpoint import check_output
+
+    threads = check_place(device, threads)
+    draft = _draft(
+        base,
+        adapters,
+        dtype=dtype,
+        max_shard_size=max_shard_size,
+        expert_layout=expert_layout,
+        init_adapter=init_adapter,
+        strict=strict,
+        revision=revision,
+        cache_dir=cache_dir,
+    )
+    found, made = _examine(draft), draft.plan
+    assert made is not None
+    if output is not None:
+        check_output(Path(output), made, force=force, resume=resume)
+    return MergePlan(draft.inputs, made, measure(made, threads), (*found, *made.warnings))
+
+
+@dataclass(frozen=True, slots=True)
+class _Draft:
+    """A plan from headers and configs: the adapters' numbers have not been looked at.
+
+    Attributes:
+        inputs: The base and its adapters.
+        initial: The adapter as it was before training.
+        plan: None if there are problems that leave none.
+        problems: What forbids the merge.
+    """
+
+    inputs: Inputs
+    initial: Adapter | None
+    plan: Plan | None
+    problems: tuple[Problem, ...]
+
+
+def _draft(
+    base: str | Path | None,
+    adapters: str | Path | Sequence[str | Path],
+    *,
+    dtype: str | None,
+    max_shard_size: str | int | None,
+    expert_layout: str | None,
+    init_adapter: str | Path | None,
+    strict: bool,
+    revision: str | None,
+    cache_dir: str | None,
+) -> _Draft:
+    """All of a plan that takes no torch, which is slow to load."""
+    from weft.plan.merge import plan_merge as plan
 
     if expert_layout not in (None, "rank_major", "grouped_by_expert"):
         raise WeftError(
             f"unknown expert layout {expert_layout!r}", "one of rank_major, grouped_by_expert"
         )
-    executor.pick_device(device)
-    threads = executor.pick_threads(threads)
     kind = dtypes.parse(dtype) if dtype else None
     size = None if max_shard_size is None else units.parse_size(str(max_shard_size))
     inputs = open_inputs(base, adapters, revision=revision, cache_dir=cache_dir)
-    initial, problems = _initial(init_adapter, cache_dir)
-    warnings: list[str] = []
-    for adapter, weight in inputs.adapters:
-        found, said = examine(adapter, weight)
-        problems += found
-        warnings += said
+    initial = None
+    if init_adapter is not None and str(init_adapter) != "none":
+        path = resolve(str(init_adapter), cache_dir=cache_dir)
+        initial = open_adapter(path, str(init_adapter))
+    problems: list[Problem] = []
     made: Plan | None = None
     try:
         made = plan(
@@ -231,29 +250,37 @@ def plan_merge(
     if strict and made is not None:
         hint = "without --strict it is read so; weft doctor --fix writes it so"
         problems += [Problem(f"{repair}", hint) for repair in made.repairs]
-    if problems or made is None:
-        subject = " + ".join([inputs.base.given, *(a.given for a, _ in inputs.adapters)])
-        raise PlanError(subject, problems)
-    if output is not None:
-        check_output(Path(output), made, force=force, resume=resume)
-    work = measure(made, threads)
-    return MergePlan(inputs, made, work, (*warnings, *made.warnings))
+    return _Draft(inputs, initial, made, tuple(problems))
 
 
-def _initial(
-    given: str | Path | None, cache_dir: str | None
-) -> tuple[Adapter | None, list[Problem]]:
-    """The adapter as it was before training, and what is wrong with it."""
+def _examine(draft: _Draft) -> list[str]:
+    """Warnings that the adapters' numbers give rise to.
+
+    Raises:
+        PlanError: They, or the draft, have problems: all of them.
+    """
     from weft.execute.health import examine
 
-    if given is None or str(given) == "none":
-        return None, []
-    adapter = open_adapter(resolve(str(given), cache_dir=cache_dir), str(given))
-    problems, warnings = examine(adapter)
-    if warnings:
-        what = f"{given} is zero, so no initialisation that moves the base wrote it: {warnings[0]}"
-        problems.append(Problem(what, "save the adapter before the first step of the training"))
-    return adapter, problems
+    problems: list[Problem] = []
+    warnings: list[str] = []
+    if draft.initial is not None:
+        problems, zero = examine(draft.initial)
+        if zero:
+            what = f"{draft.initial.given} is zero, so no initialisation that moves the base wrote "
+            problems.append(
+                Problem(
+                    f"{what}it: {zero[0]}", "save the adapter before the first step of the training"
+                )
+            )
+    for adapter, weight in draft.inputs.adapters:
+        found, said = examine(adapter, weight)
+        problems += found
+        warnings += said
+    problems += draft.problems
+    if problems or draft.plan is None:
+        named = [draft.inputs.base.given, *(a.given for a, _ in draft.inputs.adapters)]
+        raise PlanError(" + ".join(named), problems)
+    return warnings
 
 
 def open_inputs(
@@ -317,14 +344,15 @@ def inspect(
 ) -> Checkpoint | Adapter:
     """What a file or folder is: a base model or an adapter, from its headers and configs.
 
-    Of a model that weft wrote, `origin` says from what, if its manifest is of these tensors.
+    Of a model that weft wrote, `origin` says from what, if its manifest is of these tensors; of an
+    adapter that cannot be merged, `obstacles` say why.
 
     Raises:
         WeftError: Neither, or malformed.
     """
     folder = resolve(str(path), revision=revision, cache_dir=cache_dir)
     if is_adapter(folder) and not checkpoints.has_weights(folder):
-        return open_adapter(folder, str(path))
+        return describe_adapter(folder, str(path))
     from weft.write.manifest import origin
 
     found = checkpoints.open_checkpoint(folder, str(path))
@@ -345,65 +373,6 @@ def _named_base(adapters: Sequence[tuple[Adapter, float]]) -> str:
             "give the base first: weft merge BASE ADAPTER ADAPTER -o OUT",
         )
     return name
-
-
-def _size(jobs: Sequence[Any]) -> int:
-    from weft.core.specs import job_bytes
-
-    return sum(job_bytes(job) for job in jobs)
-
-
-def _unchanged(plan: Plan) -> None:
-    for entry in plan.inputs:
-        path = Path(entry.path)
-        if not path.exists() or identify(path) != entry.identity:
-            raise OutputError(
-                f"{entry.path} changed while it was being read", "run again with --force"
-            )
-
-
-def _doubtful(sums: Totals, plan: Plan, receipts: Mapping[str, Receipt]) -> list[str]:
-    """Warnings that only the result can give cause for."""
-    warnings = []
-    if not sums.changed and not any(job.operation == "cast" for job in plan.jobs):
-        warnings.append("the output equals the base: no element of any tensor changed")
-    warnings += _too_large(plan, receipts)
-    narrow = ", ".join(sorted({job.dtype for job in plan.jobs if not job.is_copy}))
-    if sums.survival is not None and sums.survival < 0:
-        warnings.append(
-            f"the update is smaller than the rounding of the weights themselves: writing them as "
-            f"{narrow} moves them {1 - sums.survival:.3g} times as far; --dtype float32 keeps all "
-            "of it"
-        )
-    elif sums.survival is not None and sums.survival < 0.5:
-        warnings.append(
-            f"only {units.show_survival(sums.survival)} of the update is left after rounding to "
-            f"{narrow}: --dtype float32 keeps all of it"
-        )
-    return warnings
-
-
-# A new head, a trained bias or token may well outweigh what was there.
-_MAY_OUTWEIGH = {"replace", "trainable_tokens", "lora_bias"}
-
-
-def _too_large(plan: Plan, receipts: Mapping[str, Receipt]) -> list[str]:
-    """Updates that outweigh what they update, as no training makes them."""
-    found = [
-        (receipts[job.name].relative or 0.0, job.name)
-        for job in plan.jobs
-        if _MAY_OUTWEIGH.isdisjoint(job.operation.split(" + "))
-    ]
-    found = [(relative, name) for relative, name in found if relative > 1]
-    if not found:
-        return []
-    share, name = max(found)
-    others = f" and over 100 % in {len(found) - 1} more" if len(found) > 1 else ""
-    warning = (
-        f"‖ΔW‖ is {units.show_share(share)} of ‖W‖ in {name}{others}: more than training does; "
-        "check lora_alpha and r, the weight given to the adapter, and that this is its base"
-    )
-    return [warning]
 
 
 def _call(inputs: Inputs, output: str | Path, *options: str | int | Path | None) -> str:

@@ -1,0 +1,200 @@
+"""A plan, carried out: blocks computed and written, the proof taken, the folder put in place."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass, field
+from importlib.metadata import version
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from weft.core import events, units
+from weft.core.errors import NumericsError, OutputError, PlanError
+from weft.formats.identity import identify
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping, Sequence
+
+    from weft.core.specs import Plan, Receipt
+    from weft.write.manifest import Totals
+
+
+@dataclass(frozen=True, slots=True)
+class Report:
+    """What a run did.
+
+    Attributes:
+        output: The folder.
+        totals: Tensors changed, survival, bytes.
+        seconds: Of work: planning, reading, arithmetic and writing, without the wait for torch.
+        resumed: Tensors that an earlier, interrupted run had finished.
+        manifest: The content of `weft.json`.
+        warnings: What the user should know before using the output.
+    """
+
+    output: Path
+    totals: Totals
+    seconds: float
+    resumed: int
+    manifest: dict[str, Any] = field(repr=False)
+    warnings: tuple[str, ...]
+
+
+def check_place(device: str, threads: int | None) -> int:
+    """How many threads; raises where there cannot be so many, or no such device."""
+    from weft.execute.cores import pick_threads
+
+    count = pick_threads(threads)
+    if device != "cpu":
+        from weft.execute.threads import pick_device
+
+        pick_device(device)
+    return count
+
+
+def execute(
+    plan: Plan,
+    output: Path,
+    *,
+    operation: str,
+    command: str,
+    card: Callable[[Totals], str],
+    examine: Callable[[], Sequence[str]],
+    begin: float,
+    threads: int,
+    device: str,
+    force: bool,
+    resume: bool,
+    on_event: events.OnEvent,
+) -> Report:
+    """Run `plan` into the folder `output`.
+
+    Args:
+        plan: What is to be done.
+        output: Folder to create.
+        operation: Verb for the manifest.
+        command: What the manifest quotes.
+        card: Writes README.md, given the totals.
+        examine: A look at numbers that takes torch, which is loaded while copies go on: what it
+            warns of. It raises what forbids the run.
+        begin: When the work began, as `time.perf_counter` tells it.
+        threads: That may compute at once.
+        device: Where.
+        force: Replace an output that is there already.
+        resume: Finish an interrupted run.
+        on_event: Called with progress, from several threads.
+
+    Raises:
+        WeftError: See `weft.core.errors`; the output is not there, and `resume` may finish it.
+    """
+    from weft.execute.copies import Copies
+    from weft.write.checkpoint import CheckpointSink
+    from weft.write.manifest import NAME, manifest, to_text, totals
+
+    for note in (*plan.notes, *plan.beside):
+        on_event(events.Noted(note))
+    setting = f"weft {version('weft')}, torch {version('torch')}, {device.partition(':')[0]}"
+    sink = CheckpointSink(plan, output, force=force, resume=resume, setting=setting)
+    try:
+        pending = sink.pending()
+        resumed = len(plan.jobs) - len(pending)
+        on_event(events.Started(plan.nbytes, plan.nbytes - _size(pending)))
+        try:
+            with Copies(pending, sink, on_event) as copies:
+                loading = time.perf_counter()
+                from weft.execute import threads as executor  # a second, while the copies go on
+
+                begin += time.perf_counter() - loading
+                found = examine()
+                place = executor.pick_device(device)
+                executor.run(
+                    pending, sink, copies, threads=threads, device=place, on_event=on_event
+                )
+        except (NumericsError, PlanError):
+            sink.discard()  # another run on these inputs ends the same way
+            raise
+        sums = totals(plan, sink.receipts)
+        warnings = (*found, *plan.warnings, *_doubtful(sums, plan, sink.receipts))
+        content = manifest(
+            plan,
+            sink.receipts,
+            sums,
+            operation=operation,
+            warnings=warnings,
+            version=version("weft"),
+            command=command,
+            seconds=time.perf_counter() - begin,
+        )
+        texts = {"README.md": card(sums), NAME: to_text(content)}
+        sink.commit(texts, lambda: _unchanged(plan))
+    finally:
+        sink.close()
+    for folder in sink.leftovers():
+        on_event(events.Noted(f"{folder} is left of a model that was replaced: remove it"))
+    return Report(output, sums, time.perf_counter() - begin, resumed, content, tuple(warnings))
+
+
+def _size(jobs: Sequence[Any]) -> int:
+    from weft.core.specs import job_bytes
+
+    return sum(job_bytes(job) for job in jobs)
+
+
+def _unchanged(plan: Plan) -> None:
+    for entry in plan.inputs:
+        path = Path(entry.path)
+        if not path.exists() or identify(path) != entry.identity:
+            raise OutputError(
+                f"{entry.path} changed while it was being read", "run again with --force"
+            )
+
+
+def _doubtful(sums: Totals, plan: Plan, receipts: Mapping[str, Receipt]) -> list[str]:
+    """Warnings that only the result can give cause for."""
+    warnings = []
+    if not sums.changed and not any(job.operation == "cast" for job in plan.jobs):
+        warnings.append("the output equals the base: no element of any tensor changed")
+    elif _updates_nothing(receipts):
+        warnings.append("ΔW is zero in every tensor: the output is the base, in another dtype")
+    warnings += _too_large(plan, receipts)
+    narrow = ", ".join(sorted({job.dtype for job in plan.jobs if not job.is_copy}))
+    if sums.survival is not None and sums.survival < 0:
+        warnings.append(
+            f"the update is smaller than the rounding of the weights themselves: writing them as "
+            f"{narrow} moves them {1 - sums.survival:.3g} times as far; --dtype float32 keeps all "
+            "of it"
+        )
+    elif sums.survival is not None and sums.survival < 0.5:
+        warnings.append(
+            f"only {units.show_survival(sums.survival)} of the update is left after rounding to "
+            f"{narrow}: --dtype float32 keeps all of it"
+        )
+    return warnings
+
+
+def _updates_nothing(receipts: Mapping[str, Receipt]) -> bool:
+    found = [receipt.delta for receipt in receipts.values() if receipt.delta is not None]
+    return bool(found) and not any(found)
+
+
+# A new head, a trained bias or token may well outweigh what was there.
+_MAY_OUTWEIGH = {"replace", "trainable_tokens", "lora_bias"}
+
+
+def _too_large(plan: Plan, receipts: Mapping[str, Receipt]) -> list[str]:
+    """Updates that outweigh what they update, as no training makes them."""
+    found = [
+        (receipts[job.name].relative or 0.0, job.name)
+        for job in plan.jobs
+        if _MAY_OUTWEIGH.isdisjoint(job.operation.split(" + "))
+    ]
+    found = [(relative, name) for relative, name in found if relative > 1]
+    if not found:
+        return []
+    share, name = max(found)
+    others = f" and over 100 % in {len(found) - 1} more" if len(found) > 1 else ""
+    warning = (
+        f"‖ΔW‖ is {units.show_share(share)} of ‖W‖ in {name}{others}: more than training does; "
+        "check lora_alpha and r, the weight given to the adapter, and that this is its base"
+    )
+    return [warning]

@@ -1,0 +1,126 @@
+"""The files beside the weights of a recipe's output: the donor's, true to what is written.
+
+The donor is the base model, or without one the first model that the recipe names.
+"""
+
+from __future__ import annotations
+
+import json
+from typing import TYPE_CHECKING, Any
+
+from weft.core.errors import PlanError, Problem
+from weft.core.specs import SideFile
+from weft.formats.side_files import TOKENIZER, part_of
+from weft.plan._replicated import DEPTH, per_layer, told_by_number
+from weft.plan._side_files import patched
+from weft.plan._slices import sequence
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+
+    from weft.core.specs import TensorJob
+    from weft.plan._views import View
+    from weft.plan._vocabulary import Vocabulary
+    from weft.recipes.records import ModelName, Recipe
+
+RECIPE = "mergekit_config.yml"  # tools look for it by this name
+
+
+def recipe_files(
+    recipe: Recipe,
+    views: Mapping[ModelName, View],
+    donor: View,
+    jobs: Sequence[TensorJob],
+    dtype: str | None,
+    vocabulary: Vocabulary | None,
+) -> tuple[list[SideFile], list[str]]:
+    """Every file beside the shards, and notes on where they come from.
+
+    Args:
+        recipe: What is made.
+        views: Of which models.
+        donor: Whose files are taken.
+        jobs: The tensors of the output.
+        dtype: What most of the output is written in.
+        vocabulary: The new one, if there is one.
+
+    Raises:
+        PlanError: Layers are stacked that their numbers tell apart.
+    """
+    files = {side.name: side for side in donor.plan.side_files}
+    notes = []
+    if files:
+        notes.append(f"config, tokenizer and chat template from {donor.name}")
+    if "config.json" in files:
+        untied = donor.tie is not None and any(job.name == donor.tie.head for job in jobs)
+        if untied and donor.tie is not None:
+            notes.append(
+                f"{donor.tie.embedding} and {donor.tie.head} are tied in {donor.name} and not in "
+                "all models: each is a tensor of its own now and tie_word_embeddings is false"
+            )
+        config = patched(
+            _layered(recipe, views, donor),
+            dtype=dtype,
+            cast=bool(recipe.dtype or recipe.out_dtype),
+            rows=vocabulary.rows + vocabulary.padding if vocabulary else None,
+            untied=untied,
+        )
+        files["config.json"] = SideFile("config.json", text=_json(config))
+    if vocabulary:
+        files = {name: side for name, side in files.items() if part_of(name) != TOKENIZER}
+        files |= {side.name: side for side in vocabulary.files}
+        notes += vocabulary.notes
+    if recipe.chat_template:
+        from weft.plan._chat_template import with_chat_template
+
+        folders = {name: view.tokenizer for name, view in views.items()}
+        found, said = with_chat_template(recipe.chat_template, folders, list(files.values()))
+        files = {side.name: side for side in found}
+        notes += said
+    if "README.md" in files:
+        del files["README.md"]
+    files[RECIPE] = SideFile(RECIPE, text=recipe.text)
+    return [files[name] for name in sorted(files)], notes
+
+
+def _json(value: Mapping[str, Any]) -> str:
+    return json.dumps(value, indent=2, ensure_ascii=False) + "\n"
+
+
+def _layered(recipe: Recipe, views: Mapping[ModelName, View], donor: View) -> dict[str, Any]:
+    """The donor's config with as many layers as the output has, and the lists of what each is."""
+    config: dict[str, Any] = json.loads(json.dumps(donor.config))
+    for module in recipe.modules:
+        order = sequence(module)
+        if order is None:
+            continue
+        counts = {stack.count for stack in donor.stacks}
+        parts = [config, *(value for value in config.values() if isinstance(value, dict))]
+        for part in parts:
+            depth = next((k for k in DEPTH if part.get(k) in counts), None)
+            if depth is None or (module.name and part is config and len(parts) > 1):
+                continue
+            before = part[depth]
+            moved = [new for new, (_, old) in enumerate(order) if new != old]
+            if reasons := told_by_number(part) if moved else []:
+                what = (
+                    "layers are stacked in another order, and the config gives a layer its kind "
+                    f"by its number ({', '.join(reasons)}): layer {moved[0]} would become another"
+                )
+                raise PlanError("the recipe", [Problem(what, "keep every layer in its place")])
+            for key, value in part.items():
+                if key in DEPTH and value == before:
+                    part[key] = len(order)
+                elif isinstance(value, list) and len(value) == before and per_layer(key):
+                    part[key] = [_entry(views[name], key, old, value) for name, old in order]
+    return config
+
+
+def _entry(view: View, key: str, layer: int, donors: Sequence[Any]) -> Any:
+    """What the model that a layer is from says of it."""
+    parts = [view.config, *(v for v in view.config.values() if isinstance(v, dict))]
+    for part in parts:
+        value = part.get(key)
+        if isinstance(value, list) and layer < len(value):
+            return value[layer]
+    return donors[layer] if layer < len(donors) else donors[-1]

@@ -1,0 +1,264 @@
+"""Recipe + models -> Plan: for every tensor of the output, what a merge method makes of which."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING
+
+from weft import methods
+from weft.core.dtypes import WEIGHTS, promote
+from weft.core.errors import PlanError, Problem
+from weft.core.names import nearest
+from weft.core.specs import Expression, Input, Load, Merge, Plan, TensorJob, job_bytes
+from weft.formats.checkpoint import same_bytes
+from weft.plan._modules import modules_of
+from weft.plan._recipe_files import recipe_files
+from weft.plan._slices import Planned, planned
+from weft.plan._tables import arranged, is_table, vocabulary_of
+from weft.plan.merge import reshard
+from weft.plan.preflight import dominant_dtype
+from weft.recipes.parameters import resolve
+
+if TYPE_CHECKING:
+    from weft.plan._views import View
+    from weft.plan._vocabulary import Vocabulary
+    from weft.recipes.records import ModelName, Module, Recipe, Source
+
+Views = Mapping["ModelName", "View"]
+SHARD = 5_000_000_000  # bytes, where no input's shards fit the output
+
+
+@dataclass(slots=True)
+class _Draft:
+    """What is known so far."""
+
+    recipe: Recipe
+    views: Views
+    donor: View
+    vocabulary: Vocabulary | None
+    seed: int
+    problems: list[Problem] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+    jobs: list[TensorJob] = field(default_factory=list)
+    filters: set[str] = field(default_factory=set)
+
+
+def plan_recipe(
+    recipe: Recipe,
+    views: Views,
+    *,
+    seed: int = 0,
+    max_shard_size: int | None = None,
+) -> Plan:
+    """Say what every tensor of the output is.
+
+    Args:
+        recipe: One document.
+        views: Every model that it names.
+        seed: Of the methods that draw at random.
+        max_shard_size: Bytes per shard; None keeps the shards of the first model (the base, if
+            there is one) where the output has the same tensors, and else fills shards of 5 GB.
+
+    Raises:
+        PlanError: The models do not fit the recipe or each other; every reason found.
+    """
+    donor = views[recipe.base_model or recipe.models()[0]]
+    vocabulary, problems = vocabulary_of(recipe, views)
+    draft = _Draft(recipe, views, donor, vocabulary, seed, problems)
+    for module, belongs in modules_of(recipe, donor, draft.problems):
+        for each in planned(module, belongs, views, draft.problems):
+            _add(draft, module, each)
+    _unmatched(draft)
+    if draft.problems:
+        raise PlanError(recipe.name or "the recipe", draft.problems)
+    jobs = _sharded(draft.jobs, donor, max_shard_size)
+    written = dominant_dtype((job.dtype, job_bytes(job)) for job in jobs)
+    files, beside = recipe_files(recipe, views, donor, jobs, written, vocabulary)
+    plans = [views[name].plan for name in recipe.models()]
+    metadata = {**dict(donor.plan.metadata), "format": "pt"}
+    return Plan(
+        jobs=tuple(jobs),
+        metadata=tuple(sorted(metadata.items())),
+        side_files=tuple(files),
+        inputs=tuple(_inputs(recipe, views)),
+        notes=tuple(
+            dict.fromkeys([*recipe.notes, *(note for plan in plans for note in plan.notes)])
+        ),
+        beside=tuple(beside),
+        warnings=tuple(dict.fromkeys(warning for plan in plans for warning in plan.warnings)),
+        repairs=tuple(dict.fromkeys(repair for plan in plans for repair in plan.repairs)),
+    )
+
+
+def _add(draft: _Draft, module: Module, each: Planned) -> None:
+    """One tensor of the output, or what is wrong with it."""
+    recipe, own = draft.recipe, methods.method(draft.recipe.method)
+    tensors = _tensors(draft, each)
+    if tensors is None:
+        return
+    base_name = (each.slice.base_model or recipe.base_model) if own.BASE != "none" else None
+    sources = [s for s in each.slice.sources if s.model != base_name]
+    base = next((t for s, t in tensors if s.model == base_name), None)
+    inputs = [t for s, t in tensors if s.model != base_name]
+    shared, per_input = resolve(
+        recipe,
+        module,
+        each.slice,
+        own.PARAMETERS,
+        sources,
+        input_names=[
+            n for s, n in zip(each.slice.sources, each.inputs, strict=True) if s in sources
+        ],
+        output_name=each.name,
+        t=each.t,
+    )
+    key = f"{draft.seed}:{recipe.method}:{each.name}"
+    merge = Merge(
+        recipe.method,
+        base.expression if base else None,
+        tuple(t.expression for t in inputs),
+        shared,
+        per_input,
+        key,
+    )
+    expression = _simplified(merge, own)
+    jobs = [t for _, t in tensors]
+    dtype = promote([job.dtype for job in jobs])
+    if dtype in WEIGHTS:
+        dtype = recipe.out_dtype or recipe.dtype or dtype
+    elif not _identical(jobs):
+        draft.problems.append(
+            Problem(
+                f"{each.name} holds {dtype} and differs between {_list(each.slice.sources)}: "
+                "numbers that are no weights cannot be merged",
+                "give it to one model by a filter, or make the models agree in it",
+            )
+        )
+    else:
+        expression = jobs[0].expression
+    draft.jobs.append(TensorJob(each.name, dtype, jobs[0].shape, jobs[0].shard, expression))
+
+
+def _tensors(draft: _Draft, each: Planned) -> list[tuple[Source, TensorJob]] | None:
+    """The tensor of every source, all of one shape."""
+    found: list[tuple[Source, TensorJob]] = []
+    for source, name in zip(each.slice.sources, each.inputs, strict=True):
+        view = draft.views[source.model]
+        job = view.tensor(name)
+        if job is None:
+            near = nearest(name, view.tensors)
+            draft.problems.append(
+                Problem(
+                    f"{source.model} has no {name}, which {each.owner} has  @ {source.where}",
+                    f"the nearest name there is {near[0]}" if near else None,
+                )
+            )
+            return None
+        found.append((source, job))
+    if draft.vocabulary:
+        base = draft.recipe.base_model
+        try:
+            found = arranged(draft.vocabulary, each.slice, base, each.name, found, draft.views)
+        except PlanError as error:
+            draft.problems += error.problems
+            return None
+    shapes = {job.shape for _, job in found}
+    if len(shapes) > 1:
+        what = ", ".join(f"{list(job.shape)} in {source.model}" for source, job in found)
+        table = any(is_table(draft.views[s.model], each.name, job) for s, job in found)
+        draft.problems.append(
+            Problem(
+                f"{each.name} is {what}",
+                "the models have different vocabularies: write `tokenizer: {source: base}`, or "
+                "`union`, and the rows are brought in one order"
+                if table
+                else "only models of one architecture and size can be merged",
+            )
+        )
+        return None
+    return found
+
+
+def _simplified(expression: Merge, own: methods.Method) -> Expression:
+    """The same without a method, where that changes no bit."""
+    if expression.method == "passthrough" and dict(expression.each[0]).get("scale") in (None, 1):
+        return expression.inputs[0]
+    # Nothing differs from the base (an adapter that leaves this tensor alone).
+    same = own.TASK_VECTORS and all(each == expression.base for each in expression.inputs)
+    return expression.base if same and expression.base is not None else expression
+
+
+def _identical(jobs: Sequence[TensorJob]) -> bool:
+    first = jobs[0].expression
+    return all(
+        each.expression == first
+        or (
+            isinstance(each.expression, Load)
+            and isinstance(first, Load)
+            and same_bytes(first.ref, each.expression.ref)
+        )
+        for each in jobs[1:]
+    )
+
+
+def _list(sources: Sequence[Source]) -> str:
+    return ", ".join(str(source.model) for source in sources)
+
+
+def _unmatched(draft: _Draft) -> None:
+    """Filters that no tensor's name holds: MergeKit takes them without a word."""
+    recipe = draft.recipe
+    names = {job.name for job in draft.jobs} | {
+        name for view in draft.views.values() for name in view.tensors
+    }
+    places = [(recipe.parameters, "parameters")]
+    for module in recipe.modules:
+        places.append((module.parameters, f"{module.where}.parameters"))
+        for each in module.slices:
+            places.append((each.parameters, f"{each.where}.parameters"))
+            places += [(s.parameters, f"{s.where}.parameters") for s in each.sources]
+    for settings, where in places:
+        for parameter, conditions in settings.items():
+            for condition in conditions:
+                text = condition.filter
+                if text and text != "*" and not any(text in name for name in names):
+                    draft.problems.append(
+                        Problem(
+                            f"the filter {text!r} of {parameter} matches no tensor  @ {where}",
+                            "a filter is a plain part of a tensor's name, such as self_attn or "
+                            "mlp.down_proj",
+                        )
+                    )
+
+
+# ------------------------------------------------------------------------------------ the output
+
+
+def _sharded(jobs: list[TensorJob], donor: View, limit: int | None) -> list[TensorJob]:
+    homes = {job.name: job.shard for job in donor.plan.jobs}
+    if limit is None and all(job.name in homes for job in jobs):
+        jobs = [replace(job, shard=homes[job.name]) for job in jobs]
+        order = {name: number for number, name in enumerate(homes)}
+        jobs.sort(key=lambda job: order[job.name])
+        same = {job.shard for job in jobs} == set(homes.values())
+        sizes = {job.name: job_bytes(job) for job in donor.plan.jobs}
+        if same and all(job_bytes(job) <= sizes[job.name] for job in jobs):
+            return jobs
+    return reshard(jobs, limit or SHARD)
+
+
+def _inputs(recipe: Recipe, views: Views) -> list[Input]:
+    """Every file that is read, each once, under the role of the first model that it belongs to."""
+    found: dict[str, Input] = {}
+    number = 0
+    for name in recipe.models():
+        if name == recipe.base_model:
+            role = "base"
+        else:
+            number += 1
+            role = f"model {number}"
+        for entry in views[name].plan.inputs:
+            known = "" if entry.role == "base" else f" {entry.role}"
+            found.setdefault(entry.path, replace(entry, role=f"{role}{known}"))
+    return list(found.values())

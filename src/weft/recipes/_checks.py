@@ -1,0 +1,239 @@
+"""What a method needs of a recipe: how many models, a base, parameters, layers."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from weft import methods
+from weft.recipes.parameters import base_of, example, levels
+
+if TYPE_CHECKING:
+    from collections.abc import Collection
+
+    from weft.methods import Method, Parameter
+    from weft.recipes._faults import Faults
+    from weft.recipes._yaml import Document, Loc
+    from weft.recipes.records import ModelName, Module, Recipe, Settings, Slice, Source
+
+
+@dataclass(frozen=True, slots=True)
+class Place:
+    """A slice, with the places in the YAML of what it is made of."""
+
+    module: Module
+    slice: Slice
+    loc: Loc
+    sources: tuple[Loc, ...]
+    whole_models: bool  # a list of `models`
+
+
+def check(
+    recipe: Recipe,
+    places: list[Place],
+    document: Document,
+    faults: Faults,
+    meant: Collection[str],
+) -> list[str]:
+    """Adds to `faults` whatever the method could not work with; lines to say even if it can."""
+    own = methods.method(recipe.method)
+    checker = _Checker(recipe, own, document, faults, meant)
+    for place in places:
+        checker.check(place)
+    return list(dict.fromkeys(checker.notes))
+
+
+class _Checker:
+    def __init__(
+        self,
+        recipe: Recipe,
+        own: Method,
+        document: Document,
+        faults: Faults,
+        meant: Collection[str],
+    ) -> None:
+        self.recipe, self.own, self.document = recipe, own, document
+        self.faults, self.meant = faults, meant
+        self.notes: list[str] = []
+
+    def check(self, place: Place) -> None:
+        base = base_of(self.recipe, place.slice)
+        self._twice(place)
+        self._base(place, base)
+        self._count(place, base)
+        self._lengths(place)
+        self._required(place, base)
+        if self.recipe.method.startswith("della"):
+            self._della(place, base)
+
+    def _twice(self, place: Place) -> None:
+        seen: set[ModelName] = set()
+        for source, loc in zip(place.slice.sources, place.sources, strict=True):
+            if source.model in seen:
+                self.faults.add(
+                    self.document,
+                    loc,
+                    f"{source.model} stands twice in what is merged into one tensor",
+                    "name it once, with the sum of the weights",
+                )
+            seen.add(source.model)
+
+    def _base(self, place: Place, base: ModelName | None) -> None:
+        method, models = self.recipe.method, [source.model for source in place.slice.sources]
+        if base is None:
+            if self.own.BASE == "required":
+                self.faults.add(
+                    self.document,
+                    ("merge_method",),
+                    f"{method} needs a base_model",
+                    f"name the model that the others were tuned from:\nbase_model: {models[0]}",
+                )
+        elif self.own.BASE == "none":
+            if place.whole_models and place.sources[-1] == ("base_model",):
+                self.notes.append(
+                    f"{base} is merged like the others: to {method} a base is a model like any "
+                    "other, and it is not among the models"
+                )
+        elif base not in models:
+            layers = place.slice.sources[0].layers or (0, 0)
+            self.faults.add(
+                self.document,
+                place.loc,
+                f"the base {base} is not among the sources of the slice, and {method} takes "
+                "task vectors against it",
+                f"add to `sources`:\n- model: {base}\n  layer_range: [{layers[0]}, {layers[1]}]",
+            )
+
+    def _count(self, place: Place, base: ModelName | None) -> None:
+        apart = self.own.BASE != "none"
+        models = [s for s in place.slice.sources if not apart or s.model != base]
+        least, most = self.own.INPUTS
+        if least <= len(models) and (most is None or len(models) <= most):
+            return
+        wanted = f"{least} or more" if most is None else f"{least} to {most}"
+        wanted = f"exactly {least}" if least == most else wanted
+        beside = " beside the base" if apart and base else ""
+        cure = None
+        if len(models) == 1 and not (apart and base) and self.recipe.method != "passthrough":
+            cure = "to copy one model, or layers of it, write `merge_method: passthrough`"
+        elif most is not None and len(models) > most:
+            cure = self._for_more(len(models))
+        self.faults.add(
+            self.document,
+            place.loc,
+            f"{self.recipe.method} takes {wanted} model{'s' if wanted[-1] != '1' else ''}{beside}, "
+            f"and there {'is' if len(models) == 1 else 'are'} {len(models)}",
+            cure,
+        )
+
+    def _for_more(self, count: int) -> str | None:
+        able = [
+            name
+            for name in methods.names()
+            for least, most in [methods.method(name).INPUTS]
+            if least <= count and (most is None or count <= most)
+        ]
+        return f"of {count} models: {', '.join(able)}" if able else None
+
+    def _lengths(self, place: Place) -> None:
+        lengths = [s.layers[1] - s.layers[0] for s in place.slice.sources if s.layers]
+        for source, loc in zip(place.slice.sources, place.sources, strict=True):
+            if source.layers is None:
+                continue
+            start, stop = source.layers
+            if not 0 <= start <= stop:
+                self.faults.add(
+                    self.document,
+                    (*loc, "layer_range"),
+                    f"layers {start} to {stop} are none: the first layer is 0, and the second "
+                    "number is the one after the last",
+                    "write [first, last + 1], such as [0, 8] for the first eight",
+                )
+            elif stop - start != lengths[0]:
+                self.faults.add(
+                    self.document,
+                    (*loc, "layer_range"),
+                    f"{stop - start} layers of {source.model}, but {lengths[0]} of "
+                    f"{place.slice.sources[0].model} in the same slice",
+                    "every source of a slice gives as many layers",
+                )
+
+    def _required(self, place: Place, base: ModelName | None) -> None:
+        for name, parameter in self.own.PARAMETERS.items():
+            if not parameter.required or name in self.meant:
+                continue
+            if not parameter.each:
+                if not self._said(name, place, None):
+                    self.faults.add(
+                        self.document,
+                        ("merge_method",),
+                        f'{self.recipe.method} needs "{name}": {parameter.what}',
+                        "write under the `parameters` of the recipe:\n"
+                        f"parameters:\n  {name}: {example(parameter)}",
+                    )
+                continue
+            for source, loc in zip(place.slice.sources, place.sources, strict=True):
+                is_base = source.model == base
+                if is_base and not parameter.base_too:
+                    continue
+                if not self._said(name, place, source.model):
+                    self._missing(name, parameter, place, source, loc)
+
+    def _missing(
+        self, name: str, parameter: Parameter, place: Place, source: Source, loc: Loc
+    ) -> None:
+        method = self.recipe.method
+        cure = f"write under it:\nparameters:\n  {name}: {example(parameter)}"
+        if loc == ("base_model",):
+            cure = (
+                f"{method} takes a base for one more model: leave `base_model` out, or list it "
+                f"among the models with\nparameters:\n  {name}: {example(parameter)}"
+            )
+        elif len(place.slice.sources) == 1:
+            cure += (
+                "\nbut of one model nothing is merged: "
+                "to copy it, or layers of it, write `merge_method: passthrough`"
+            )
+        self.faults.add(
+            self.document,
+            loc,
+            f'{source.model} has no "{name}", and {method} needs one of every model',
+            cure,
+        )
+
+    def _said(self, name: str, place: Place, model: ModelName | None) -> bool:
+        return any(
+            condition.value != ()
+            for level in levels(self.recipe, place.module, place.slice, model)
+            for condition in level.get(name, ())
+        )
+
+    def _della(self, place: Place, base: ModelName | None) -> None:
+        """MagPrune drops with probabilities from density − ε to density + ε: both inside (0, 1)."""
+        for source, loc in zip(place.slice.sources, place.sources, strict=True):
+            if source.model == base:
+                continue
+            density = self._constant("density", place, source.model)
+            epsilon = self._constant("epsilon", place, source.model)
+            if density is None or epsilon is None or density >= 1 or density <= 0:
+                continue
+            if density + epsilon >= 1 or density - epsilon <= 0:
+                room = min(density, 1 - density)
+                self.faults.add(
+                    self.document,
+                    loc,
+                    f"density {density:g} ± epsilon {epsilon:g} of {source.model} leaves what is "
+                    "between 0 and 1",
+                    f"write an epsilon below {room:g}, such as\n"
+                    f"parameters:\n  epsilon: {room / 2:g}",
+                )
+
+    def _constant(self, name: str, place: Place, model: ModelName) -> float | None:
+        """The parameter, if it is one number for all tensors."""
+        for level in levels(self.recipe, place.module, place.slice, model):
+            settings: Settings = level
+            for condition in settings.get(name, ()):
+                plain = condition.filter in (None, "*") and isinstance(condition.value, int | float)
+                return float(condition.value) if plain else None  # type: ignore[arg-type]
+        parameter = self.own.PARAMETERS.get(name)
+        return float(parameter.default) if parameter and parameter.default is not None else None  # type: ignore[arg-type]

@@ -1,0 +1,79 @@
+"""What MergeKit makes of `parity_recipes`, as fingerprints: the truth of `test_parity.py`.
+
+    MERGEKIT_PYTHON tests/recipes/make_parity_goldens.py [NAME …]
+
+in an environment with mergekit 0.1.5 (see CONTRIBUTING.md). Writes parity_goldens.json beside it.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+import sys
+import tempfile
+from importlib.metadata import version
+from pathlib import Path
+
+from parity_models import fingerprint, write_all
+from parity_recipes import RECIPES
+from safetensors.numpy import load_file, save_file
+
+HERE = Path(__file__).absolute().parent
+
+
+# MergeKit fuses the experts of a layer before it merges; of one tensor for each expert, as they lie
+# on the disk, its other tool tells the outcome.
+TENSOR_BY_TENSOR = ("mixtral ties", "mixtral slerp")
+
+
+def whole(folder: Path) -> None:
+    """Put all shards in one file beside the folder."""
+    tensors = {}
+    for file in folder.glob("*.safetensors"):
+        tensors |= load_file(file)
+    save_file(tensors, folder.with_suffix(".safetensors"))
+
+
+def main() -> None:
+    names = sys.argv[1:] or list(RECIPES)
+    kit = str(Path(sys.executable).with_name("mergekit-yaml"))
+    path = HERE / "parity_goldens.json"
+    goldens = json.loads(path.read_text())["recipes"] if sys.argv[1:] else {}
+    options = ["--no-write-model-card", "--no-copy-tokenizer"]
+    with tempfile.TemporaryDirectory() as folder:
+        root = Path(folder)
+        write_all(root)
+        for name in names:
+            text = RECIPES[name]
+            tool = [kit, "recipe.yml", "out", *options]
+            if name in TENSOR_BY_TENSOR:
+                text = re.sub(r"(model: )(mixtral-\w+)", rf"\1{root}/\2.safetensors", text)
+                tool = [str(Path(kit).with_name("mergekit-pytorch")), "recipe.yml", "out"]
+                for letter in ("base", "a", "b"):
+                    whole(root / f"mixtral-{letter}")
+            (root / "recipe.yml").write_text(text)
+            run = subprocess.run(
+                tool,
+                cwd=root,
+                env={**os.environ, "HF_HUB_OFFLINE": "1"},
+                capture_output=True,
+                text=True,
+                check=False,
+            )
+            if run.returncode:
+                sys.exit(f"{name}: {run.stderr.strip().splitlines()[-1]}")
+            found = {}
+            for file in sorted((root / "out").glob("*.safetensors")):
+                found |= {key: fingerprint(value) for key, value in load_file(file).items()}
+            goldens[name] = found
+            subprocess.run(["rm", "-r", str(root / "out")], check=True)
+    lines = [f"{json.dumps(k)}: {json.dumps(v)}" for k, v in goldens.items()]
+    head = f'{{"mergekit": "{version("mergekit")}",\n"recipes": {{\n'
+    text = head + ",\n".join(lines) + "\n}}\n"
+    path.write_text(text)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,223 @@
+"""Recipes whose outcome is compared with MergeKit's; models are named as `parity_models` does."""
+
+from __future__ import annotations
+
+# arcee_fusion is compared in tests/methods: the last bit of a score decides on which side of its
+# threshold an element falls.
+METHODS = {
+    "linear": ("", "weight: 0.7", "weight: 0.4"),
+    "linear_raw": ("normalize: false", "weight: 0.7", "weight: -0.2"),
+    "task_arithmetic": ("lambda: 0.8", "weight: 0.7", "weight: 0.4"),
+    "ties": ("", "weight: 0.7, density: 0.4", "weight: 0.4, density: 0.6"),
+    "ties_raw": (
+        "normalize: false, lambda: 1.1, rescale: true",
+        "weight: 1, density: 0.2",
+        "weight: 0.5",
+    ),
+    "breadcrumbs": ("", "weight: 0.7, density: 0.6, gamma: 0.05", "weight: 0.4, density: 0.9"),
+    "breadcrumbs_ties": ("", "weight: 0.7, density: 0.6", "weight: 0.4, density: 0.9, gamma: 0.1"),
+    "sce": ("select_topk: 0.4", "", ""),
+    "model_stock": ("", "", ""),
+    "model_stock_rows": ("filter_wise: true", "", ""),
+    "nuslerp": ("", "weight: 0.7", "weight: 0.4"),
+    "nuslerp_rows": ("nuslerp_flatten: false", "weight: 0.7", "weight: 0.4"),
+    "nuslerp_columns": (
+        "nuslerp_flatten: false, nuslerp_row_wise: true",
+        "weight: 0.7",
+        "weight: 0.4",
+    ),
+    "multislerp": ("", "weight: 0.7", "weight: 0.4"),
+    "karcher": ("", "", ""),
+    "ram": ("epsilon: 0.008", "", ""),
+    "ramplus_tl": ("epsilon: 0.008", "", ""),
+    "nearswap": ("t: 0.004", "", None),
+    "slerp": ("t: 0.3", "", None),
+}
+_BASELESS = ("linear", "linear_raw", "karcher")
+_NAMES = {"linear_raw": "linear", "ties_raw": "ties", "model_stock_rows": "model_stock"}
+_NAMES |= {"nuslerp_rows": "nuslerp", "nuslerp_columns": "nuslerp"}
+
+
+def of_method(case: str, kind: str) -> str:
+    """A recipe of one method on one kind of model."""
+    shared, *each = METHODS[case]
+    lines = [f"merge_method: {_NAMES.get(case, case)}", "dtype: float32", "models:"]
+    for letter, own in zip("ab", each, strict=True):
+        if own is not None:
+            lines += [f"  - model: {kind}-{letter}", f"    parameters: {{{own}}}"]
+    if case in ("nearswap", "slerp"):
+        lines.append(f"  - model: {kind}-base")
+    if case not in _BASELESS:
+        lines.append(f"base_model: {kind}-base")
+    return "\n".join([*lines, f"parameters: {{{shared}}}", ""])
+
+
+GRADIENTS = """
+merge_method: ties
+dtype: float32
+base_model: llama-base
+models:
+  - model: llama-a
+    parameters:
+      density: [1, 0.7, 0.1]
+      weight: 1.0
+  - model: llama-b
+    parameters:
+      density: 0.33
+      weight:
+        - filter: mlp
+          value: 0.5
+        - filter: self_attn
+          value: [0.1, 0.9]
+        - value: 0
+parameters:
+  normalize: true
+  int8_mask: true
+"""
+SLERP = """
+slices:
+  - sources:
+      - model: llama-a
+        layer_range: [0, 3]
+      - model: llama-b
+        layer_range: [0, 3]
+merge_method: slerp
+base_model: llama-a
+parameters:
+  t:
+    - filter: self_attn
+      value: [0, 0.5, 0.3, 0.7, 1]
+    - filter: mlp
+      value: [1, 0.5, 0.7, 0.3, 0]
+    - value: 0.5
+dtype: float32
+"""
+STACKED = """
+slices:
+  - sources:
+    - model: llama-a
+      layer_range: [0, 2]
+  - sources:
+    - model: llama-deep
+      layer_range: [1, 5]
+  - sources:
+    - model: llama-b
+      layer_range: [3, 3]
+merge_method: passthrough
+dtype: float32
+"""
+SCALED = """
+slices:
+  - sources:
+    - model: llama-a
+      layer_range: [0, 2]
+      parameters:
+        scale:
+          - filter: o_proj
+            value: 0.0
+          - filter: down_proj
+            value: [0.5, 2]
+          - value: 1.0
+  - sources:
+    - model: llama-a
+      layer_range: [1, 3]
+merge_method: passthrough
+dtype: float32
+"""
+SLICED_TIES = """
+slices:
+  - sources:
+      - model: llama-a
+        layer_range: [0, 1]
+        parameters: {weight: [0.2, 0.9], density: 0.5}
+      - model: llama-deep
+        layer_range: [4, 5]
+        parameters: {weight: 0.5, density: 0.5}
+      - model: llama-base
+        layer_range: [0, 1]
+    parameters: {lambda: 0.5}
+  - sources:
+      - model: llama-base
+        layer_range: [1, 3]
+      - model: llama-b
+        layer_range: [1, 3]
+        parameters: {weight: [0.2, 0.9], density: 0.5}
+merge_method: ties
+base_model: llama-base
+parameters: {lambda: [2, 3]}
+dtype: float32
+"""
+MODULES = """
+modules:
+  text_decoder:
+    slices:
+      - sources:
+          - model: gemma3vl-a
+            layer_range: [0, 2]
+          - model: gemma3vl-b
+            layer_range: [0, 2]
+        parameters: {t: [0, 1]}
+      - sources:
+          - model: gemma3vl-a
+            layer_range: [2, 3]
+          - model: gemma3vl-b
+            layer_range: [2, 3]
+  vision_tower:
+    models:
+      - model: gemma3vl-a
+      - model: gemma3vl-b
+    parameters: {t: 0.25}
+  multi_modal_projector:
+    models:
+      - model: gemma3vl-a
+      - model: gemma3vl-b
+merge_method: slerp
+base_model: gemma3vl-a
+parameters: {t: 0.75}
+dtype: float32
+"""
+PRECEDENCE = """
+slices:
+  - sources:
+      - model: llama-a
+        layer_range: [0, 3]
+        parameters: {weight: [{filter: q_proj, value: 0.9}]}
+      - model: llama-b
+        layer_range: [0, 3]
+    parameters:
+      weight: [{filter: k_proj, value: [0.1, 0.8]}, {filter: "layers.1.", value: 0.3}]
+merge_method: linear
+parameters: {weight: 0.5, normalize: [{filter: up_proj, value: false}]}
+dtype: float32
+"""
+ONE_TIED = """
+merge_method: linear
+models:
+  - {model: llama-tied-a, parameters: {weight: 1}}
+  - {model: llama-tied-b, parameters: {weight: 2}}
+dtype: float32
+"""
+
+RECIPES = {
+    **{f"llama {case}": of_method(case, "llama") for case in METHODS},
+    **{
+        f"{kind} ties": of_method("ties", kind)
+        for kind in ("qwen2", "gemma2", "mixtral", "gemma3vl")
+    },
+    **{
+        f"{kind} slerp": of_method("slerp", kind)
+        for kind in ("qwen2", "gemma2", "mixtral", "gemma3vl")
+    },
+    **{
+        f"{kind} linear": of_method("linear", kind)
+        for kind in ("qwen2", "gemma2", "mixtral", "gemma3vl")
+    },
+    "gradients": GRADIENTS,
+    "slerp": SLERP,
+    "stacked": STACKED,
+    "scaled": SCALED,
+    "sliced ties": SLICED_TIES,
+    "modules": MODULES,
+    "precedence": PRECEDENCE,
+    "tied": ONE_TIED,
+}
