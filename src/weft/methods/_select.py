@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 WHOLE = 2**20  # elements of a tensor that is looked at as a whole
 STRIDE = 128  # of the elements that a pass keeps as the next sample
-CROWD = 8  # if more than one in so many is between the bounds, equal ones are counted, not kept
+CROWD = 64  # if more than one in so many is between the bounds, equal ones may be counted
 ROOM = 0.002  # of all elements, the least that a bound is away from where it is thought to be
 PARTS = 8  # of a piece of the sample, see `_Search.bound`
 
@@ -217,9 +217,12 @@ def _between(keys: Array, low: float, high: float) -> _Between:
     larger = keys > keys.dtype.type(high)
     inside ^= larger
     count, values = int(np.count_nonzero(larger)), keys[inside]
-    if len(values) * CROWD <= len(keys):
-        return _Between(count, values, None)
-    return _Between(count, *np.unique(values, return_counts=True))
+    if len(values) * CROWD > len(keys):
+        # Differences of bfloat16 have few values; what has none alike is not worth the sorting.
+        different, counts = np.unique(values, return_counts=True)
+        if 2 * len(different) <= len(values):
+            return _Between(count, different, counts)
+    return _Between(count, values, None)
 
 
 def _kth(found: Sequence[_Between], place: int) -> tuple[float, int, int]:
