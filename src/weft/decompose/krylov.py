@@ -8,9 +8,9 @@ arXiv:2306.12418), with the short side of A as the space of the basis X:
 and what is kept of A is A X Xᵀ = Y Xᵀ, whose SVD comes from the small YᵀY, in float64. Since the
 rest A − Y Xᵀ is orthogonal to it, ‖A − U Σ Vᵀ‖² = ‖A‖² − Σ σ̂² is the true error, not an estimate.
 
-The iteration ends when `certificate` proves the error to be within `tolerance` of the optimum, or
-when the geometric decrease of what each block still adds says so: in a flat spectrum, such as that
-of rounding noise, a proof costs more than the result. `Svd.bound` is what was proved.
+The iteration goes on until the geometric decrease of what each block still adds says that the error
+is within `tolerance` of the optimum, and then until `_certificate` proves it; it gives up the proof,
+not the result, after a few tries. `Svd.bound` is what was proved.
 """
 
 from __future__ import annotations
