@@ -173,7 +173,7 @@ def nonzero_bits(values: Tensor) -> Array:
     """Packed: which of `values` (n,) are not 0."""
     import numpy as np
 
-    bits: Array = np.packbits((values != 0).cpu().numpy())
+    bits: Array = np.packbits(values.cpu().numpy() != 0)
     return bits
 
 
