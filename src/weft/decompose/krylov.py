@@ -9,8 +9,8 @@ and what is kept of A is A X Xᵀ = Y Xᵀ, whose SVD comes from the small YᵀY
 rest A − Y Xᵀ is orthogonal to it, ‖A − U Σ Vᵀ‖² = ‖A‖² − Σ σ̂² is the true error, not an estimate.
 
 The iteration goes on until the geometric decrease of what each block still adds says that the error
-is within `tolerance` of the optimum, and then until `_certificate` proves it; it gives up the proof,
-not the result, after a few tries. `Svd.bound` is what was proved.
+is within `tolerance` of the optimum, and then until `_certificate` proves it; after a few tries it
+gives up the proof, not the result. `Svd.bound` is what was proved.
 """
 
 from __future__ import annotations
