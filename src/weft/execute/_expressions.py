@@ -6,7 +6,7 @@ import threading
 from collections import OrderedDict
 from dataclasses import dataclass, field
 from functools import partial
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol, TypeGuard
 
 import torch
 
@@ -234,6 +234,9 @@ class Evaluator:
                 self.workspace.load(self.files, expression.ref, start, stop, out)
             case AddDeltas():
                 weight = self._weight(expression.base, start, stop, path, loaded)
+                if _in_one_pass(expression):
+                    self._add_update(expression, start, weight, out.copy_(weight), 1, path)
+                    return
                 delta = self.buffer(f"{path}delta", stop - start)
                 self.add_deltas(expression, start, weight, delta, out)
             case Merge():
@@ -325,7 +328,11 @@ class Evaluator:
         self, expression: Expression, start: int, weight: Tensor, out: Tensor, sign: int, path: str
     ) -> None:
         """`out` += sign · ΣwᵢΔWᵢ, if the expression has deltas; `weight` is what they change."""
-        if isinstance(expression, AddDeltas):
+        if _in_one_pass(expression):
+            for each in expression.deltas:
+                kind, state = self.state(each)
+                kind.add(state, sign * each.weight, start, out)  # type: ignore[attr-defined]
+        elif isinstance(expression, AddDeltas):
             delta = self.buffer(f"{path}delta", len(out))
             self._update(expression, start, weight, delta, self.buffer(f"{path}value", len(out)))
             out.add_(delta, alpha=sign)
@@ -451,6 +458,13 @@ class _Blocks:
 def _sampled(pieces: list[tuple[int, int]], share: float) -> list[tuple[int, int]]:
     """Of every piece the first rows."""
     return [(start, start + max(1, int((stop - start) * share))) for start, stop in pieces]
+
+
+def _in_one_pass(expression: Expression) -> TypeGuard[AddDeltas]:
+    """All of its deltas can be added to what is there."""
+    return isinstance(expression, AddDeltas) and all(
+        hasattr(deltas.kind(each.kind), "add") and not _turned(each) for each in expression.deltas
+    )
 
 
 def _core(expression: Expression) -> Expression:
