@@ -11,9 +11,9 @@ from typing import TYPE_CHECKING, Any
 
 from weft.api._execution import check_place, unchanged
 from weft.api._models import Models
-from weft.api._wishes import wishes_of
 from weft.core import events, units
 from weft.core.errors import OutputError, WeftError
+from weft.core.wishes import wishes_of
 from weft.plan.extract import Change, ExtractPlan, plan_extract
 
 if TYPE_CHECKING:
@@ -49,7 +49,8 @@ def extract(
     *,
     base: str | Path,
     output: str | Path,
-    rank: int | str | Sequence[tuple[str, int]] | None = None,
+    rank: int | str | None = None,
+    ranks: Sequence[tuple[str, int]] = (),
     energy: float | None = None,
     size: str | int | None = None,
     alpha: float | None = None,
@@ -79,6 +80,7 @@ def extract(
         output: Folder to create.
         rank: Of every module, 32 if nothing is said; `auto` separates what was learnt from the
             noise of rounding.
+        ranks: Filters of modules with a rank of their own, and that rank.
         energy: The smallest rank per module that keeps this share of ‖ΔW‖², such as 0.95.
         size: The best ranks for which the weights' file has at most so many bytes, such as `50MB`.
         alpha: Of all modules; None makes it each one's rank.
@@ -102,8 +104,8 @@ def extract(
         WeftError: See `weft.core.errors`; the output is not there, and `resume` may finish it.
     """
     asked = wishes_of(
-        rank=rank, energy=energy, size=size, alpha=alpha, dtype=dtype, target=target, save=save,
-        exclude=exclude, embed=embed, uniform_rank=uniform_rank, seed=seed,
+        rank=rank, ranks=ranks, energy=energy, size=size, alpha=alpha, dtype=dtype, target=target,
+        save=save, exclude=exclude, embed=embed, uniform_rank=uniform_rank, seed=seed,
     )  # fmt: skip
     call = f"weft.extract({str(tuned)!r}, base={str(base)!r}, output={str(output)!r})"
     return run_extraction(
@@ -197,7 +199,8 @@ def run_extraction(
     for note in plan.notes:
         on_event(events.Noted(note))
     setting = f"weft {version('weft')}, torch {version('torch')}, {device.partition(':')[0]}"
-    scratch = Scratch(output, plan.reads, force=force, resume=resume, setting=setting)
+    names = [change.name for change in plan.changes if change.is_read]
+    scratch = Scratch(output, plan.reads, names, force=force, resume=resume, setting=setting)
     try:
         resumed = len(scratch.receipts)
         ranks = _decompose(plan, scratch, count, device, on_event)

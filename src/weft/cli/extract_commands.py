@@ -94,8 +94,8 @@ def extract(
         Nothing but warnings and errors, and what --json prints.
     """
     from weft.api import extract as api
-    from weft.api._wishes import wishes_of
     from weft.core.errors import WeftError
+    from weft.core.wishes import wishes_of
 
     wishes = wishes_of(
         rank=rank,

@@ -70,7 +70,7 @@ class Spectrum:
     def signal(self, matrix: int = 0) -> Signal:
         """What of a matrix stands above the noise of rounding."""
         floor = ranks.noise_floor(self.shape, [float(self.ulp[matrix])])
-        values = self.values[matrix].tolist()
+        values = clear(self.values[matrix].tolist())
         return ranks.signal(values, floor, self.shape, float(self.energy[matrix]))
 
     def edge(self, matrix: int = 0) -> float:
@@ -109,6 +109,12 @@ class Decomposed:
         return found
 
 
+def clear(values: Sequence[float]) -> list[float]:
+    """Those that are more than what float32 makes of zero."""
+    return [value for value in values if value > _CLEAR * values[0]]
+
+
+_CLEAR = 1e-6
 _KEPT = ("values", "energy", "error", "excess", "ulp")
 SMALL = ("shape", *_KEPT)  # the names that a spectrum takes
 

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
+    from weft.core.specs import Expression
     from weft.execute._blocks import Files, Workspace
     from weft.execute._expressions import Shared
     from weft.plan.extract import Change
@@ -47,40 +48,49 @@ class Sums:
 
 
 class Difference:
-    """The tensor of `change` as a matrix, in float32 (float64 where a model has it)."""
+    """The tensor of `change` as a matrix, in float32 (float64 where a model has it).
+
+    Where the files have it in parts, their rows follow each other.
+    """
 
     def __init__(self, change: Change, files: Files, workspace: Workspace, shared: Shared) -> None:
         self.change = change
-        self.expression = change.job.expression
-        self.layout = layout(change.job)
-        wide = any(ref.dtype == "float64" for ref in leaves(self.expression))
-        self.dtype = torch.float64 if wide else torch.float32
-        self._evaluator = Evaluator(
-            self.expression,
-            columns=self.layout.columns,
-            together=self.layout.together,
-            dtype=self.dtype,
-            files=files,
-            workspace=workspace,
-            shared=shared,
-            helpers=Alone(),
-        )
+        self._open = (files, workspace, shared)
+        self._layouts = [layout(job) for job in change.jobs]
+        refs = [ref for job in change.jobs for ref in leaves(job.expression)]
+        self.dtype = torch.float64 if any(r.dtype == "float64" for r in refs) else torch.float32
+        self.rows = sum(each.rows for each in self._layouts)
+        self.columns = self._layouts[0].columns
+        self._evaluators: dict[int, Evaluator] = {}
 
-    @property
-    def nbytes(self) -> int:
-        """Of the whole difference in memory."""
-        return 4 * self.layout.rows * self.layout.columns
+    def _evaluator(self, number: int) -> Evaluator:
+        """Of one part; those of the others are let go."""
+        if number not in self._evaluators:
+            files, workspace, shared = self._open
+            self._evaluators = {
+                number: Evaluator(
+                    self.change.jobs[number].expression,
+                    columns=self.columns,
+                    together=self._layouts[number].together,
+                    dtype=self.dtype,
+                    files=files,
+                    workspace=workspace,
+                    shared=shared,
+                    helpers=Alone(),
+                )
+            }
+        return self._evaluators[number]
 
     def blocks(self, start: int, stop: int) -> Iterator[tuple[int, Tensor, Tensor | None]]:
         """(first row, tuned − base, base) of rows `start` to `stop`, in buffers that are reused."""
-        for first, last in self._evaluator.cut(start, stop):
-            if isinstance(self.expression, Merge):
-                block = self._evaluator.block(self.expression, first, last, "")
-                yield first, block.inputs[0], block.base
-            else:
-                out = self._evaluator.buffer("weight", last - first)
-                self._evaluator.evaluate(self.expression, first, last, out)
-                yield first, out, None
+        at = 0
+        for number, (job, form) in enumerate(zip(self.change.jobs, self._layouts, strict=True)):
+            low, high = max(start - at, 0), min(stop - at, form.rows)
+            if low < high:
+                evaluator = self._evaluator(number)
+                for first, last in evaluator.cut(low, high):
+                    yield (at + first, *_block(evaluator, job.expression, first, last))
+            at += form.rows
 
     def sums(self, start: int, stop: int, into: Tensor | None = None) -> Sums:
         """Of rows `start` to `stop`, which are left in `into`, if given.
@@ -90,8 +100,7 @@ class Difference:
         """
         tuned, energy, samples = [], [], []
         kept = stored_as(self.change)
-        pieces = self._evaluator.cut(start, stop)
-        take = max(1, _SAMPLE // len(pieces))
+        share = max(1, (stop - start) * self.columns // _SAMPLE)
         for first, delta, base in self.blocks(start, stop):
             energy.append(float(delta.double().square_().sum()))
             value = delta if base is None else base + delta
@@ -104,7 +113,7 @@ class Difference:
                 into[first - start : first - start + len(delta)].copy_(delta)
             if base is not None:
                 rounded = (value if kept else delta).reshape(-1)
-                samples.append(rounded[:: max(1, rounded.numel() // take)].cpu())
+                samples.append(rounded[::share].cpu())
         return Sums(math.fsum(tuned), math.fsum(energy), _ulp(samples, kept))
 
     def _check_finite(self, delta: Tensor, base: Tensor | None) -> None:
@@ -113,6 +122,17 @@ class Difference:
             raise NumericsError(f"the base's {name} holds NaN or infinity", "check BASE's files")
         if not bool(delta.isfinite().all()):
             raise NumericsError(f"the tuned {name} holds NaN or infinity", "check TUNED's files")
+
+
+def _block(
+    evaluator: Evaluator, expression: Expression, first: int, last: int
+) -> tuple[Tensor, Tensor | None]:
+    if isinstance(expression, Merge):
+        block = evaluator.block(expression, first, last, "")
+        return block.inputs[0], block.base
+    out = evaluator.buffer("weight", last - first)
+    evaluator.evaluate(expression, first, last, out)
+    return out, None
 
 
 def _ulp(samples: list[Tensor], dtype: str | None) -> float:
@@ -174,7 +194,7 @@ class Streamed:
 
     @property
     def shape(self) -> tuple[int, int]:
-        return self.stop - self.start, self.source.layout.columns
+        return self.stop - self.start, self.source.columns
 
     def matmul(self, X: Tensor) -> Tensor:
         out = torch.empty(self.shape[0], X.shape[1], dtype=X.dtype)

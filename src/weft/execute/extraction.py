@@ -19,7 +19,7 @@ from weft.core.specs import Merge, Receipt, leaves
 from weft.decompose import ranks
 from weft.decompose.krylov import Svd, key_of, svd_until, truncated_svd
 from weft.execute._blocks import Files, Workspace
-from weft.execute._decomposed import stacked
+from weft.execute._decomposed import clear, stacked
 from weft.execute._differences import Difference, Held, Streamed, Sums
 from weft.execute._expressions import Shared
 from weft.execute.threads import one_torch_thread, stream
@@ -84,7 +84,7 @@ def run(
     Raises:
         WeftError: What went wrong first; the threads have stopped.
     """
-    jobs = [change.job for change in changes]
+    jobs = [job for change in changes for job in change.jobs]
     state = _Run(
         store,
         wishes,
@@ -125,7 +125,7 @@ def run(
 
 def cost(change: Change) -> int:
     """Bytes that are read of it."""
-    return sum(ref.nbytes for ref in leaves(change.job.expression))
+    return sum(ref.nbytes for job in change.jobs for ref in leaves(job.expression))
 
 
 def _one(state: _Run, change: Change) -> None:
@@ -133,12 +133,12 @@ def _one(state: _Run, change: Change) -> None:
     source = Difference(change, state.files, state.workspace, state.shared)
     if change.action != "decompose":
         with state.cores:
-            sums = source.sums(0, source.layout.rows)
+            sums = source.sums(0, source.rows)
         tensors = None
     else:
         svds, parts = [], []
         # As many rows of the difference as one matrix has; a kernel's are cut otherwise.
-        rows = source.layout.rows // change.form.count
+        rows = source.rows // change.form.count
         for number in range(change.form.count):
             svd, found = _decompose(state, source, number * rows, (number + 1) * rows, number)
             svds.append(svd)
@@ -156,7 +156,7 @@ def _decompose(
     state: _Run, source: Difference, start: int, stop: int, number: int
 ) -> tuple[Svd, Sums]:
     """One matrix: rows `start` to `stop` of the difference."""
-    form, columns = source.change.form, source.layout.columns
+    form, columns = source.change.form, source.columns
     matrix: Held | Streamed
     if 4 * (stop - start) * columns <= HELD:
         # Reading overlaps with the arithmetic of the threads that hold the cores.
@@ -185,9 +185,9 @@ def _svd(state: _Run, change: Change, matrix: Held | Streamed, sums: Sums, numbe
     def enough(found: Svd) -> int | None:
         nonlocal tried
         tried *= 2
-        values = found.values.tolist()
-        if found.rank < min(tried, *matrix.shape):
-            return found.rank  # there is no more
+        values = clear(found.values.tolist())
+        if len(values) < min(tried, *matrix.shape):
+            return len(values)  # there is no more
         if rule.kind == "energy":
             return ranks.rank_for_energy(values, found.energy, rule.value)
         # One value below the edge has to be seen; it shows whether the edge is where it should be.

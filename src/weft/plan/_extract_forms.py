@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from weft.core.dtypes import WEIGHTS
-from weft.plan._moe import PARTS, TRANSPOSED, TURNED_ON_DISK
+from weft.plan._moe import ONE_EXPERT, PARTS, RENAMED, TRANSPOSED, TURNED_ON_DISK
 from weft.plan._targets import CONV1D_MODELS, CONV1D_MODULES
 from weft.plan.preflight import config_value
 
@@ -76,6 +76,8 @@ class Forms:
         prefix = next((_BARE[kind] for kind in sorted(self.types) if kind in _BARE), "")
         known = any(name.startswith(prefix) for name in base.tensors)
         self.prefix = prefix if headed and not known else ""
+        # Only where the experts are fused in memory: others kept the name of the module.
+        self._moved = any(ONE_EXPERT.match(name.removesuffix(".weight")) for name in base.tensors)
 
     @property
     def conv1d(self) -> bool:
@@ -85,7 +87,10 @@ class Forms:
     def path(self, name: str) -> str:
         """The parameter `name` of the files, in the model that transformers makes."""
         head = name.split(".")[0] in _HEADS
-        return name if head else self.prefix + name
+        path = name if head else self.prefix + name
+        for new, old in RENAMED if self._moved else ():
+            path = path.replace(f".{old}.", f".{new}.")
+        return path
 
     def form(self, name: str, shape: Shape, dtype: str) -> Form:
         """How LoRA takes the tensor `name`."""

@@ -5,6 +5,7 @@ Which tensors did change shows only when they are read.
 
 from __future__ import annotations
 
+from collections import defaultdict
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
@@ -15,6 +16,7 @@ from weft.core.names import match, nearest
 from weft.core.specs import Expression, Input, Load, Merge, Plan, Shape, TensorJob, job_bytes
 from weft.formats.checkpoint import same_bytes
 from weft.plan._extract_forms import Form, Forms
+from weft.plan._moe import FUSED, ONE_EXPERT
 from weft.plan.preflight import dominant_dtype
 
 if TYPE_CHECKING:
@@ -38,6 +40,8 @@ class Change:
         head: The path of the output embedding that is the same tensor.
         fresh: The base has none, or one of another size.
         either: To be saved in full, if that is smaller than its factors.
+        parts: What the files have in its place: the experts of a layer, one by one, in the order
+            of the fused tensor's rows.
     """
 
     job: TensorJob
@@ -49,6 +53,12 @@ class Change:
     head: str | None = None
     fresh: bool = False
     either: bool = False
+    parts: tuple[TensorJob, ...] = field(default=(), repr=False)
+
+    @property
+    def jobs(self) -> tuple[TensorJob, ...]:
+        """What is read for it."""
+        return self.parts or (self.job,)
 
     @property
     def name(self) -> str:
@@ -106,10 +116,16 @@ def plan_extract(tuned: View, base: View, wishes: Wishes, revision: str | None) 
     draft = _Draft(tuned, base, wishes)
     changes = draft.changes()
     draft.check_filters(changes)
+    changes = gathered(changes)
     if draft.problems:
         raise PlanError(f"{tuned.name} − {base.name}", draft.problems)
     own = dominant_dtype((job.dtype, job_bytes(job)) for job in base.tensors.values())
     wishes = replace(wishes, dtype=wishes.dtype or (own if own in OUTPUTS else "float32"))
+    if any(change.head and change.action == "decompose" for change in changes):
+        draft.warnings.append(
+            "the tied embedding is written as factors for both of its ends, as PEFT loads it; but "
+            "PEFT's merge_and_unload (0.21) adds both to the one tensor: merge it with weft"
+        )
     grown = any(change.fresh and change.form.kind == "embedding" for change in changes)
     files = _tokenizer(tuned) if grown else {}
     if len(base.given) > 1:
@@ -118,7 +134,7 @@ def plan_extract(tuned: View, base: View, wishes: Wishes, revision: str | None) 
             "which its config has to name: merge the base first if others are to use it"
         )
     # What is left as it is, is read all the same: to say what of it changed.
-    jobs = tuple(change.job for change in changes if change.is_read)
+    jobs = tuple(job for change in changes if change.is_read for job in change.jobs)
     return ExtractPlan(
         changes=tuple(changes),
         reads=Plan(
@@ -245,6 +261,11 @@ class _Draft:
             action, why = "save", form.why
         elif action == "decompose" and change.head and self.forms.conv1d:
             action, why = "save", "PEFT has one fan_in_fan_out, for Conv1D and the tied head"
+        elif action == "decompose" and change.head and wishes.embed is None:
+            action, why = (
+                "save",
+                "PEFT's merge would add ΔW of a tied table twice",
+            )
         elif action == "decompose" and table:
             either = wishes.embed is None and not wishes.uniform
         if wishes.target is not None and not saved and not any_of(wishes.target, name):
@@ -292,6 +313,45 @@ def _inputs(tuned: View, base: View) -> list[Input]:
     for entry in tuned.plan.inputs:
         found.setdefault(entry.path, replace(entry, role=f"tuned {entry.role}"))
     return list(found.values())
+
+
+def gathered(changes: list[Change]) -> list[Change]:
+    """With the experts of a layer as the tensors that transformers makes of them.
+
+    PEFT adapts those, in memory; files have them one by one. What is not complete stays apart.
+    """
+    groups: dict[tuple[str, str], dict[tuple[int, int], Change]] = defaultdict(dict)
+    for change in changes:
+        found = ONE_EXPERT.match(change.module)
+        if found and change.action == "decompose" and change.form.kind == "linear":
+            fused, part = FUSED[found[3]]
+            groups[found[1], fused][int(found[2]), part] = change
+    made: dict[str, Change] = {}
+    taken: set[str] = set()
+    for (module, fused), parts in groups.items():
+        if new := _fused(module, fused, parts):
+            made[next(iter(parts.values())).name] = new
+            taken |= {change.name for change in parts.values()}
+    kept = (made.get(change.name, change) for change in changes)
+    return [change for change in kept if change.name not in taken]
+
+
+def _fused(module: str, parameter: str, parts: Mapping[tuple[int, int], Change]) -> Change | None:
+    """One parameter of all experts; None if some are missing, or differ."""
+    count = 1 + max(expert for expert, _ in parts)
+    each = 1 + max(part for _, part in parts)
+    changes = [parts.get((e, n)) for e in range(count) for n in range(each)]
+    first = changes[0]
+    shapes = {change.job.shape for change in changes if change}
+    ranks = {change.rank for change in changes if change}
+    if None in changes or first is None or len(shapes) > 1 or len(ranks) > 1:
+        return None
+    rows, columns = first.job.shape
+    shape = (count, each * rows, columns)
+    jobs = tuple(change.job for change in changes if change)
+    name = f"{module}.{parameter}"
+    job = TensorJob(name, first.job.dtype, shape, "", first.job.expression)
+    return Change(job, name, "decompose", Form("experts", *shape), rank=first.rank, parts=jobs)
 
 
 def tuned_of(change: Change) -> Expression:

@@ -23,7 +23,7 @@ from weft.write.adapter import check_folder
 from weft.write.checkpoint import check_partial, output_error
 
 if TYPE_CHECKING:
-    from collections.abc import Collection, Mapping
+    from collections.abc import Collection, Mapping, Sequence
 
     from torch import Tensor
 
@@ -49,9 +49,18 @@ def check_place(out: Path, plan: Plan, *, force: bool, resume: bool) -> Path:
 class Scratch:
     """The folder of one run, locked."""
 
-    def __init__(self, out: Path, plan: Plan, *, force: bool, resume: bool, setting: str) -> None:
+    def __init__(
+        self,
+        out: Path,
+        plan: Plan,
+        names: Sequence[str],
+        *,
+        force: bool,
+        resume: bool,
+        setting: str,
+    ) -> None:
         self.folder = check_place(out, plan, force=force, resume=resume)
-        self._numbers = {job.name: number for number, job in enumerate(plan.jobs)}
+        self._numbers = {name: number for number, name in enumerate(names)}
         self._lock = threading.Lock()
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
