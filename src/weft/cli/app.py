@@ -27,6 +27,10 @@ _COMMANDS = {
     "methods": ("weft.cli.recipe_commands:methods", "List the merge methods, or describe one."),
     "schema": ("weft.cli.recipe_commands:schema", "Print the JSON Schema of recipes."),
     "inspect": ("weft.cli.commands:inspect", "Say what a file or folder is."),
+    "diff": (
+        "weft.cli.diff_commands:diff",
+        "Say which tensors of two models differ, and how much.",
+    ),
     "doctor": ("weft.cli.commands:doctor", "Examine an adapter; repair what has one reading."),
     "demo": ("weft.cli.commands:demo", "Teach a real model something new, and check the result."),
 }
