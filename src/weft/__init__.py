@@ -9,6 +9,7 @@ if TYPE_CHECKING:
     from weft.api import MergePlan, Report, inspect, merge, plan_merge
     from weft.api.diff import diff
     from weft.api.recipes import RunPlan, plan_run, run
+    from weft.api.resize import ResizeReport, resize
     from weft.core.differences import Diff
     from weft.core.errors import WeftError
     from weft.diagnosis import Diagnosis, doctor
@@ -18,6 +19,7 @@ _HOMES = {
     "Diagnosis": "weft.diagnosis",
     "MergePlan": "weft.api",
     "Report": "weft.api",
+    "ResizeReport": "weft.api.resize",
     "RunPlan": "weft.api.recipes",
     "WeftError": "weft.core.errors",
     "diff": "weft.api.diff",
@@ -26,6 +28,7 @@ _HOMES = {
     "merge": "weft.api",
     "plan_merge": "weft.api",
     "plan_run": "weft.api.recipes",
+    "resize": "weft.api.resize",
     "run": "weft.api.recipes",
 }
 __all__ = [
@@ -33,6 +36,7 @@ __all__ = [
     "Diff",
     "MergePlan",
     "Report",
+    "ResizeReport",
     "RunPlan",
     "WeftError",
     "diff",
@@ -41,6 +45,7 @@ __all__ = [
     "merge",
     "plan_merge",
     "plan_run",
+    "resize",
     "run",
 ]
 
