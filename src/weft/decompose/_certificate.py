@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 
 _DOUBT = 1e-6
 _PROBES = 16
-_STEPS = 16
+_STEPS = 12
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,41 +67,53 @@ class Basis:
         return self.square, S
 
 
-def excess(basis: Basis, rank: int, mu: float) -> Tensor:
-    """(rank) what the first k eigenvalues of H have, in sum, beyond those of T; for ‖H₂‖ ≤ mu."""
-    T, S = basis.bordered()
-    corner = torch.eye(S.shape[0], dtype=torch.float64) * mu
-    above = torch.linalg.eigvalsh(torch.cat([torch.cat([T, S.T], 1), torch.cat([S, corner], 1)]))
-    above = above.flip(0)[:rank].clamp_min(mu)
-    found = torch.linalg.eigvalsh(T).flip(0)[:rank]
-    gained: Tensor = (above - found).clamp_min(0).cumsum(0)
-    return gained
+class Bordered:
+    """What the bordered matrix says of the first eigenvalues, for one μ after another."""
+
+    def __init__(self, basis: Basis, rank: int) -> None:
+        self.rank = rank
+        T, S = basis.bordered()
+        width = S.shape[0]
+        self._matrix = torch.cat(
+            [
+                torch.cat([T, S.T], 1),
+                torch.cat([S, torch.zeros(width, width, dtype=torch.float64)], 1),
+            ]
+        )
+        self._corner = self._matrix.diagonal()[-width:]
+        self.found = torch.linalg.eigvalsh(T).flip(0)[:rank]
+
+    def excess(self, mu: float) -> Tensor:
+        """(rank) what the first k eigenvalues of H have, in sum, beyond those of T; ‖H₂‖ ≤ mu."""
+        self._corner.fill_(mu)
+        above = torch.linalg.eigvalsh(self._matrix).flip(0)[: self.rank].clamp_min(mu)
+        gained: Tensor = (above - self.found).clamp_min(0).cumsum(0)
+        return gained
 
 
-def free_bound(basis: Basis, rank: int) -> Tensor:
+def free_bound(bordered: Bordered, left_over: float) -> Tensor:
     """(rank) the excess that ‖A‖² alone proves."""
-    mu = basis.left_over
-    # AAᵀ = YYᵀ + EEᵀ with ‖E‖² = μ: no rank gains more than all of it.
-    return excess(basis, rank, mu).clamp_max(mu)
+    # AAᵀ = YYᵀ + EEᵀ with ‖E‖² = tr H₂: no rank gains more than all of it.
+    return bordered.excess(left_over).clamp_max(left_over)
 
 
 def probed_bound(
-    matrix: Matrix, basis: Basis, rank: int, key: int, wanted: float
+    matrix: Matrix, basis: Basis, bordered: Bordered, key: int, wanted: float
 ) -> tuple[Tensor, int]:
     """(rank) the excess that probes prove, with probability 1 − 10⁻⁶; and the columns multiplied.
 
     Args:
         matrix: A (m, n), m ≥ n.
         basis: Of it.
-        rank: How many values.
+        bordered: Of the basis.
         key: Of the random numbers: not the one that the basis was made with.
-        wanted: The excess of `rank` that is enough.
+        wanted: The excess of all the rank that is enough.
     """
     numbers = np.random.Generator(np.random.Philox(key=key)).standard_normal(
         (matrix.shape[1], _PROBES), dtype=np.float32
     )
     V, R = whitened(without(torch.from_numpy(numbers), basis.X))
-    best = torch.full((rank,), math.inf, dtype=torch.float64)
+    best = torch.full((bordered.rank,), math.inf, dtype=torch.float64)
     if V.shape[1] < _PROBES:
         return best, 0
     short = 2 * (_DOUBT * math.gamma(_PROBES / 2 + 1)) ** (2 / _PROBES)
@@ -119,11 +131,11 @@ def probed_bound(
             break  # a few eigenvalues alone: the recurrence would need β⁻¹
         lanczos.add(gram(image), None if ended else R)
         mu = lanczos.bound()
-        best = torch.minimum(best, excess(basis, rank, mu))
+        best = torch.minimum(best, bordered.excess(mu))
         if ended or float(best[-1]) <= wanted:
             break
         # What no proof can do: the bound is never below what the probes have seen.
-        if float(excess(basis, rank, lanczos.largest)[-1]) > wanted:
+        if float(bordered.excess(lanczos.largest)[-1]) > wanted:
             break
         seen.append(V)
     return best, products

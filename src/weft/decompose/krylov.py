@@ -8,9 +8,9 @@ arXiv:2306.12418), with the short side of A as the space of the basis X:
 and what is kept of A is A X Xᵀ = Y Xᵀ, whose SVD comes from the small YᵀY, in float64. Since the
 rest A − Y Xᵀ is orthogonal to it, ‖A − U Σ Vᵀ‖² = ‖A‖² − Σ σ̂² is the true error, not an estimate.
 
-The iteration ends when `certificate` proves the error to be within `tolerance` of the optimum, or
-when the geometric decrease of what each block still adds says so: in a flat spectrum, such as that
-of rounding noise, a proof costs more than the result. `Svd.bound` is what was proved.
+The iteration goes on until the geometric decrease of what each block still adds says that the error
+is within `tolerance` of the optimum, and then until `_certificate` proves it; after a few tries it
+gives up the proof, not the result. `Svd.bound` is what was proved.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ import numpy as np
 import torch
 
 from weft.decompose import _exact
-from weft.decompose._certificate import Basis, free_bound, probed_bound
+from weft.decompose._certificate import Basis, Bordered, free_bound, probed_bound
 from weft.decompose._orthogonal import gram, orthonormal, whitened
 from weft.decompose.matrices import Turned, residual
 
@@ -37,6 +37,9 @@ if TYPE_CHECKING:
 
 TOLERANCE = 1.002
 _OVERSAMPLING = 8
+_LANES = 16  # a product of 48 columns takes no longer than one of 40
+# A proof that fails costs more than the block that makes it succeed.
+_CERTAIN = 0.3
 _MOST_BLOCKS = 12
 _MOST_PROOFS = 3  # a further block, where one fails, is cheaper than a fourth
 # Below this share of ‖A‖² a difference of two energies is rounding: of float32 products here.
@@ -116,7 +119,14 @@ def key_of(seed: int, name: str) -> int:
     return int.from_bytes(hashlib.sha256(f"{seed}:{name}".encode()).digest()[:16])
 
 
-def truncated_svd(matrix: Matrix, rank: int, *, key: int = 0, tolerance: float = TOLERANCE) -> Svd:
+def truncated_svd(
+    matrix: Matrix,
+    rank: int,
+    *,
+    key: int = 0,
+    tolerance: float = TOLERANCE,
+    proof: float | None = None,
+) -> Svd:
     """The SVD of `matrix` to `rank`, its error within `tolerance` of the best.
 
     The same `key` gives the same bits, whatever other threads do.
@@ -126,6 +136,8 @@ def truncated_svd(matrix: Matrix, rank: int, *, key: int = 0, tolerance: float =
         rank: At most min(m, n) is used; the result has less where A has less.
         key: Of the random numbers; see `key_of`.
         tolerance: Of ‖A − U Σ Vᵀ‖ against that of the full factorisation, cut.
+        proof: What `bound` is to be brought to, where it can; None for the tolerance itself. In
+            the flat spectrum of noise a proof of 1.005 costs half of one of 1.002.
     """
     rows, columns = matrix.shape
     rank = min(rank, rows, columns)
@@ -139,10 +151,10 @@ def truncated_svd(matrix: Matrix, rank: int, *, key: int = 0, tolerance: float =
         left, values, right = _exact.svd(matrix, rank)
         return _finished(matrix, Svd(left, values, right, matrix.energy, 0.0, values * 0, True))
     if rows < columns:
-        found = _Iteration(Turned(matrix), rank, key, tolerance).run()
+        found = _Iteration(Turned(matrix), rank, key, tolerance, proof or tolerance).run()
         found = replace(found, left=found.right, right=found.left)
     else:
-        found = _Iteration(matrix, rank, key, tolerance).run()
+        found = _Iteration(matrix, rank, key, tolerance, proof or tolerance).run()
     return _finished(matrix, found)
 
 
@@ -196,11 +208,12 @@ def gaussian(count: int, columns: int, key: int, dtype: torch.dtype) -> Tensor:
 class _Iteration:
     """The run for a matrix (m, n) with m ≥ n."""
 
-    def __init__(self, matrix: Matrix, rank: int, key: int, tolerance: float) -> None:
+    def __init__(self, matrix: Matrix, rank: int, key: int, tolerance: float, proof: float) -> None:
         self.matrix = matrix
         self.rank = rank
         self.key = key
-        self.slack = tolerance**2 - 1
+        self.tolerance = tolerance
+        self.proof = proof
         self.X: list[Tensor] = []
         self.Y: list[Tensor] = []
         self.products = 0
@@ -208,7 +221,8 @@ class _Iteration:
 
     def run(self) -> Svd:
         matrix, floor = self.matrix, 1e-7 * math.sqrt(self.matrix.energy)
-        width = min(self.rank + _OVERSAMPLING, matrix.shape[1])
+        width = -(-(self.rank + _OVERSAMPLING) // _LANES) * _LANES
+        width = min(width, matrix.shape[1])
         X = gaussian(matrix.shape[1], width, self.key, torch.float32)
         X = orthonormal(X, (), 0.0)
         proofs = 0
@@ -227,13 +241,13 @@ class _Iteration:
             if likely or ended:
                 excess = self._proof(Basis(self.X, square, Z, R, matrix.energy))
                 proofs += 1
-                enough = float(excess[-1]) <= self._wanted()
+                enough = float(excess[-1]) <= self._wanted(self.proof)
                 if ended or enough or proofs >= _MOST_PROOFS:
                     return self._result(square, excess)
 
-    def _wanted(self) -> float:
-        """The excess that keeps the error within the tolerance."""
-        return self.slack / (1 + self.slack) * max(self.matrix.energy - self.captured[-1], 0.0)
+    def _wanted(self, bound: float) -> float:
+        """The excess that keeps the error within `bound` times the best."""
+        return (1 - bound**-2) * max(self.matrix.energy - self.captured[-1], 0.0)
 
     def _converged(self, square: Tensor) -> bool:
         """Whether what further blocks would add, as a geometric series, is within the slack."""
@@ -247,15 +261,19 @@ class _Iteration:
         # for the first blocks find what stands out of it, and that goes faster.
         ratio = min(max((last - second) / max(second - first, 1e-300), 0.35), 0.7)
         missing = (last - second) * ratio / (1 - ratio)
-        return missing <= self._wanted() or error <= ROUNDING**2 * self.matrix.energy
+        return (
+            missing <= _CERTAIN * self._wanted(self.tolerance)
+            or error <= ROUNDING**2 * self.matrix.energy
+        )
 
     def _proof(self, basis: Basis) -> Tensor:
-        wanted = self._wanted()
-        excess = free_bound(basis, self.rank)
+        wanted = self._wanted(self.proof)
+        bordered = Bordered(basis, self.rank)
+        excess = free_bound(bordered, basis.left_over)
         rounding = self.matrix.energy - self.captured[-1] <= ROUNDING**2 * self.matrix.energy
         if float(excess[-1]) <= wanted or rounding:
             return excess
-        probed, used = probed_bound(self.matrix, basis, self.rank, self.key + 1, wanted)
+        probed, used = probed_bound(self.matrix, basis, bordered, self.key + 1, wanted)
         self.products += used
         return torch.minimum(excess, probed)
 
