@@ -7,13 +7,16 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from weft.api import MergePlan, Report, inspect, merge, plan_merge
+    from weft.api.diff import diff
     from weft.api.extract import ExtractReport, extract
     from weft.api.recipes import RunPlan, plan_run, run
     from weft.api.resize import ResizeReport, resize
+    from weft.core.differences import Diff
     from weft.core.errors import WeftError
     from weft.diagnosis import Diagnosis, doctor
 
 _HOMES = {
+    "Diff": "weft.core.differences",
     "Diagnosis": "weft.diagnosis",
     "ExtractReport": "weft.api.extract",
     "MergePlan": "weft.api",
@@ -21,6 +24,7 @@ _HOMES = {
     "ResizeReport": "weft.api.resize",
     "RunPlan": "weft.api.recipes",
     "WeftError": "weft.core.errors",
+    "diff": "weft.api.diff",
     "doctor": "weft.diagnosis",
     "extract": "weft.api.extract",
     "inspect": "weft.api",
@@ -32,12 +36,14 @@ _HOMES = {
 }
 __all__ = [
     "Diagnosis",
+    "Diff",
     "ExtractReport",
     "MergePlan",
     "Report",
     "ResizeReport",
     "RunPlan",
     "WeftError",
+    "diff",
     "doctor",
     "extract",
     "inspect",

@@ -1,4 +1,4 @@
-"""Models as views: checkpoints and adapters by name, each opened once."""
+"""What stands where a model is expected: a checkpoint, an adapter on its base, `model+adapter`."""
 
 from __future__ import annotations
 
@@ -17,6 +17,25 @@ if TYPE_CHECKING:
     from weft.recipes.records import ModelName
 
 
+def named(text: str) -> ModelName:
+    """What `text` means: the path that it is, or `path[@revision][+adapter[@revision][:weight]]…`.
+
+    Raises:
+        WeftError: It names no model.
+    """
+    from weft.recipes import _names
+    from weft.recipes.records import ModelName
+
+    try:
+        if Path(text).expanduser().exists():  # a folder may have a + or an @ in its name
+            return ModelName(text)
+        return _names.parse(text)
+    except _names.NoName as error:
+        raise WeftError(*error.args) from None
+    except OSError:
+        raise WeftError(f"{text[:60]}… is too long for a name", "give a path or org/name") from None
+
+
 class Models:
     """Checkpoints and adapters, each opened once, whatever stands on them."""
 
@@ -24,23 +43,6 @@ class Models:
         self._cache_dir = cache_dir
         self._bases: dict[tuple[str, str | None], Checkpoint] = {}
         self._adapters: dict[tuple[str, str | None], Adapter] = {}
-
-    @staticmethod
-    def name(text: str) -> ModelName:
-        """What `model+adapter:0.7` means; a folder of that name is what it is.
-
-        Raises:
-            WeftError: It names no model.
-        """
-        from weft.recipes import _names
-        from weft.recipes.records import ModelName
-
-        if Path(text).exists():
-            return ModelName(text)
-        try:
-            return _names.parse(text)
-        except _names.NoName as error:
-            raise WeftError(*error.args) from None
 
     def view(self, name: ModelName) -> View:
         """A model with its adapters, as a plan.
@@ -59,7 +61,7 @@ class Models:
                 raise WeftError(f"{path} is an adapter, and does not say of which base model")
             adapters.insert(0, (first, 1.0))
             path, revision = first.base_model, first.revision
-        base = self._base(path, revision)
+        base = self.base(path, revision)
         plan = plan_merge(base, adapters)
         given = (base.given, *(adapter.given for adapter, _ in adapters))
         return view(str(name), plan, base, given, name.override_architecture)
@@ -89,7 +91,12 @@ class Models:
         bases = [base.given for base in self._bases.values()]
         return tuple(dict.fromkeys([*bases, *(a.given for a in self._adapters.values())]))
 
-    def _base(self, path: str, revision: str | None) -> Checkpoint:
+    def opened(self, name: ModelName) -> Checkpoint | None:
+        """The checkpoint that `view` took for a name without adapters, if it is none itself."""
+        return self._bases.get((name.path, name.revision))
+
+    def base(self, path: str, revision: str | None) -> Checkpoint:
+        """A checkpoint without adapters."""
         key = (path, revision)
         if key not in self._bases:
             folder = resolve(path, revision=revision, cache_dir=self._cache_dir)

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from weft.api._execution import check_place, unchanged
-from weft.api._models import Models
+from weft.api._models import Models, named
 from weft.core import events, units
 from weft.core.errors import OutputError, WeftError
 from weft.core.wishes import wishes_of
@@ -166,8 +166,8 @@ def plan_extraction(
 
 
 def _plan(models: Models, tuned: str, base: str, wishes: Wishes) -> ExtractPlan:
-    name = models.name(base)
-    return plan_extract(models.view(models.name(tuned)), models.view(name), wishes, name.revision)
+    name = named(base)
+    return plan_extract(models.view(named(tuned)), models.view(name), wishes, name.revision)
 
 
 def run_extraction(

@@ -38,7 +38,7 @@ def extract(
     """Take an adapter out of a tuned model: for every matrix the best of its rank, and its error.
 
     TUNED and --base are what weft merge takes as BASE, model+adapter:0.7 too. Filters are comma
-    lists of name parts (self_attn, mlp), globs (*norm*) or /regular expressions/.
+    lists of parts of names (self_attn, mlp), globs (*norm*) or /regular expressions/.
 
     For example:
 
@@ -128,7 +128,7 @@ def extract(
         return
     if output is None:
         raise WeftError("no output given", f"weft extract {tuned} --base {base} -o ADAPTER")
-    with console.progress(quiet=quiet or json, verb="extracting") as on_event:
+    with console.progress(quiet=quiet or json, doing="extracting", writes=False) as on_event:
         report = api.run_extraction(
             tuned,
             base,

@@ -1,67 +1,73 @@
-r"""Filters of tensor names: `self_attn, mlp, lm_head`, `*norm*`, `/layers\.[0-3]\./`."""
+"""`self_attn, *.mlp.*, /norm$/`: which tensors of a model are meant."""
 
 from __future__ import annotations
 
 import re
 from dataclasses import dataclass
-from fnmatch import fnmatchcase
+from fnmatch import translate
 from typing import TYPE_CHECKING
 
 from weft.core.errors import WeftError
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Callable, Iterable
+
+_PART = re.compile(r"\s*(/(?:[^/\\]|\\.)*/|[^,]*?)\s*(?:,|$)")
+
+
+def names_filter(text: str) -> Callable[[str], bool]:
+    """What tells the names that `text` means: a comma list, of which one has to match.
+
+    A plain word is a part of the name; one with `*`, `?` or `[` is a glob of the whole name; one
+    between slashes is a regular expression that is found in it.
+
+    Raises:
+        WeftError: It is empty, or a regular expression is none.
+    """
+    patterns = []
+    for part in filter(None, _PART.findall(text)):
+        try:
+            patterns.append(re.compile(_expression(part)))
+        except re.error as error:
+            raise WeftError(
+                f"{part} is no regular expression: {error}", "write a part of a name, or a glob"
+            ) from None
+    if not patterns:
+        raise WeftError(
+            f"the filter {text!r} names nothing", "write it like self_attn,*.mlp.*,/norm$/"
+        )
+    return lambda name: any(pattern.search(name) for pattern in patterns)
 
 
 @dataclass(frozen=True, slots=True)
 class Filter:
-    """One entry of a comma list.
-
-    Attributes:
-        text: As it was written: parts of a dotted name (`mlp`, `layers.0`), a glob of a whole name
-            or of its end (`*norm*`, `q_proj.*`), or a regular expression between slashes, which is
-            searched for.
-    """
+    """One entry of a comma list, where it matters which one means a name."""
 
     text: str
 
     def matches(self, name: str) -> bool:
-        """Whether it means the tensor or module `name`."""
-        if self.text.startswith("/"):
-            return re.search(self.text[1:-1], name) is not None
-        if any(letter in self.text for letter in "*?["):
-            parts = name.split(".")
-            ends = (".".join(parts[n:]) for n in range(len(parts)))
-            return any(fnmatchcase(end, self.text) for end in ends)
-        return f".{self.text}." in f".{name}."
+        """Whether it means `name`."""
+        return re.search(_expression(self.text), name) is not None
 
 
 def parse(text: str) -> tuple[Filter, ...]:
-    """The entries of a comma list; commas inside of a regular expression belong to it.
+    """The entries of a comma list; none for an empty text.
 
     Raises:
-        WeftError: A regular expression that is none.
+        WeftError: A regular expression is none.
     """
-    entries = re.findall(r"\s*(/(?:[^/\\]|\\.)*/|[^,]+)\s*(?:,|$)", text)
-    found = tuple(Filter(entry.strip()) for entry in entries if entry.strip())
-    for each in found:
-        if not each.text.startswith("/"):
-            continue
-        if len(each.text) < 3 or not each.text.endswith("/"):
-            raise WeftError(
-                f"the filter {each.text!r} begins like a regular expression and does not end so",
-                "write it between slashes: /layers\\.[0-3]\\./",
-            )
-        try:
-            re.compile(each.text[1:-1])
-        except re.error as error:
-            raise WeftError(
-                f"the filter {each.text!r} is no regular expression: {error}",
-                "parts of names need no slashes: self_attn, mlp",
-            ) from None
-    return found
+    if not text.strip():
+        return ()
+    names_filter(text)
+    return tuple(Filter(part) for part in _PART.findall(text) if part)
 
 
 def any_of(filters: Iterable[Filter], name: str) -> Filter | None:
     """The first filter that means `name`."""
     return next((each for each in filters if each.matches(name)), None)
+
+
+def _expression(part: str) -> str:
+    if len(part) > 1 and part[0] == part[-1] == "/":
+        return part[1:-1]
+    return rf"\A{translate(part)}" if set("*?[") & set(part) else re.escape(part)

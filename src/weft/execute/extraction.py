@@ -149,7 +149,7 @@ def _one(state: _Run, change: Change) -> None:
     new = change.fresh and not isinstance(change.job.expression, Merge)
     receipt = Receipt(change.name, sums.tuned, sums.energy, None, new or sums.energy > 0)
     state.store.finish(receipt, tensors)
-    state.on_event(Moved(cost(change), cost(change)))
+    state.on_event(Moved(cost(change), 0))
 
 
 def _decompose(

@@ -293,7 +293,7 @@ class _Draft:
                 self.problems.append(
                     Problem(
                         f"{option} {each.text!r} names nothing in {self.base.name}{meant}",
-                        "a filter is a part of a dotted name, a glob (*norm*) or a /regex/",
+                        "a filter is a part of a name, a glob (*norm*) or a /regex/",
                     )
                 )
 
