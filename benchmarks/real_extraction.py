@@ -111,8 +111,12 @@ class Judge:
         return torch.cat([model(row[None]).logits[0].log_softmax(-1) for row in windows])
 
     def speech(self, model: Any) -> tuple[float, float]:
-        """Mean KL(tuned ‖ model), and the share of positions with the same likeliest token."""
-        got, wanted = self.distributions(model), self.expected
+        """As `compare`, of what the model says on the held-out text."""
+        return self.compare(self.distributions(model))
+
+    def compare(self, got: torch.Tensor) -> tuple[float, float]:
+        """Mean KL(tuned ‖ got), and the share of positions with the same likeliest token."""
+        wanted = self.expected
         same = (got.argmax(-1) == wanted.argmax(-1)).double().mean().item()
         each = [
             functional.kl_div(q, p, reduction="none", log_target=True).sum(-1)
@@ -132,14 +136,14 @@ def load(folder: Path) -> Any:
 
 
 def runs(base: Path, tuned: Path, peer: str | None) -> list[Run]:
-    """Weft with its defaults, with the embedding saved as MergeKit saves it, and MergeKit."""
+    """Weft with its defaults and with the embedding decomposed, too, and MergeKit."""
     weft = (WEFT, "extract", str(tuned), "--base", str(base), "-o", "adapter", "--json")
     found = [Run("weft", f"rank {rank}", (*weft, "--rank", str(rank))) for rank in RANKS]
     found.append(Run("weft", "auto", (*weft, "--rank", "auto")))
     found.append(Run("weft", "energy 0.9", (*weft, "--energy", "0.9")))
     for rank in SHARED_RANKS:
-        saved = (*weft, "--rank", str(rank), "--embed", "save")
-        found.append(Run("weft --embed save", f"rank {rank}", saved))
+        whole = (*weft, "--rank", str(rank), "--embed", "lora")
+        found.append(Run("weft --embed lora", f"rank {rank}", whole))
     if peer:
         kit = str(Path(peer).with_name("mergekit-extract-lora"))
         files = ("--model", str(tuned), "--base-model", str(base), "--out-path", "adapter")
@@ -213,7 +217,7 @@ def plot(listed: list[Run], found: dict[str, Found], nothing: float) -> str:
     series = [
         Series("weft extract --rank", "#0b6e99", points("weft"), below=True),
         Series("weft extract, other rules", "#7a3e9d", points("weft", ranked=False), joined=False),
-        Series("weft extract --embed save", "#2e8b57", points("weft --embed save"), below=True),
+        Series("weft extract --embed lora", "#2e8b57", points("weft --embed lora"), below=True),
         Series("mergekit-extract-lora", "#c2571a", points("mergekit")),
     ]
     return chart(
@@ -242,9 +246,10 @@ def main() -> None:
     listed = runs(base, tuned, peer)
     judge = Judge(base, tuned)
     model = load(base)
-    nothing, same = judge.speech(model)
-    losses = {"base": judge.loss(judge.distributions(model)), "tuned": judge.loss(judge.expected)}
-    del model
+    heard = judge.distributions(model)
+    nothing, same = judge.compare(heard)
+    losses = {"base": judge.loss(heard), "tuned": judge.loss(judge.expected)}
+    del model, heard
     count = len(judge.tokens)
     print(f"{count} held-out tokens, loss {losses['base']:.3f} → {losses['tuned']:.3f}", flush=True)
     for tool in {run.command[0] for run in listed}:
@@ -252,7 +257,7 @@ def main() -> None:
     found = {}
     for run in listed:
         found[run.name] = measure(run, base, judge)
-        print(f"{run.name}: KL {found[run.name].kl:.2e}", flush=True)
+        print(f"{run.name}: {found[run.name]}", flush=True)
     print(f"\n{table(found, nothing, same)}")
     for name, one in found.items():
         if one.kl_untied is not None:
