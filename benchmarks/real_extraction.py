@@ -44,6 +44,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from weft.demo.model import smollm2
 
 WORK = BENCH / "real-extraction"
+FOUND = WORK / "found.json"
 PLOT = HERE.parent / "docs" / "images" / "real-extraction.svg"
 RANKS, SHARED_RANKS = (4, 8, 16, 32, 64), (4, 16, 64)
 WINDOW = 512
@@ -177,6 +178,14 @@ def measure(run: Run, base: Path, judge: Judge) -> Found:
     return Found(ranks, saved, size, wall, 1 - lost, lost**0.5, told, kl, same, untied)
 
 
+def earlier(tuned: Path) -> dict[str, Found]:
+    """What an interrupted run found on this tuned model."""
+    kept = json.loads(FOUND.read_text()) if FOUND.exists() else {"tuned": None}
+    if kept["tuned"] != tuned.name:
+        return {}
+    return {name: Found(**one) for name, one in kept["runs"].items()}
+
+
 def clean() -> None:
     for name in ("adapter", "merged"):
         shutil.rmtree(WORK / name, ignore_errors=True)
@@ -232,11 +241,13 @@ def plot(listed: list[Run], found: dict[str, Found], nothing: float) -> str:
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="Extraction from a real fine-tune.")
     parser.add_argument("--peer", nargs="?", const="", help="an interpreter that has MergeKit")
+    parser.add_argument("--resume", action="store_true", help="keep what a broken run found")
     return parser.parse_args()
 
 
 def main() -> None:
-    peer = parse().peer
+    options = parse()
+    peer = options.peer
     if peer is None:
         peer = environment(BENCH / "envs" / "mergekit", "mergekit")
     peer = str(Path(peer).absolute()) if peer else None
@@ -254,10 +265,13 @@ def main() -> None:
     print(f"{count} held-out tokens, loss {losses['base']:.3f} → {losses['tuned']:.3f}", flush=True)
     for tool in {run.command[0] for run in listed}:
         execute((tool, "--help"), WORK)  # so that every program is in the page cache
-    found = {}
+    found = earlier(tuned) if options.resume else {}
     for run in listed:
-        found[run.name] = measure(run, base, judge)
-        print(f"{run.name}: {found[run.name]}", flush=True)
+        if run.name not in found:
+            found[run.name] = measure(run, base, judge)
+            print(f"{run.name}: KL {found[run.name].kl:.2e}", flush=True)
+            kept = {"tuned": tuned.name, "runs": {name: asdict(f) for name, f in found.items()}}
+            FOUND.write_text(json.dumps(kept))
     print(f"\n{table(found, nothing, same)}")
     for name, one in found.items():
         if one.kl_untied is not None:
