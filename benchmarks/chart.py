@@ -11,7 +11,7 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
 WIDTH, HEIGHT = 720, 440
-LEFT, RIGHT, TOP, BOTTOM = 74, 24, 46, 56
+LEFT, RIGHT, TOP, BOTTOM = 74, 84, 46, 56  # labels stand right of their points
 
 
 @dataclass(frozen=True)
@@ -22,7 +22,7 @@ class Series:
     colour: str
     points: tuple[tuple[float, float, str], ...]
     joined: bool = True
-    below: bool = False  # where the labels stand
+    hollow: bool = False  # rings without labels, around the points of another series
 
 
 def chart(title: str, x: str, y: str, series: Sequence[Series], level: tuple[float, str]) -> str:
@@ -50,7 +50,7 @@ def chart(title: str, x: str, y: str, series: Sequence[Series], level: tuple[flo
     for number, one in enumerate(series):
         parts += _drawn(one, columns, rows)
         legend = HEIGHT - BOTTOM - 14 - 18 * (len(series) - 1 - number)
-        parts.append(f'<circle cx="{LEFT + 16}" cy="{legend - 4}" r="4" fill="{one.colour}"/>')
+        parts.append(_mark(one, LEFT + 16, legend - 4))
         parts.append(_text(LEFT + 27, legend, one.name, anchor="start"))
     return "\n".join([*parts, "</svg>", ""])
 
@@ -87,9 +87,16 @@ def _drawn(series: Series, columns: Axis, rows: Axis) -> list[str]:
         path = " ".join(f"{x},{y}" for x, y, _ in places)
         found.append(f'<polyline points="{path}" fill="none" stroke="{series.colour}"/>')
     for x, y, label in places:
-        found.append(f'<circle cx="{x}" cy="{y}" r="4" fill="{series.colour}"/>')
-        found.append(_text(x, y + (18 if series.below else -9), label))
+        found.append(_mark(series, x, y))
+        if not series.hollow:
+            found.append(_text(x + 11, y + 4, label, anchor="start"))
     return found
+
+
+def _mark(series: Series, x: float, y: float) -> str:
+    if series.hollow:
+        return f'<circle cx="{x}" cy="{y}" r="7" fill="none" stroke="{series.colour}"/>'
+    return f'<circle cx="{x}" cy="{y}" r="4" fill="{series.colour}"/>'
 
 
 def _line(x1: float, y1: float, x2: float, y2: float, colour: str, more: str = "") -> str:

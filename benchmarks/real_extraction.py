@@ -10,8 +10,6 @@ and by MergeKit. Each adapter is merged back into the base without rounding: Wef
 - kept: 1 − Σ‖merged − tuned‖² / Σ‖tuned − base‖² over all tensors of the model, in float64.
 - KL: the mean over all positions of the held-out text of KL(tuned ‖ merged) of the next token's
   distribution, in nats; float32, windows of 512 tokens.
-  Where PEFT leaves a tied model with a head of its own, which still is the base's, the table has
-  the model with its head tied again, which is what was meant; `kl_untied` has it as PEFT leaves it.
 - same: positions at which both would say the same token.
 - wall: of the extracting process, start-up included; one run, inputs in the page cache.
 
@@ -77,7 +75,6 @@ class Found:
     told: float | None
     kl: float
     same: float
-    kl_untied: float | None  # where the merged model's head was no longer its embedding
 
 
 class Judge:
@@ -95,6 +92,9 @@ class Judge:
 
     def named(self, model: Any) -> list[tuple[str, torch.Tensor]]:
         """The weights, a tied head only under the embedding's name."""
+        head, table = model.get_output_embeddings(), model.get_input_embeddings()
+        if self.tied and not torch.equal(head.weight, table.weight):
+            raise SystemExit("the merged model's head no longer equals its embedding")
         skipped = "lm_head.weight" if self.tied else None
         return [(name, value) for name, value in model.state_dict().items() if name != skipped]
 
@@ -166,16 +166,11 @@ def measure(run: Run, base: Path, judge: Judge) -> Found:
         model = load(WORK / "merged")
     else:
         model = PeftModel.from_pretrained(load(base), str(adapter)).merge_and_unload()
-    untied = None
-    head, table = model.get_output_embeddings(), model.get_input_embeddings()
-    if judge.tied and not torch.equal(head.weight, table.weight):
-        untied, _ = judge.speech(model)
-        head.weight = table.weight
     lost = judge.distance(model) / judge.change
     kl, same = judge.speech(model)
     ranks, saved, size = shape(adapter)
     clean()
-    return Found(ranks, saved, size, wall, 1 - lost, lost**0.5, told, kl, same, untied)
+    return Found(ranks, saved, size, wall, 1 - lost, lost**0.5, told, kl, same)
 
 
 def earlier(tuned: Path) -> dict[str, Found]:
@@ -224,10 +219,10 @@ def plot(listed: list[Run], found: dict[str, Found], nothing: float) -> str:
         return tuple((one.size / MB, one.kl, label) for one, label in placed)
 
     series = [
-        Series("weft extract --rank", "#0b6e99", points("weft"), below=True),
+        Series("weft extract --rank", "#0b6e99", points("weft")),
         Series("weft extract, other rules", "#7a3e9d", points("weft", ranked=False), joined=False),
-        Series("weft extract --embed lora", "#2e8b57", points("weft --embed lora"), below=True),
-        Series("mergekit-extract-lora", "#c2571a", points("mergekit")),
+        Series("weft extract --embed lora", "#2e8b57", points("weft --embed lora")),
+        Series("mergekit-extract-lora", "#c2571a", points("mergekit"), hollow=True),
     ]
     return chart(
         "SmolLM2-135M tuned in full: adapter size and distance from the tuned model",
@@ -273,9 +268,6 @@ def main() -> None:
             kept = {"tuned": tuned.name, "runs": {name: asdict(f) for name, f in found.items()}}
             FOUND.write_text(json.dumps(kept))
     print(f"\n{table(found, nothing, same)}")
-    for name, one in found.items():
-        if one.kl_untied is not None:
-            print(f"{name}, as PEFT leaves it, the head untied: KL {one.kl_untied:.2e}")
     off = max(abs(one.told / one.error - 1) for one in found.values() if one.told)
     print(f"\nthe error in weft.json is the measured one to {off:.1e} of it")
     pythons = {"weft": sys.executable, **({"mergekit": peer} if peer else {})}
