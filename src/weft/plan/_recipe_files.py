@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from weft.core.errors import PlanError, Problem
 from weft.core.specs import SideFile
 from weft.formats.side_files import TOKENIZER, part_of
-from weft.plan._replicated import DEPTH, per_layer, told_by_number
+from weft.plan._replicated import DEPTH, NUMBERS, per_layer, told_by_number
 from weft.plan._side_files import patched
 from weft.plan._slices import sequence
 
@@ -111,6 +111,12 @@ def _layered(recipe: Recipe, views: Mapping[ModelName, View], donor: View) -> di
             for key, value in part.items():
                 if key in DEPTH and value == before:
                     part[key] = len(order)
+                elif key in NUMBERS and isinstance(value, list):
+                    part[key] = [
+                        new
+                        for new, (name, old) in enumerate(order)
+                        if old in (_said(views[name], key) or [])
+                    ]
                 elif isinstance(value, list) and len(value) == before and per_layer(key):
                     part[key] = [_entry(views[name], key, old, value) for name, old in order]
     return config
@@ -118,9 +124,13 @@ def _layered(recipe: Recipe, views: Mapping[ModelName, View], donor: View) -> di
 
 def _entry(view: View, key: str, layer: int, donors: Sequence[Any]) -> Any:
     """What the model that a layer is from says of it."""
-    parts = [view.config, *(v for v in view.config.values() if isinstance(v, dict))]
-    for part in parts:
-        value = part.get(key)
-        if isinstance(value, list) and layer < len(value):
-            return value[layer]
+    value = _said(view, key)
+    if value is not None and layer < len(value):
+        return value[layer]
     return donors[layer] if layer < len(donors) else donors[-1]
+
+
+def _said(view: View, key: str) -> list[Any] | None:
+    """A list in the config of a model, or of a part of it."""
+    parts = [view.config, *(v for v in view.config.values() if isinstance(v, dict))]
+    return next((part[key] for part in parts if isinstance(part.get(key), list)), None)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
@@ -26,6 +27,11 @@ if TYPE_CHECKING:
     from weft.recipes.records import ModelName, Module, Recipe, Source
 
 Views = Mapping["ModelName", "View"]
+# Buffers that models compute, and that checkpoints held in the days of transformers 4.30.
+_COMPUTED = re.compile(
+    r"rotary_emb\.(inv_freq|cos_cached|sin_cached)$|\.position_ids$|\.masked_bias$|"
+    r"(^|\.)h\.\d+\.attn\.bias$"
+)
 SHARD = 5_000_000_000  # bytes, where no input's shards fit the output
 
 
@@ -41,7 +47,7 @@ class _Draft:
     problems: list[Problem] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
     jobs: list[TensorJob] = field(default_factory=list)
-    filters: set[str] = field(default_factory=set)
+    computed: dict[str, ModelName] = field(default_factory=dict)
 
 
 def plan_recipe(
@@ -83,7 +89,7 @@ def plan_recipe(
         side_files=tuple(files),
         inputs=tuple(_inputs(recipe, views)),
         notes=tuple(
-            dict.fromkeys([*recipe.notes, *(note for plan in plans for note in plan.notes)])
+            dict.fromkeys([*recipe.notes, *_computed(draft), *(n for p in plans for n in p.notes)])
         ),
         beside=tuple(beside),
         warnings=tuple(dict.fromkeys(warning for plan in plans for warning in plan.warnings)),
@@ -131,7 +137,7 @@ def _add(draft: _Draft, module: Module, each: Planned) -> None:
         draft.problems.append(
             Problem(
                 f"{each.name} holds {dtype} and differs between {_list(each.slice.sources)}: "
-                "numbers that are no weights cannot be merged",
+                f"numbers that are no weights cannot be merged  @ {each.slice.where}",
                 "give it to one model by a filter, or make the models agree in it",
             )
         )
@@ -146,6 +152,9 @@ def _tensors(draft: _Draft, each: Planned) -> list[tuple[Source, TensorJob]] | N
     for source, name in zip(each.slice.sources, each.inputs, strict=True):
         view = draft.views[source.model]
         job = view.tensor(name)
+        if job is None and _COMPUTED.search(name):
+            draft.computed[re.sub(r"\.\d+\.", ".*.", each.name)] = source.model
+            return None
         if job is None:
             near = nearest(name, view.tensors)
             draft.problems.append(
@@ -166,10 +175,11 @@ def _tensors(draft: _Draft, each: Planned) -> list[tuple[Source, TensorJob]] | N
     shapes = {job.shape for _, job in found}
     if len(shapes) > 1:
         what = ", ".join(f"{list(job.shape)} in {source.model}" for source, job in found)
+        other = next(source for source, job in found if job.shape != found[0][1].shape)
         table = any(is_table(draft.views[s.model], each.name, job) for s, job in found)
         draft.problems.append(
             Problem(
-                f"{each.name} is {what}",
+                f"{each.name} is {what}  @ {other.where}",
                 "the models have different vocabularies: write `tokenizer: {source: base}`, or "
                 "`union`, and the rows are brought in one order"
                 if table
@@ -204,6 +214,14 @@ def _identical(jobs: Sequence[TensorJob]) -> bool:
 
 def _list(sources: Sequence[Source]) -> str:
     return ", ".join(str(source.model) for source in sources)
+
+
+def _computed(draft: _Draft) -> list[str]:
+    """What is left out, since not all models hold it and none needs it."""
+    return [
+        f"left out: {name}, which {model} lacks; models compute it"
+        for name, model in draft.computed.items()
+    ]
 
 
 def _unmatched(draft: _Draft) -> None:
