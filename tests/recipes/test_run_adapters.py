@@ -171,7 +171,7 @@ def test_every_method_of_task_vectors_is_compared() -> None:
 def test_the_adapter_is_the_task_vector(
     method: str, rms: float, base: Path, tmp_path: Path
 ) -> None:
-    """b + f(scaling · B @ A) in float64, on a bfloat16 base that would swallow most of it."""
+    """B + f(scaling · B @ A) in float64, on a bfloat16 base that would swallow most of it."""
     truth, settings, count = EXACT[method]
     deltas = [lora(tmp_path / f"a{n}", n + 1, rms=rms) for n in range(count)]
     folders = [tmp_path / f"a{n}" for n in range(count)]

@@ -74,7 +74,7 @@ def test_layers_of_two_models_stacked(kind: str, tmp_path: Path) -> None:
     one = made(kind, 1, tmp_path / "one", tie_word_embeddings=tied, **extra)
     other = dict(extra)
     if "layer_types" in other:
-        other["layer_types"] = types[::-1][:3] + ["full_attention"]
+        other["layer_types"] = [*types[::-1][:3], "full_attention"]
     two = made(kind, 2, tmp_path / "two", tie_word_embeddings=tied, **other)
     run(
         tmp_path,

@@ -16,7 +16,6 @@ from weft.core.errors import (
     PlanError,
     Problem,
     RecipeError,
-    Unsupported,
     WeftError,
     as_problems,
 )
@@ -27,7 +26,7 @@ from weft.recipes.mergekit import read
 from weft.recipes.records import ModelName
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Sequence
 
     from weft.core.specs import Adapter, Checkpoint, Plan
     from weft.plan._views import View
@@ -174,7 +173,7 @@ def _plan(
         problems: list[Problem] = []
         for name in recipe.models():
             try:
-                views[name] = _earlier(name, made) or opened.view(name)
+                views[name] = opened.view(name, made.get(name.path))
             except WeftError as error:
                 at = _place(name, recipe)
                 problems += [Problem(f"{p.what}  @ {at}", p.hint) for p in as_problems(error)]
@@ -188,17 +187,6 @@ def _plan(
         given = tuple(dict.fromkeys(text for view in views.values() for text in view.given))
         made[recipe.name or ""] = outcome(recipe.name or "", plan, donor, given)
     return recipe, plan
-
-
-def _earlier(name: ModelName, made: Mapping[str, View]) -> View | None:
-    """What an earlier document makes, if that is what is named."""
-    found = made.get(name.path)
-    if found is not None and name.adapters:
-        raise Unsupported(
-            f"{name} adds an adapter to what another document of the recipe makes",
-            f"run the document {name.path} by itself, and name its output here",
-        )
-    return found
 
 
 def _place(name: ModelName, recipe: Recipe) -> str:
@@ -233,16 +221,22 @@ class _Models:
         self._bases: dict[tuple[str, str | None], Checkpoint] = {}
         self._adapters: dict[tuple[str, str | None], Adapter] = {}
 
-    def view(self, name: ModelName) -> View:
+    def view(self, name: ModelName, made: View | None = None) -> View:
         """A model with its adapters, as a plan.
+
+        Args:
+            name: As the recipe has it.
+            made: What an earlier document makes, if the name is that of one.
 
         Raises:
             WeftError: It does not exist, or its adapters do not fit it.
         """
-        from weft.plan._views import view
+        from weft.plan._views import adapted, view
         from weft.plan.merge import plan_merge
 
         adapters = [(self._adapter(p, revision), weight) for p, revision, weight in name.adapters]
+        if made is not None:
+            return adapted(str(name), made, adapters) if adapters else made
         path, revision = name.path, name.revision
         if names_adapter(path, revision=revision, cache_dir=self._cache_dir):
             first = self._adapter(path, revision)

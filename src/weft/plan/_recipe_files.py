@@ -14,6 +14,7 @@ from weft.formats.side_files import TOKENIZER, part_of
 from weft.plan._replicated import DEPTH, NUMBERS, per_layer, told_by_number
 from weft.plan._side_files import patched
 from weft.plan._slices import sequence
+from weft.plan._views import folders
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -73,8 +74,13 @@ def recipe_files(
     if recipe.chat_template:
         from weft.plan._chat_template import with_chat_template
 
-        folders = {name: view.tokenizer for name, view in views.items()}
-        found, said = with_chat_template(recipe.chat_template, folders, list(files.values()))
+        try:
+            found, said = with_chat_template(
+                recipe.chat_template, folders(views), list(files.values())
+            )
+        except PlanError as error:
+            wrong = [Problem(f"{p.what}  @ chat_template", p.hint) for p in error.problems]
+            raise PlanError("the chat template", wrong) from None
         files = {side.name: side for side in found}
         notes += said
     if "README.md" in files:

@@ -72,6 +72,8 @@ def plan_recipe(
     donor = views[recipe.base_model or recipe.models()[0]]
     vocabulary, problems = vocabulary_of(recipe, views)
     draft = _Draft(recipe, views, donor, vocabulary, seed, problems)
+    if other := _other_architectures(recipe, views):
+        raise PlanError(recipe.name or "the recipe", other)  # of which all else would follow
     for module, belongs in modules_of(recipe, donor, draft.problems):
         for each in planned(module, belongs, views, draft.problems):
             _add(draft, module, each)
@@ -95,6 +97,29 @@ def plan_recipe(
         warnings=tuple(dict.fromkeys(warning for plan in plans for warning in plan.warnings)),
         repairs=tuple(dict.fromkeys(repair for plan in plans for repair in plan.repairs)),
     )
+
+
+def _other_architectures(recipe: Recipe, views: Views) -> list[Problem]:
+    """Models of another architecture than the first, as far as their configs tell."""
+    found: dict[str, ModelName] = {}
+    problems = []
+    sources = [s for module in recipe.modules for each in module.slices for s in each.sources]
+    for source in {source.model: source for source in sources}.values():
+        kind = (views[source.model].config.get("architectures") or [None])[0]
+        if kind is None or kind in found:
+            continue
+        if found:
+            first, model = next(iter(found.items()))
+            problems.append(
+                Problem(
+                    f"{source.model} is a {kind}, and {model} a {first}  @ {source.where}",
+                    "if they are one architecture under two names, write\n"
+                    f"model:\n  model: {{path: {source.model.path}}}\n"
+                    f"  override_architecture: {first}",
+                )
+            )
+        found[kind] = source.model
+    return problems
 
 
 def _add(draft: _Draft, module: Module, each: Planned) -> None:
