@@ -32,6 +32,7 @@ _COMPUTED = re.compile(
     r"rotary_emb\.(inv_freq|cos_cached|sin_cached)$|\.position_ids$|\.masked_bias$|"
     r"(^|\.)h\.\d+\.attn\.bias$"
 )
+ALONE = "model.safetensors"  # whatever the one file of the first model is called
 SHARD = 5_000_000_000  # bytes, where no input's shards fit the output
 
 
@@ -287,7 +288,11 @@ def _sharded(jobs: list[TensorJob], donor: View, limit: int | None) -> list[Tens
         same = {job.shard for job in jobs} == set(homes.values())
         sizes = {job.name: job_bytes(job) for job in donor.plan.jobs}
         if same and all(job_bytes(job) <= sizes[job.name] for job in jobs):
-            return jobs
+            return (
+                jobs
+                if len(set(homes.values())) > 1
+                else [replace(job, shard=ALONE) for job in jobs]
+            )
     return reshard(jobs, limit or SHARD)
 
 
