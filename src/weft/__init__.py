@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from weft.api import MergePlan, Report, inspect, merge, plan_merge
     from weft.api.recipes import RunPlan, plan_run, run
+    from weft.api.resize import ResizeReport, resize
     from weft.core.errors import WeftError
     from weft.diagnosis import Diagnosis, doctor
 
@@ -15,6 +16,7 @@ _HOMES = {
     "Diagnosis": "weft.diagnosis",
     "MergePlan": "weft.api",
     "Report": "weft.api",
+    "ResizeReport": "weft.api.resize",
     "RunPlan": "weft.api.recipes",
     "WeftError": "weft.core.errors",
     "doctor": "weft.diagnosis",
@@ -22,12 +24,14 @@ _HOMES = {
     "merge": "weft.api",
     "plan_merge": "weft.api",
     "plan_run": "weft.api.recipes",
+    "resize": "weft.api.resize",
     "run": "weft.api.recipes",
 }
 __all__ = [
     "Diagnosis",
     "MergePlan",
     "Report",
+    "ResizeReport",
     "RunPlan",
     "WeftError",
     "doctor",
@@ -35,6 +39,7 @@ __all__ = [
     "merge",
     "plan_merge",
     "plan_run",
+    "resize",
     "run",
 ]
 

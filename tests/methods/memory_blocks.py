@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -130,7 +129,3 @@ def merge_case(case: Case, dtype: torch.dtype = torch.float32, **options: Any) -
         case.each,
         **options,
     )
-
-
-def pairwise(values: Sequence[int]) -> list[tuple[int, int]]:
-    return list(itertools.pairwise(values))

@@ -1,4 +1,4 @@
-"""Every method against MergeKit 0.1.5, whose results `make_goldens.py` has written down."""
+"""Every method against MergeKit 0.1.5, whose results `make_method_goldens.py` has written down."""
 
 from __future__ import annotations
 

@@ -9,6 +9,7 @@ import torch
 from peft import DeftConfig
 
 from tests.oracle.methods import Case, Turned, refusal
+from weft.core.blocks import BLOCK, STRIP
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -44,8 +45,8 @@ def test_stored_transposed(tmp_path: Path, dtype: torch.dtype, options: dict[str
 
 @pytest.mark.parametrize("model", [None, Turned])
 def test_blocks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, model: Any) -> None:
-    monkeypatch.setattr("weft.execute._kernel.BLOCK", {"cpu": 1})
-    monkeypatch.setattr("weft.execute.threads.STRIP", {"cpu": 1})
+    monkeypatch.setitem(BLOCK, "cpu", 1)
+    monkeypatch.setitem(STRIP, "cpu", 1)
     if model:
         config = DeftConfig(r=4, target_modules=TURNED, fan_in_fan_out=True)
         Case(config, model=Turned).run(tmp_path)

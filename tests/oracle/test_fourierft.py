@@ -9,6 +9,7 @@ import torch
 from peft import FourierFTConfig
 
 from tests.oracle.methods import Case, Turned, refusal
+from weft.core.blocks import BLOCK, STRIP
 from weft.deltas._places import places
 
 if TYPE_CHECKING:
@@ -43,8 +44,8 @@ def test_stored_transposed(tmp_path: Path, dtype: torch.dtype) -> None:
 
 
 def test_blocks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("weft.execute._kernel.BLOCK", {"cpu": 1})
-    monkeypatch.setattr("weft.execute.threads.STRIP", {"cpu": 1})
+    monkeypatch.setitem(BLOCK, "cpu", 1)
+    monkeypatch.setitem(STRIP, "cpu", 1)
     monkeypatch.setattr("weft.deltas.fourierft._PHASES", 100)
     Case(FourierFTConfig(target_modules=LAYERS, n_frequency=50), atol=ATOL).run(tmp_path)
 

@@ -13,6 +13,7 @@ from torch import nn
 
 import weft
 from tests.oracle.methods import Case, Turned, refusal
+from weft.core.blocks import BLOCK, STRIP
 from weft.formats.adapters._peft_methods import frod
 
 if TYPE_CHECKING:
@@ -47,8 +48,8 @@ def test_stored_transposed(tmp_path: Path) -> None:
 
 
 def test_blocks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("weft.execute._kernel.BLOCK", {"cpu": 1})
-    monkeypatch.setattr("weft.execute.threads.STRIP", {"cpu": 1})
+    monkeypatch.setitem(BLOCK, "cpu", 1)
+    monkeypatch.setitem(STRIP, "cpu", 1)
     Case(FrodConfig(target_modules=LAYERS, **QUIET)).run(tmp_path)
 
 

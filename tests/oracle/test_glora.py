@@ -9,6 +9,7 @@ import torch
 from peft import GloraConfig
 
 from tests.oracle.methods import Case, refusal
+from weft.core.blocks import BLOCK, STRIP
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -36,9 +37,9 @@ def test_merges(tmp_path: Path, dtype: torch.dtype, options: dict[str, Any]) -> 
 
 
 def test_blocks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("weft.execute._kernel.BLOCK", {"cpu": 1})
+    monkeypatch.setitem(BLOCK, "cpu", 1)
     monkeypatch.setattr("weft.deltas.glora_bias.BLOCK", {"cpu": 1})
-    monkeypatch.setattr("weft.execute.threads.STRIP", {"cpu": 1})
+    monkeypatch.setitem(STRIP, "cpu", 1)
     Case(GloraConfig(r=3, target_modules=LAYERS)).run(tmp_path)
 
 

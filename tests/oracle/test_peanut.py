@@ -10,6 +10,7 @@ from peft import PeanutConfig
 from transformers.activations import ACT2FN
 
 from tests.oracle.methods import Case, refusal
+from weft.core.blocks import BLOCK, STRIP
 from weft.deltas.peanut import ACTIVATIONS
 from weft.formats.adapters._peft_methods import peanut
 
@@ -35,8 +36,8 @@ def test_merges(tmp_path: Path, dtype: torch.dtype, options: dict[str, Any]) -> 
 
 
 def test_blocks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("weft.execute._kernel.BLOCK", {"cpu": 1})
-    monkeypatch.setattr("weft.execute.threads.STRIP", {"cpu": 1})
+    monkeypatch.setitem(BLOCK, "cpu", 1)
+    monkeypatch.setitem(STRIP, "cpu", 1)
     Case(PeanutConfig(r=4, depth=2, target_modules=LAYERS)).run(tmp_path)
 
 

@@ -9,6 +9,7 @@ import torch
 from peft import RoadConfig
 
 from tests.oracle.methods import Case, refusal
+from weft.core.blocks import BLOCK, STRIP
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -30,8 +31,8 @@ def test_merges(
 
 
 def test_blocks_end_between_groups(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("weft.execute._kernel.BLOCK", {"cpu": 1})
-    monkeypatch.setattr("weft.execute.threads.STRIP", {"cpu": 1})
+    monkeypatch.setitem(BLOCK, "cpu", 1)
+    monkeypatch.setitem(STRIP, "cpu", 1)
     Case(RoadConfig(variant="road_4", group_size=12, target_modules=LAYERS)).run(tmp_path)
 
 

@@ -11,6 +11,7 @@ from safetensors.torch import load_file, save_file
 
 import weft
 from tests.oracle.methods import Case, refusal
+from weft.core.blocks import BLOCK, STRIP
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -31,8 +32,8 @@ def test_merges(tmp_path: Path, dtype: torch.dtype, options: dict[str, Any]) -> 
 
 
 def test_blocks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("weft.execute._kernel.BLOCK", {"cpu": 1})
-    monkeypatch.setattr("weft.execute.threads.STRIP", {"cpu": 1})
+    monkeypatch.setitem(BLOCK, "cpu", 1)
+    monkeypatch.setitem(STRIP, "cpu", 1)
     Case(ShiraConfig(target_modules=["wide"], r=3)).run(tmp_path)
 
 

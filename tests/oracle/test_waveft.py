@@ -11,6 +11,7 @@ from peft.tuners.waveft.wavelet import Wavelet
 from torch import nn
 
 from tests.oracle.methods import Case, Turned, refusal
+from weft.core.blocks import BLOCK, STRIP
 from weft.deltas._wavelets import high_pass, low_pass
 from weft.formats.adapters._peft_methods import waveft
 
@@ -75,8 +76,8 @@ def test_odd_sizes(tmp_path: Path, family: str) -> None:
 
 @pytest.mark.parametrize("options", [{"wavelet_family": "sym4"}, {"use_idwt": False}], ids=str)
 def test_blocks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, options: dict[str, Any]) -> None:
-    monkeypatch.setattr("weft.execute._kernel.BLOCK", {"cpu": 1})
-    monkeypatch.setattr("weft.execute.threads.STRIP", {"cpu": 1})
+    monkeypatch.setitem(BLOCK, "cpu", 1)
+    monkeypatch.setitem(STRIP, "cpu", 1)
     Case(WaveFTConfig(target_modules=LAYERS, n_frequency=300, **options)).run(tmp_path)
 
 

@@ -83,7 +83,7 @@ def test_a_tokenizer_of_any_kind_is_the_adapters(name: str, folders: Folders) ->
     own = {name: "own", "tokenizer_config.json": "{}", "special_tokens_map.json": "{}"}
     made = plan(folders, theirs, own)
     assert sources(made) == dict.fromkeys(own, "one") | {"notes.txt": "base"}
-    assert any(note == f"tokenizer from {folders.root}/one" for note in made.plan.notes)
+    assert any(note == f"tokenizer from {folders.root}/one" for note in made.plan.beside)
 
 
 def test_the_bases_template_stays_where_the_adapter_brings_none(folders: Folders) -> None:
@@ -91,7 +91,7 @@ def test_the_bases_template_stays_where_the_adapter_brings_none(folders: Folders
     made = plan(folders, base, {"tokenizer.json": "{}"})
     assert sources(made) == {"tokenizer.json": "one", "chat_template.jinja": "base"}
     root = folders.root
-    assert f"tokenizer from {root}/one, chat template from {root}/base" in made.plan.notes
+    assert f"tokenizer from {root}/one, chat template from {root}/base" in made.plan.beside
 
 
 def test_a_template_inside_the_adapters_tokenizer(folders: Folders) -> None:
@@ -100,7 +100,7 @@ def test_a_template_inside_the_adapters_tokenizer(folders: Folders) -> None:
     own = {"tokenizer.json": "{}", "tokenizer_config.json": '{"chat_template": "own"}'}
     made = plan(folders, base, own)
     assert sources(made) == dict.fromkeys(own, "one")
-    assert f"tokenizer and chat template from {folders.root}/one" in made.plan.notes
+    assert f"tokenizer and chat template from {folders.root}/one" in made.plan.beside
 
 
 def test_a_template_alone(folders: Folders) -> None:
@@ -109,7 +109,7 @@ def test_a_template_alone(folders: Folders) -> None:
     made = plan(folders, base, own)
     assert sources(made) == dict.fromkeys(own, "one") | {"tokenizer.json": "base"}
     root = folders.root
-    assert f"tokenizer from {root}/base, chat template from {root}/one" in made.plan.notes
+    assert f"tokenizer from {root}/base, chat template from {root}/one" in made.plan.beside
 
 
 def test_a_processor(folders: Folders) -> None:
@@ -117,7 +117,7 @@ def test_a_processor(folders: Folders) -> None:
     base = {"preprocessor_config.json": "base's", "processor_config.json": "base's"}
     made = plan(folders, base, {"preprocessor_config.json": "own"})
     assert sources(made) == {"preprocessor_config.json": "one", "processor_config.json": "base"}
-    assert f"processor from {folders.root}/one" in made.plan.notes
+    assert f"processor from {folders.root}/one" in made.plan.beside
 
 
 def test_what_the_merge_writes(folders: Folders) -> None:
@@ -163,7 +163,7 @@ def test_two_adapters_each_with_a_part(folders: Folders) -> None:
         "preprocessor_config.json": "two",
     }
     root = folders.root
-    assert made.plan.notes[0] == (
+    assert made.plan.beside[0] == (
         f"tokenizer from {root}/one, chat template and processor from {root}/two"
     )
 
@@ -174,7 +174,7 @@ def test_two_adapters_that_differ(folders: Folders) -> None:
     base = {"tokenizer.json": "{}", "chat_template.jinja": "base's"}
     made = plan(folders, base, {"tokenizer.json": "1"}, inside)
     assert sources(made) == {"tokenizer.json": "one", "chat_template.jinja": "base"}
-    (note,) = [note for note in made.plan.notes if "s differ: " in note]
+    (note,) = [note for note in made.plan.beside if "s differ: " in note]
     root = folders.root
     assert note == f"tokenizers differ: {root}/one's is used, and not that of {root}/two"
 
@@ -182,7 +182,7 @@ def test_two_adapters_that_differ(folders: Folders) -> None:
 def test_two_adapters_that_do_not_differ(folders: Folders) -> None:
     same = {"tokenizer.json": "{}", "chat_template.jinja": "x"}
     made = plan(folders, {}, same, same)
-    assert made.plan.notes == (f"tokenizer and chat template from {folders.root}/one",)
+    assert made.plan.beside == (f"tokenizer and chat template from {folders.root}/one",)
 
 
 def test_what_is_not_copied_is_named(folders: Folders) -> None:
@@ -190,25 +190,25 @@ def test_what_is_not_copied_is_named(folders: Folders) -> None:
     others = ("tokenizer_config.json", "tokenization_x.py", "notes.bin", "merged/x.json")
     made = plan(folders, {}, dict.fromkeys({*others, *LEFTOVERS}, "{}"))
     names = "merged/, notes.bin, tokenization_x.py, tokenizer_config.json"
-    assert made.plan.notes == (f"not copied from {folders.root}/one: {names}",)
+    assert made.plan.beside == (f"not copied from {folders.root}/one: {names}",)
     assert sources(made) == {}
 
 
 def test_leftovers_of_the_training_are_not(folders: Folders) -> None:
     made = plan(folders, {}, dict.fromkeys(LEFTOVERS, ""))
-    assert made.plan.notes == ()
+    assert made.plan.beside == ()
 
 
 def test_an_adapter_of_weight_zero_brings_nothing(folders: Folders) -> None:
     adapter = folders.adapter(files={"tokenizer.json": "own", "other.bin": ""})
     made = weft.plan_merge(folders.base(files={"tokenizer.json": "{}"}), f"{adapter}:0")
     assert sources(made) == {"tokenizer.json": "base"}
-    assert not any("other.bin" in note for note in made.plan.notes)
+    assert not any("other.bin" in note for note in made.plan.beside)
 
 
 @pytest.mark.parametrize(("own", "old"), [("other.jinja", True), ("spm.model", False)])
 def test_new_rows_with_the_old_tokenizer(own: str, old: bool, folders: Folders) -> None:
     base = folders.base(["embed_tokens"], files={"tokenizer.json": "{}"}, vocab_size=8)
     adapter = folders.adapter([], {"embed_tokens.weight": torch.ones(10, 8)}, files={own: ""})
-    notes = weft.plan_merge(base, adapter).plan.notes
+    notes = weft.plan_merge(base, adapter).plan.beside
     assert any("tokenizer is still the base's" in note for note in notes) == old

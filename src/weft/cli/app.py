@@ -27,6 +27,7 @@ _COMMANDS = {
     "run": ("weft.cli.recipe_commands:run", "Make the model that a MergeKit recipe describes."),
     "methods": ("weft.cli.recipe_commands:methods", "List the merge methods, or describe one."),
     "schema": ("weft.cli.recipe_commands:schema", "Print the JSON Schema of recipes."),
+    "resize": ("weft.cli.resize_command:resize", "Make an adapter's factors smaller."),
     "inspect": ("weft.cli.commands:inspect", "Say what a file or folder is."),
     "doctor": ("weft.cli.commands:doctor", "Examine an adapter; repair what has one reading."),
     "demo": ("weft.cli.commands:demo", "Teach a real model something new, and check the result."),

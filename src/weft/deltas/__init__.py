@@ -52,6 +52,7 @@ class DeltaKind(Protocol):
     ADDITIVE: bool
 
     # A kind may also define
+    # - `add(state, weight, start, out)`: that adds weight · ΔW to `out`, in one pass;
     # - `square(state) -> float`: ‖ΔW‖² of the whole tensor in closed form, which saves the executor
     #   a pass over it;
     # - `together(shape, params) -> int`: that only so many rows at once, from a multiple of it on,

@@ -38,6 +38,11 @@ class Factors:
         if self.scaling != 1:
             out.mul_(self.scaling)
 
+    def add(self, weight: float, start: int, out: Tensor) -> None:
+        """`out` += weight · ΔW for the rows from `start` on."""
+        left = self.left[start : start + out.shape[0]]
+        out.addmm_(left, self.right, alpha=self.scaling * weight)
+
     def square(self) -> float:
         """‖ΔW‖² = scaling² · tr(LᵀL · RRᵀ), in float64."""
         left, right = self.left.double(), self.right.double()

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from weft.core.specs import Delta
     from weft.deltas import Blocks, Source
 
-__all__ = ["ADDITIVE", "SILENT", "TRANSPOSES", "block", "orientations", "prepare", "square"]
+__all__ = ["ADDITIVE", "SILENT", "TRANSPOSES", "add", "block", "orientations", "prepare", "square"]
 
 ADDITIVE = True
 SILENT = ("A", "B")
@@ -33,3 +33,8 @@ def square(state: Factors) -> float:
 
 def block(state: Factors, weight: Tensor, start: int, out: Tensor) -> None:
     state.product(start, out)
+
+
+def add(state: Factors, weight: float, start: int, out: Tensor) -> None:
+    """`out` += weight · ΔW, in one pass."""
+    state.add(weight, start, out)

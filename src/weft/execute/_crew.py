@@ -87,12 +87,19 @@ class Crew:
             self._change.notify_all()
         while True:
             with self._change:
-                while share.left and not self._urgent:
-                    self._change.wait()
                 if not share.left:
                     break
-                urgent = self._urgent.popleft()
-            self._run(*urgent)
+                urgent = self._urgent.popleft() if self._urgent else None
+            if urgent is not None:
+                self._run(*urgent)
+                continue
+            self.cores.release()  # whoever has the last of the tasks may be waiting for it
+            try:
+                with self._change:
+                    while share.left and not self._urgent:
+                        self._change.wait()
+            finally:
+                self.cores.acquire()
         if share.error is not None:
             raise share.error
         return share.results

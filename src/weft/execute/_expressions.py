@@ -6,7 +6,7 @@ import threading
 from collections import OrderedDict
 from dataclasses import dataclass, field
 from functools import partial
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol, TypeGuard
 
 import torch
 
@@ -20,8 +20,11 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
+    from weft.core.specs import TensorRef
     from weft.deltas import DeltaKind
     from weft.execute._blocks import Files, Workspace
+
+    Loaded = dict[TensorRef, Tensor]
 
 
 class Helpers(Protocol):
@@ -214,21 +217,44 @@ class Evaluator:
     # -------------------------------------------------------------------------------- evaluated
 
     def evaluate(
-        self, expression: Expression, start: int, stop: int, out: Tensor, path: str = ""
+        self,
+        expression: Expression,
+        start: int,
+        stop: int,
+        out: Tensor,
+        path: str = "",
+        loaded: Loaded | None = None,
     ) -> None:
-        """Rows `start` to `stop` of any expression into `out`."""
+        """Rows `start` to `stop` of any expression into `out`.
+
+        `loaded`: these rows of tensors that are in memory, or will be.
+        """
         match expression:
             case Load():
                 self.workspace.load(self.files, expression.ref, start, stop, out)
             case AddDeltas():
-                weight = self.buffer(f"{path}weight", stop - start)
+                weight = self._weight(expression.base, start, stop, path, loaded)
+                if _in_one_pass(expression):
+                    self._add_update(expression, start, weight, out.copy_(weight), 1, path)
+                    return
                 delta = self.buffer(f"{path}delta", stop - start)
-                self.evaluate(expression.base, start, stop, weight, f"{path}b")
                 self.add_deltas(expression, start, weight, delta, out)
             case Merge():
                 out.copy_(self.merge(expression, start, stop, path)[0])
             case Rows():
                 self._rows(expression, start, stop, out, path)
+
+    def _weight(
+        self, base: Expression, start: int, stop: int, path: str, loaded: Loaded | None
+    ) -> Tensor:
+        """Rows of what deltas are added to; several models may stand on the same weights."""
+        if loaded is not None and isinstance(base, Load) and base.ref in loaded:
+            return loaded[base.ref]
+        weight = self.buffer(f"{path}weight", stop - start)
+        self.evaluate(base, start, stop, weight, f"{path}b")
+        if loaded is not None and isinstance(base, Load):
+            loaded[base.ref] = weight
+        return weight
 
     def merge(
         self, expression: Merge, start: int, stop: int, path: str = ""
@@ -242,17 +268,21 @@ class Evaluator:
     def block(self, expression: Merge, start: int, stop: int, path: str) -> Block:
         """The rows that a method sees."""
         base: Tensor | None = None
+        loaded: Loaded = {}
         if expression.base:
             base = self.buffer(f"{path}base", stop - start)
             self.evaluate(expression.base, start, stop, base, f"{path}b")
-        apart = methods.method(expression.method).TASK_VECTORS and base is not None
+            if isinstance(expression.base, Load):
+                loaded[expression.base.ref] = base
+        apart = methods.method(expression.method).TASK_VECTORS
         inputs = []
         for number, each in enumerate(expression.inputs):
-            out = self.buffer(f"{path}{number}", stop - start)
+            out, inner = self.buffer(f"{path}{number}", stop - start), f"{path}{number}."
             if apart and base is not None and expression.base:
-                self._task_vector(each, expression.base, base, start, stop, out, f"{path}{number}.")
+                pair = (each, expression.base)
+                self._task_vector(*pair, base, start, stop, out, inner, loaded)
             else:
-                self.evaluate(each, start, stop, out, f"{path}{number}.")
+                self.evaluate(each, start, stop, out, inner, loaded)
             inputs.append(out)
         return Block(start * self.columns, base, inputs)
 
@@ -265,6 +295,7 @@ class Evaluator:
         stop: int,
         out: Tensor,
         path: str,
+        loaded: Loaded,
     ) -> None:
         """Rows of tuned − base into `out`.
 
@@ -279,25 +310,29 @@ class Evaluator:
             self.evaluate(tuned, start, stop, out, path)
             out.sub_(values)
             return
-        weight = self.buffer(f"{path}weight", stop - start)
-        self.evaluate(theirs, start, stop, weight, f"{path}b") if theirs != base else None
-        core = values if theirs == base else weight
+        below = values if theirs is base else self._weight(theirs, start, stop, path, loaded)
         if ours == theirs:
             out.zero_()
         else:
             self.evaluate(ours, start, stop, out, f"{path}c")
-            out.sub_(core)
-        self._add_update(base, start, core, out, -1, path)
-        if isinstance(tuned, AddDeltas) and ours != theirs:
-            core = weight
-            self.evaluate(ours, start, stop, core, f"{path}c")
-        self._add_update(tuned, start, core, out, 1, path)
+        above = below
+        if ours != theirs and isinstance(tuned, AddDeltas):
+            above = self.buffer(f"{path}above", stop - start)
+            above.copy_(out)
+        if ours != theirs:
+            out.sub_(below)
+        self._add_update(base, start, below, out, -1, path)
+        self._add_update(tuned, start, above, out, 1, path)
 
     def _add_update(
         self, expression: Expression, start: int, weight: Tensor, out: Tensor, sign: int, path: str
     ) -> None:
         """`out` += sign · ΣwᵢΔWᵢ, if the expression has deltas; `weight` is what they change."""
-        if isinstance(expression, AddDeltas):
+        if _in_one_pass(expression):
+            for each in expression.deltas:
+                kind, state = self.state(each)
+                kind.add(state, sign * each.weight, start, out)  # type: ignore[attr-defined]
+        elif isinstance(expression, AddDeltas):
             delta = self.buffer(f"{path}delta", len(out))
             self._update(expression, start, weight, delta, self.buffer(f"{path}value", len(out)))
             out.add_(delta, alpha=sign)
@@ -384,6 +419,9 @@ class Evaluator:
         kind.block(state, weight, start, out)
 
 
+_BATCH = 8  # blocks
+
+
 class _Blocks:
     """All blocks of a `Merge` (see `weft.methods.Blocks`)."""
 
@@ -408,15 +446,25 @@ class _Blocks:
         if only is not None:
             pieces = [piece for number, piece in enumerate(pieces) if number in only]
 
-        def one(start: int, stop: int) -> Any:
-            return function(self._evaluator.block(self._expression, start, stop, self._path))
+        def some(pieces: Sequence[tuple[int, int]]) -> list[Any]:
+            blocks = (self._evaluator.block(self._expression, *each, self._path) for each in pieces)
+            return [function(block) for block in blocks]
 
-        return self._helpers.map([partial(one, *piece) for piece in pieces])
+        # Several to a task: threads that hand over to each other after every block get less done.
+        tasks = [partial(some, pieces[at : at + _BATCH]) for at in range(0, len(pieces), _BATCH)]
+        return [found for each in self._helpers.map(tasks) for found in each]
 
 
 def _sampled(pieces: list[tuple[int, int]], share: float) -> list[tuple[int, int]]:
     """Of every piece the first rows."""
     return [(start, start + max(1, int((stop - start) * share))) for start, stop in pieces]
+
+
+def _in_one_pass(expression: Expression) -> TypeGuard[AddDeltas]:
+    """All of its deltas can be added to what is there."""
+    return isinstance(expression, AddDeltas) and all(
+        hasattr(deltas.kind(each.kind), "add") and not _turned(each) for each in expression.deltas
+    )
 
 
 def _core(expression: Expression) -> Expression:

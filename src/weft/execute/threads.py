@@ -13,6 +13,7 @@ from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from functools import partial
+from itertools import pairwise
 from typing import TYPE_CHECKING, Protocol
 
 import torch
@@ -28,7 +29,7 @@ from weft.execute._kernel import Kernel, Sums
 from weft.plan.layout import layout, shared_at_once
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Sequence
+    from collections.abc import Iterator, Sequence
 
     from weft.execute.copies import Copies
 
@@ -80,7 +81,20 @@ class _Group:
     closed_form: Sums = field(default_factory=Sums)
     left: int = 0
     begun: bool = False
+    following: _Group | None = field(default=None, repr=False)
     lock: threading.Lock = field(default_factory=threading.Lock)
+
+
+@dataclass(frozen=True, slots=True)
+class _Around:
+    """What all pieces share."""
+
+    sink: Sink
+    files: Files
+    workspace: Workspace
+    shared: Shared
+    crew: Crew
+    on_event: OnEvent
 
 
 def run(
@@ -102,16 +116,18 @@ def run(
     """
     jobs = [job for job in jobs if not job.is_copy]
     groups = [_group(job, STRIP[device.type]) for job in jobs]
-    files = Files()
-    workspace = Workspace(device)
-    shared = Shared(shared_at_once(jobs))
-    pieces = iter([(group, number) for group in groups for number in range(len(group.pieces))])
-
-    def tasks() -> Iterator[Callable[[], None]]:
-        for group, number in pieces:
-            yield partial(_run_piece, group, number, sink, files, workspace, shared, crew, on_event)
-
-    crew = Crew(tasks(), threading.Semaphore(threads))
+    for one, other in pairwise(groups):
+        one.following = other
+    crew = Crew(iter(()), threading.Semaphore(threads))
+    files, workspace = Files(), Workspace(device)
+    around = _Around(sink, files, workspace, Shared(shared_at_once(jobs)), crew, on_event)
+    crew.queue = iter(
+        [
+            partial(_run_piece, group, n, around)
+            for group in groups
+            for n in range(len(group.pieces))
+        ]
+    )
 
     def work() -> None:
         with _one_torch_thread(), _stream(workspace):
@@ -159,26 +175,17 @@ def _group(job: TensorJob, strip: int) -> _Group:
     return _Group(job, pieces, left=len(pieces))
 
 
-def _run_piece(
-    group: _Group,
-    number: int,
-    sink: Sink,
-    files: Files,
-    workspace: Workspace,
-    shared: Shared,
-    crew: Crew,
-    on_event: OnEvent,
-) -> None:
+def _run_piece(group: _Group, number: int, around: _Around) -> None:
     (start, stop), job = group.pieces[number], group.job
-    kernel = _ready(group, files, workspace, shared, crew)
+    kernel = _ready(group, around)
     if kernel is None:
         return
     row = kernel.layout.columns * getattr(torch, job.dtype).itemsize
-    offset = sink.offset(job.name) + start * row
-    with crew.cores:
+    offset = around.sink.offset(job.name) + start * row
+    with around.crew.cores:
         data, sums = kernel.run(start, stop, offset)
-    sink.write(job, offset, data)
-    on_event(Moved(kernel.bytes_read(stop - start), len(data)))
+    around.sink.write(job, offset, data)
+    around.on_event(Moved(kernel.bytes_read(stop - start), len(data)))
     if sums:
         group.sums[number] = sums
         group.closed_form = kernel.closed_form
@@ -187,22 +194,31 @@ def _run_piece(
         if group.left:
             return
     group.kernel = None  # the factors go as soon as nobody needs them
-    sink.finish([_receipt(group)])
+    around.sink.finish([_receipt(group)])
 
 
-def _ready(
-    group: _Group, files: Files, workspace: Workspace, shared: Shared, crew: Crew
-) -> Kernel | None:
-    """The group's kernel: one thread makes it ready, and the others help; None when stopped."""
-    with group.lock:
-        mine, group.begun = not group.begun, True
-    if mine:
-        with crew.cores:
-            group.kernel = Kernel(group.job, files, workspace, shared, crew)
-        crew.announce()
-    else:
-        crew.wait_for(lambda: group.kernel is not None)
+def _ready(group: _Group, around: _Around) -> Kernel | None:
+    """The group's kernel: one thread makes it ready, and the others help; None when stopped.
+
+    Where there is nothing to help with, the next group is made ready meanwhile.
+    """
+    if not _prepare(group, around) and group.kernel is None:
+        if group.following is not None:
+            _prepare(group.following, around)
+        around.crew.wait_for(lambda: group.kernel is not None)
     return group.kernel
+
+
+def _prepare(group: _Group, around: _Around) -> bool:
+    """Make the group ready, unless another thread has begun to."""
+    with group.lock:
+        if group.begun:
+            return False
+        group.begun = True
+    with around.crew.cores:
+        group.kernel = Kernel(group.job, around.files, around.workspace, around.shared, around.crew)
+    around.crew.announce()
+    return True
 
 
 def _receipt(group: _Group) -> Receipt:

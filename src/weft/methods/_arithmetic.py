@@ -110,25 +110,27 @@ def merge(task: Task, parts: Sequence[Part], block: Block, *, consensus: bool) -
         return block.inputs[0].add_(block.base)
     flat = [each.reshape(-1) for each in (block.base, *block.inputs)]
     step = _sparsify.PIECE if block.base.device.type == "cpu" else max(flat[0].numel(), 1)
+    scratch = flat[0].new_empty(3, min(step, flat[0].numel()))
     for start in range(0, flat[0].numel(), step):
         base, *inputs = [each[start : start + step] for each in flat]
         for factor, each in zip(factors, inputs, strict=True):
             each.mul_(factor)
-        _vote(inputs, weights if normalize else None)
+        _vote(inputs, weights if normalize else None, scratch[:, : len(base)])
         inputs[0].mul_(scale).add_(base)
     return block.inputs[0]
 
 
-def _vote(inputs: Sequence[Tensor], weights: Sequence[float] | None) -> None:
+def _vote(inputs: Sequence[Tensor], weights: Sequence[float] | None, scratch: Tensor) -> None:
     """Into the first of `inputs`: the sum of what the majority wants, or with weights its mean."""
     import torch
 
-    sign = inputs[0].clone()
+    sign, mixed, share = scratch
+    sign.copy_(inputs[0])
     for each in inputs[1:]:
         sign.add_(each)
     sign.ge_(0).mul_(2).sub_(1)
-    mixed = torch.zeros_like(sign)
-    share = torch.zeros_like(sign)
+    mixed.zero_()
+    share.zero_()
     for number, each in enumerate(inputs):
         each.mul_(sign).clamp_(min=0)
         mixed.add_(each)
@@ -136,5 +138,5 @@ def _vote(inputs: Sequence[Tensor], weights: Sequence[float] | None) -> None:
             share.add_(each.gt_(0), alpha=weights[number])
     if weights is not None:
         # 1 where nothing counts, or what counts cancels.
-        mixed.div_(share.add_(torch.eq(share, 0, out=torch.empty_like(share))))
+        mixed.div_(share.add_(torch.eq(share, 0, out=inputs[-1])))
     torch.mul(mixed, sign, out=inputs[0])

@@ -24,8 +24,9 @@ if TYPE_CHECKING:
 
 WHOLE = 2**20  # elements of a tensor that is looked at as a whole
 STRIDE = 128  # of the elements that a pass keeps as the next sample
-CROWD = 8  # if more than one in so many is between the bounds, equal ones are counted, not kept
-ROOM = 0.01  # of all elements, the least that a bound is away from where it is thought to be
+CROWD = 64  # if more than one in so many is between the bounds, equal ones may be counted
+ROOM = 0.002  # of all elements, the least that a bound is away from where it is thought to be
+PARTS = 8  # of a piece of the sample, see `_Search.bound`
 
 
 class Rank(NamedTuple):
@@ -67,7 +68,7 @@ def cuts(
             place = rank.size if rank.largest else numel - rank.size + 1
             searches.append(_Search(number, rank, place / numel, place))
     if searches and numel > WHOLE:
-        sample = min(max(numel // STRIDE, 2**16), 2**19)
+        sample = min(max(numel // 256, 2**16), 2**18)
         _bound(searches, blocks.map(lambda block: _thin(block, searches, key, 1), sample))
     left = searches
     while left:
@@ -121,16 +122,17 @@ class _Search:
     counts: list[int] = field(default_factory=list)
 
     def bound(self, sample: Array, pieces: Sequence[Array]) -> None:
-        """Set the bounds by a sample; it may be worth no more than the pieces that it comes in."""
+        """Set the bounds by a sorted sample, which comes in pieces that may differ as a whole."""
         import numpy as np
 
         def value(share: float) -> float:
-            at = len(sample) - 1 - int(share * len(sample))
-            return float(np.partition(sample, at)[at])
+            return float(sample[len(sample) - 1 - int(share * len(sample))])
 
+        # Neighbours are alike, so that pieces tell best how far off a sample may be; but few of
+        # them may be alike by chance, which their parts are not.
         guess = value(self.share)
-        shares = [float(np.mean(piece >= guess)) for piece in pieces]
-        error = float(np.std(shares)) / math.sqrt(len(shares))
+        parts = [part for piece in pieces for part in np.array_split(piece, PARTS) if len(part)]
+        error = max(_error(pieces, guess), _error(parts, guess))
         room = self.room * max(4 * error, ROOM)
         self.low = value(self.share + room) if self.share + room < 1 else 0.0
         self.high = value(self.share - room) if self.share > room else math.inf
@@ -157,6 +159,14 @@ class _Search:
                 self.ties = taken
                 equals = [(values == value, counts) for _, values, counts in found]
                 self.counts = [int((e if n is None else n[e]).sum()) for e, n in equals]
+
+
+def _error(pieces: Sequence[Array], value: float) -> float:
+    """The standard error of the share that is above `value`, by how the pieces differ in it."""
+    import numpy as np
+
+    shares = [float(np.mean(piece >= value)) for piece in pieces]
+    return float(np.std(shares, ddof=1)) / math.sqrt(len(shares)) if len(shares) > 1 else 1.0
 
 
 def below(value: float, like: Tensor) -> float:
@@ -207,9 +217,12 @@ def _between(keys: Array, low: float, high: float) -> _Between:
     larger = keys > keys.dtype.type(high)
     inside ^= larger
     count, values = int(np.count_nonzero(larger)), keys[inside]
-    if len(values) * CROWD <= len(keys):
-        return _Between(count, values, None)
-    return _Between(count, *np.unique(values, return_counts=True))
+    if len(values) * CROWD > len(keys):
+        # Differences of bfloat16 have few values; what has none alike is not worth the sorting.
+        different, counts = np.unique(values, return_counts=True)
+        if 2 * len(different) <= len(values):
+            return _Between(count, different, counts)
+    return _Between(count, values, None)
 
 
 def _kth(found: Sequence[_Between], place: int) -> tuple[float, int, int]:
@@ -238,7 +251,7 @@ def _bound(searches: Sequence[_Search], samples: Sequence[dict[int, Array]]) -> 
 
     for number in _numbers(searches):
         pieces = [sample[number] for sample in samples if len(sample[number])]
-        together = np.concatenate(pieces)
+        together = np.sort(np.concatenate(pieces))
         for search in searches:
             if search.rank.key == number:
                 search.bound(together, pieces)

@@ -2,7 +2,7 @@
 
 y = b + λ Σ wᵢ crumbs(dᵢ). Of n elements, sorted by |d|, crumbs drops the int(gamma · n) largest and
 keeps the int(density · n) before them; if fewer are left, it drops fewer. Of equal elements the
-first count as the smaller, as in a stable sort.
+first count as the smaller, as in a stable sort; in MergeKit any do.
 
 Defaults: density 1, gamma 0.01, normalize false, rescale false, λ 1. A density of 1 keeps all.
 """

@@ -9,7 +9,8 @@ counts as 1e-7 at least. By `nuslerp_flatten` θ is that of the whole tensors; w
 along the last dimension has its own, or by `nuslerp_row_wise` each along the first.
 
 In a stack of matrices (experts) `nuslerp_row_wise` takes each matrix for itself, along its first
-dimension, as if it lay in the file alone; MergeKit goes across the stack.
+dimension, as if it lay in the file alone; MergeKit goes across the stack. Exactly opposite vectors
+are added by their weights, where MergeKit's float32 may divide by the sine of a rounding error.
 
 Defaults: nuslerp_flatten true, nuslerp_row_wise false.
 """

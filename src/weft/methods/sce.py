@@ -118,6 +118,6 @@ def _variance(inputs: Sequence[Tensor]) -> Tensor:
             mean.add_(part, alpha=1 / len(parts))
         total = torch.zeros_like(mean)
         for part in parts:
-            total.add_(part.sub_(mean).square_(), alpha=1 / len(parts))
+            total.add_((part - mean).square_(), alpha=1 / len(parts))
         out[start : start + _sparsify.PIECE] = total
     return found

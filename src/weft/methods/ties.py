@@ -2,7 +2,7 @@
 
 y = b + λ Σ eᵢ [sign eᵢ = s] / Σ wᵢ [sign eᵢ = s], eᵢ = wᵢ top(dᵢ), s = sign Σ eᵢ, as
 `weft.methods._arithmetic` says in full. top keeps the int(density · n) elements of largest |d|, at
-least one (none for a density of 0); of equal ones the first.
+least one (none for a density of 0); of equal ones the first, where MergeKit takes any.
 
 Defaults: density 1, normalize true, rescale false, λ 1.
 """
@@ -18,9 +18,7 @@ if TYPE_CHECKING:
 
     from weft.methods import Block, Blocks, Task
 
-USE_WHEN = (
-    "Several models tuned from one base for different tasks, whose changes get in each other's way."
-)
+USE_WHEN = "Several models tuned from one base for different tasks, whose changes conflict."
 PARAMETERS = _arithmetic.parameters(normalize=True, rescale=False)
 BASE = "required"
 INPUTS = (0, None)

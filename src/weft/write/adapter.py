@@ -17,7 +17,7 @@ from weft.formats.safetensors import build_header
 from weft.formats.side_files import part_of
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping
+    from collections.abc import Callable, Iterable, Iterator, Mapping
 
     from weft.core.specs import Shape, TensorRef
 
@@ -45,18 +45,25 @@ class Piece:
         return not self.turned and not self.heads
 
 
-def write_adapter(
-    folder: Path,
-    tensors: Mapping[str, Piece],
-    config: Mapping[str, Any],
-    beside: Mapping[str, Path],
-    *,
-    force: bool = False,
-) -> None:
-    """Write `tensors` (key -> what it is) with `config`, and copy the files `beside`.
+@dataclass(frozen=True, slots=True)
+class Made:
+    """A tensor that is computed when its turn comes.
+
+    Attributes:
+        dtype, shape: What it has when it is written.
+        values: Gives its bytes, little-endian.
+    """
+
+    dtype: str
+    shape: Shape
+    values: Callable[[], bytes]
+
+
+def check_folder(folder: Path, files: Iterable[str], *, force: bool) -> Path:
+    """`folder` by its real path, if an adapter made from `files` may be written there.
 
     Raises:
-        OutputError: The folder is there already, or cannot be written.
+        OutputError: It is there already, or holds what is read.
     """
     folder = Path(os.path.realpath(folder))
     if folder.exists() and not _replaceable(folder, force):
@@ -64,9 +71,35 @@ def write_adapter(
             f"{folder} exists",
             "give another -o (--force replaces an adapter, where nothing else lies beside it)",
         )
-    files = {Path(os.path.realpath(piece.ref.file)) for piece in tensors.values()}
-    if any(file.is_relative_to(folder) for file in files):
+    if any(Path(os.path.realpath(file)).is_relative_to(folder) for file in files):
         raise OutputError(f"{folder} holds the adapter that is read", "give another -o")
+    return folder
+
+
+def write_adapter(
+    folder: Path,
+    tensors: Mapping[str, Piece | Made],
+    config: Mapping[str, Any],
+    beside: Mapping[str, Path],
+    *,
+    texts: Callable[[], Mapping[str, str]] = dict,
+    force: bool = False,
+) -> None:
+    """Write `tensors` (key -> what it is) with `config`, and copy the files `beside`.
+
+    Args:
+        folder: To be made.
+        tensors: In the order of the file.
+        config: `adapter_config.json`.
+        beside: Name in the folder -> the file to copy.
+        texts: Asked when all tensors are written: name in the folder -> what it says.
+        force: Replace an adapter that is there already.
+
+    Raises:
+        OutputError: The folder is there already, or cannot be written.
+    """
+    read = [piece.ref.file for piece in tensors.values() if isinstance(piece, Piece)]
+    folder = check_folder(folder, read, force=force)
     partial = folder.with_name(f"{folder.name}.partial-{os.getpid()}")
     try:
         partial.mkdir(parents=True)
@@ -77,6 +110,8 @@ def write_adapter(
             for name, source in beside.items():
                 (partial / name).parent.mkdir(parents=True, exist_ok=True)
                 shutil.copyfile(source, partial / name)
+            for name, content in texts().items():
+                (partial / name).write_text(content, encoding="utf-8")
             _put_in_place(partial, folder)
         except BaseException:
             shutil.rmtree(partial, ignore_errors=True)
@@ -97,7 +132,8 @@ def _replaceable(folder: Path, force: bool) -> bool:
 
 
 def _is_an_adapters(name: str) -> bool:
-    return name.startswith("adapter_") or name == "README.md" or part_of(name) is not None
+    ours = name.startswith("adapter_") or name in ("README.md", "weft.json")
+    return ours or part_of(name) is not None
 
 
 def _put_in_place(made: Path, folder: Path) -> None:
@@ -110,14 +146,22 @@ def _put_in_place(made: Path, folder: Path) -> None:
         shutil.rmtree(old)
 
 
-def _write_tensors(path: Path, tensors: Mapping[str, Piece]) -> None:
-    head, _ = build_header(
-        [(name, piece.ref.dtype, piece.shape) for name, piece in tensors.items()], {"format": "pt"}
-    )
+def head_of(tensors: Mapping[str, Piece | Made]) -> bytes:
+    """What `adapter_model.safetensors` begins with."""
+    found = [
+        (name, piece.dtype if isinstance(piece, Made) else piece.ref.dtype, piece.shape)
+        for name, piece in tensors.items()
+    ]
+    return build_header(found, {"format": "pt"})[0]
+
+
+def _write_tensors(path: Path, tensors: Mapping[str, Piece | Made]) -> None:
     with path.open("wb") as out:
-        out.write(head)
+        out.write(head_of(tensors))
         for piece in tensors.values():
-            if piece.as_it_lies:
+            if isinstance(piece, Made):
+                out.write(piece.values())
+            elif piece.as_it_lies:
                 out.writelines(_read(piece.ref))
             else:
                 out.write(_in_order(piece))

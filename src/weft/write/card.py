@@ -34,7 +34,7 @@ def card(
         "base_model_relation": "merge",
         "library_name": "transformers",
         "tags": ["merge", "weft", *sorted({adapter.kind.lower() for adapter, _ in adapters})],
-    } | _carried(Path(base.folder, "README.md"))
+    } | carried(Path(base.folder, "README.md"))
     rows = [
         f"| {adapter.given} | {adapter.kind} | {weight:g} | {adapter.base_model or '—'} |"
         for adapter, weight in adapters
@@ -138,7 +138,7 @@ def _list(names: Sequence[str]) -> str:
     return " and ".join([", ".join(short[:-1]), short[-1]] if len(short) > 1 else short)
 
 
-def _carried(readme: Path) -> dict[str, Any]:
+def carried(readme: Path) -> dict[str, Any]:
     """What of the base's own card stays true: its licence, language and task."""
     try:
         _, head, _ = readme.read_text(encoding="utf-8").split("---", 2)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from weft.core.errors import FormatError, PlanError, Unsupported, WeftError, as_problems
+from weft.core.errors import PlanError, Unsupported, WeftError, as_problems
 from weft.core.specs import Adapter
 from weft.core.units import clean
 from weft.formats.adapters._peft_config import CONFIG
@@ -27,8 +27,8 @@ def described(path: Path, given: str, error: WeftError) -> Adapter | None:
         given: As the user wrote it.
         error: Why it was not read.
     """
-    if not isinstance(error, (FormatError, Unsupported, PlanError)):
-        return None
+    if not isinstance(error, (Unsupported, PlanError)):
+        return None  # not even a file of its format
     path = path.absolute()
     folder = path if path.is_dir() else path.parent
     named = path.is_file() and path.name != CONFIG

@@ -1,0 +1,192 @@
+"""How much energy the best matrix of a rank may have beyond what was found: proofs.
+
+H = AᵀA in the basis X of the iteration and its complement is
+
+    [[T, Sᵀ], [S, H₂]],   T = YᵀY,   S = (I − XXᵀ) H X,
+
+and the first k eigenvalues of H are, in sum, at most those of any matrix that is no smaller. With
+μ ≥ ‖H₂‖ that is [[T, Sᵀ], [S, μI]], of which all but a small block is diagonal.
+
+`free_bound` takes μ = tr H₂ = ‖A‖² − tr T. `probed_bound` finds a μ by block Lanczos on H₂ from
+random vectors G that the basis knows nothing of (Hochstenbach, SIAM J. Matrix Anal. 34, 2013, for
+one vector): for a unit eigenvector v of the largest eigenvalue λ, and the Lanczos vectors
+Vⱼ = Pⱼ(H₂) G of which Pⱼ are known s × s polynomials, Σ ‖vᵀVⱼ‖² ≤ 1. So σ_min(Σ Pⱼ(λ) Pⱼ(λ)ᵀ) is at
+most ‖gᵀR₀⁻¹‖⁻² for the Gaussian gᵀ = vᵀG, which is shorter than assumed with probability `_DOUBT`.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+
+from weft.decompose._orthogonal import gram, whitened, without
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from weft.decompose.matrices import Matrix
+
+_DOUBT = 1e-6
+_PROBES = 16
+_STEPS = 12
+
+
+@dataclass(frozen=True, slots=True)
+class Basis:
+    """What an iteration knows at its end.
+
+    Attributes:
+        X: Its blocks; together (n, l).
+        square: T (l, l).
+        Z, R: H times the last block of X is Z R.
+        energy: ‖A‖².
+    """
+
+    X: list[Tensor]
+    square: Tensor
+    Z: Tensor
+    R: Tensor
+    energy: float
+
+    @property
+    def left_over(self) -> float:
+        """The trace of H₂."""
+        return max(self.energy - float(self.square.trace()), 0.0)
+
+    def bordered(self) -> tuple[Tensor, Tensor]:
+        """T and the S, brought to a square of the last block's width, that borders it."""
+        rest = gram(without(self.Z, self.X))
+        values, vectors = torch.linalg.eigh(self.R.T @ rest @ self.R)
+        last = (vectors * values.clamp_min(0).sqrt()).T
+        S = torch.zeros(last.shape[0], self.square.shape[0], dtype=torch.float64)
+        S[:, -last.shape[1] :] = last
+        return self.square, S
+
+
+class Bordered:
+    """What the bordered matrix says of the first eigenvalues, for one μ after another."""
+
+    def __init__(self, basis: Basis, rank: int) -> None:
+        self.rank = rank
+        T, S = basis.bordered()
+        width = S.shape[0]
+        self._matrix = torch.cat(
+            [
+                torch.cat([T, S.T], 1),
+                torch.cat([S, torch.zeros(width, width, dtype=torch.float64)], 1),
+            ]
+        )
+        self._corner = self._matrix.diagonal()[-width:]
+        self.found = torch.linalg.eigvalsh(T).flip(0)[:rank]
+
+    def excess(self, mu: float) -> Tensor:
+        """(rank) what the first k eigenvalues of H have, in sum, beyond those of T; ‖H₂‖ ≤ mu."""
+        self._corner.fill_(mu)
+        above = torch.linalg.eigvalsh(self._matrix).flip(0)[: self.rank].clamp_min(mu)
+        gained: Tensor = (above - self.found).clamp_min(0).cumsum(0)
+        return gained
+
+
+def free_bound(bordered: Bordered, left_over: float) -> Tensor:
+    """(rank) the excess that ‖A‖² alone proves."""
+    # AAᵀ = YYᵀ + EEᵀ with ‖E‖² = tr H₂: no rank gains more than all of it.
+    return bordered.excess(left_over).clamp_max(left_over)
+
+
+def probed_bound(
+    matrix: Matrix, basis: Basis, bordered: Bordered, key: int, wanted: float
+) -> tuple[Tensor, int]:
+    """(rank) the excess that probes prove, with probability 1 − 10⁻⁶; and the columns multiplied.
+
+    Args:
+        matrix: A (m, n), m ≥ n.
+        basis: Of it.
+        bordered: Of the basis.
+        key: Of the random numbers: not the one that the basis was made with.
+        wanted: The excess of all the rank that is enough.
+    """
+    numbers = np.random.Generator(np.random.Philox(key=key)).standard_normal(
+        (matrix.shape[1], _PROBES), dtype=np.float32
+    )
+    V, R = whitened(without(torch.from_numpy(numbers), basis.X))
+    best = torch.full((bordered.rank,), math.inf, dtype=torch.float64)
+    if V.shape[1] < _PROBES:
+        return best, 0
+    short = 2 * (_DOUBT * math.gamma(_PROBES / 2 + 1)) ** (2 / _PROBES)
+    lanczos = _Lanczos(float(R[0].norm()) ** 2 / short)
+    seen = [V]
+    products = 0
+    noise = 1e-6 * float(torch.linalg.eigvalsh(basis.square)[-1])
+    for _ in range(_STEPS):
+        image = matrix.matmul(seen[-1])
+        raw = without(matrix.rmatmul(image), [*basis.X, *seen])
+        products += 2 * _PROBES
+        V, R = whitened(raw)
+        ended = float(R.norm()) <= noise  # nothing of H₂ is out of the vectors' reach
+        if V.shape[1] < _PROBES and not ended:
+            break  # a few eigenvalues alone: the recurrence would need β⁻¹
+        lanczos.add(gram(image), None if ended else R)
+        mu = lanczos.bound()
+        best = torch.minimum(best, bordered.excess(mu))
+        if ended or float(best[-1]) <= wanted:
+            break
+        # What no proof can do: the bound is never below what the probes have seen.
+        if float(bordered.excess(lanczos.largest)[-1]) > wanted:
+            break
+        seen.append(V)
+    return best, products
+
+
+class _Lanczos:
+    """The recurrence H₂ Vⱼ = Vⱼ αⱼ + Vⱼ₋₁ βⱼ₋₁ᵀ + Vⱼ₊₁ βⱼ, and what it says of ‖H₂‖."""
+
+    def __init__(self, most: float) -> None:
+        self.most = most  # σ_min(Σ Pⱼ Pⱼᵀ) at the largest eigenvalue, at most
+        self.alphas: list[Tensor] = []
+        self.betas: list[Tensor] = []
+        self.largest = 0.0
+
+    def add(self, alpha: Tensor, beta: Tensor | None) -> None:
+        self.alphas.append(alpha)
+        width = alpha.shape[0]
+        size = width * len(self.alphas)
+        T = torch.zeros(size, size, dtype=torch.float64)
+        for n, block in enumerate(self.alphas):
+            at = slice(n * width, (n + 1) * width)
+            T[at, at] = block
+            if n + 1 < len(self.alphas):
+                after = slice((n + 1) * width, (n + 2) * width)
+                T[after, at], T[at, after] = self.betas[n], self.betas[n].T
+        self.largest = float(torch.linalg.eigvalsh(T)[-1])
+        if beta is not None:
+            self.betas.append(beta)
+
+    def bound(self) -> float:
+        """μ ≥ ‖H₂‖, but for the probability of very short random vectors."""
+        if len(self.betas) < len(self.alphas):
+            return self.largest * (1 + 1e-6)
+        low, high = self.largest, 2 * self.largest
+        while self._growth(high) < self.most:
+            low, high = high, 2 * high
+            if not math.isfinite(high):
+                return high
+        while high - low > 1e-3 * high:
+            middle = (low + high) / 2
+            low, high = (low, middle) if self._growth(middle) > self.most else (middle, high)
+        return high
+
+    def _growth(self, x: float) -> float:
+        """σ_min(Σ Pⱼ(x) Pⱼ(x)ᵀ)."""
+        identity = torch.eye(self.alphas[0].shape[0], dtype=torch.float64)
+        before, now, total = torch.zeros_like(identity), identity, identity.clone()
+        for n, (alpha, beta) in enumerate(zip(self.alphas, self.betas, strict=True)):
+            after = x * now - now @ alpha
+            if n:
+                after -= before @ self.betas[n - 1].T
+            before, now = now, torch.linalg.solve(beta, after, left=False)
+            total += now @ now.T
+        return float(torch.linalg.eigvalsh(total)[0])
