@@ -11,9 +11,10 @@ from typing import TYPE_CHECKING, Any
 from weft.core.errors import PlanError, Problem
 from weft.core.specs import SideFile
 from weft.formats.side_files import TOKENIZER, part_of
-from weft.plan._replicated import DEPTH, per_layer, told_by_number
+from weft.plan._replicated import DEPTH, NUMBERS, per_layer, told_by_number
 from weft.plan._side_files import patched
 from weft.plan._slices import sequence
+from weft.plan._views import folders
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -73,8 +74,13 @@ def recipe_files(
     if recipe.chat_template:
         from weft.plan._chat_template import with_chat_template
 
-        folders = {name: view.tokenizer for name, view in views.items()}
-        found, said = with_chat_template(recipe.chat_template, folders, list(files.values()))
+        try:
+            found, said = with_chat_template(
+                recipe.chat_template, folders(views), list(files.values())
+            )
+        except PlanError as error:
+            wrong = [Problem(f"{p.what}  @ chat_template", p.hint) for p in error.problems]
+            raise PlanError("the chat template", wrong) from None
         files = {side.name: side for side in found}
         notes += said
     if "README.md" in files:
@@ -111,6 +117,12 @@ def _layered(recipe: Recipe, views: Mapping[ModelName, View], donor: View) -> di
             for key, value in part.items():
                 if key in DEPTH and value == before:
                     part[key] = len(order)
+                elif key in NUMBERS and isinstance(value, list):
+                    part[key] = [
+                        new
+                        for new, (name, old) in enumerate(order)
+                        if old in (_said(views[name], key) or [])
+                    ]
                 elif isinstance(value, list) and len(value) == before and per_layer(key):
                     part[key] = [_entry(views[name], key, old, value) for name, old in order]
     return config
@@ -118,9 +130,13 @@ def _layered(recipe: Recipe, views: Mapping[ModelName, View], donor: View) -> di
 
 def _entry(view: View, key: str, layer: int, donors: Sequence[Any]) -> Any:
     """What the model that a layer is from says of it."""
-    parts = [view.config, *(v for v in view.config.values() if isinstance(v, dict))]
-    for part in parts:
-        value = part.get(key)
-        if isinstance(value, list) and layer < len(value):
-            return value[layer]
+    value = _said(view, key)
+    if value is not None and layer < len(value):
+        return value[layer]
     return donors[layer] if layer < len(donors) else donors[-1]
+
+
+def _said(view: View, key: str) -> list[Any] | None:
+    """A list in the config of a model, or of a part of it."""
+    parts = [view.config, *(v for v in view.config.values() if isinstance(v, dict))]
+    return next((part[key] for part in parts if isinstance(part.get(key), list)), None)
