@@ -146,6 +146,11 @@ def _add(draft: _Draft, module: Module, each: Planned) -> None:
         t=each.t,
     )
     key = f"{draft.seed}:{recipe.method}:{each.name}"
+    asked = tuple(dict(params) for params in per_input)
+    task = methods.Task(tensors[0][1].shape, 1, len(inputs), dict(shared), asked, key)
+    if wrong := methods.check(own, task):
+        draft.problems.append(Problem(f"{each.name}: {wrong}  @ {each.slice.where}"))
+        return
     merge = Merge(
         recipe.method,
         base.expression if base else None,
