@@ -149,7 +149,9 @@ def _add(draft: _Draft, module: Module, each: Planned) -> None:
     asked = tuple(dict(params) for params in per_input)
     task = methods.Task(tensors[0][1].shape, 1, len(inputs), dict(shared), asked, key)
     if wrong := methods.check(own, task):
-        draft.problems.append(Problem(f"{each.name}: {wrong}  @ {each.slice.where}"))
+        problem = Problem(f"{recipe.method}: {wrong}  @ {each.slice.where}")
+        if problem not in draft.problems:  # once for all the tensors that it is the same for
+            draft.problems.append(problem)
         return
     merge = Merge(
         recipe.method,
