@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from weft.api import MergePlan, Report, inspect, merge, plan_merge
     from weft.api.diff import diff
+    from weft.api.extract import ExtractReport, extract
     from weft.api.recipes import RunPlan, plan_run, run
     from weft.api.resize import ResizeReport, resize
     from weft.core.differences import Diff
@@ -17,6 +18,7 @@ if TYPE_CHECKING:
 _HOMES = {
     "Diff": "weft.core.differences",
     "Diagnosis": "weft.diagnosis",
+    "ExtractReport": "weft.api.extract",
     "MergePlan": "weft.api",
     "Report": "weft.api",
     "ResizeReport": "weft.api.resize",
@@ -24,6 +26,7 @@ _HOMES = {
     "WeftError": "weft.core.errors",
     "diff": "weft.api.diff",
     "doctor": "weft.diagnosis",
+    "extract": "weft.api.extract",
     "inspect": "weft.api",
     "merge": "weft.api",
     "plan_merge": "weft.api",
@@ -34,6 +37,7 @@ _HOMES = {
 __all__ = [
     "Diagnosis",
     "Diff",
+    "ExtractReport",
     "MergePlan",
     "Report",
     "ResizeReport",
@@ -41,6 +45,7 @@ __all__ = [
     "WeftError",
     "diff",
     "doctor",
+    "extract",
     "inspect",
     "merge",
     "plan_merge",

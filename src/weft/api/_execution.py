@@ -126,7 +126,7 @@ def execute(
             seconds=time.perf_counter() - begin,
         )
         texts = {"README.md": card(sums), NAME: to_text(content)}
-        sink.commit(texts, lambda: _unchanged(plan))
+        sink.commit(texts, lambda: unchanged(plan))
     finally:
         sink.close()
     for folder in sink.leftovers():
@@ -140,7 +140,8 @@ def _size(jobs: Sequence[Any]) -> int:
     return sum(job_bytes(job) for job in jobs)
 
 
-def _unchanged(plan: Plan) -> None:
+def unchanged(plan: Plan) -> None:
+    """Raises OutputError, if a file that was read is another one by now."""
     for entry in plan.inputs:
         path = Path(entry.path)
         if not path.exists() or identify(path) != entry.identity:

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from weft.api._execution import Report, check_place, execute
 from weft.api._models import Models
+from weft.api.extract import ExtractPlanned, ExtractReport, plan_extraction, run_extraction
 from weft.core import events, units
 from weft.core.errors import (
     NotFound,
@@ -28,6 +29,7 @@ if TYPE_CHECKING:
     from weft.core.specs import Plan
     from weft.plan._views import View
     from weft.plan.preflight import Work
+    from weft.recipes.extraction import Extraction
     from weft.recipes.records import Recipe
 
 
@@ -63,8 +65,10 @@ def run(
     cache_dir: str | None = None,
     command: str | None = None,
     on_event: events.OnEvent = events.ignore,
-) -> Report:
+) -> Report | ExtractReport:
     """Make the model that a MergeKit recipe describes, in one pass, float32, one rounding.
+
+    Or the adapter that an extraction recipe describes (see `weft.extract`).
 
     Args:
         recipe: Path of a YAML file.
@@ -85,11 +89,17 @@ def run(
     from weft.write.card import recipe_card
 
     begin = time.perf_counter()
+    command = command or f"weft.run({str(recipe)!r}, output={str(output)!r}, seed={seed})"
+    if extraction := _extraction(recipe, seed, max_shard_size):
+        return run_extraction(
+            extraction.tuned, extraction.base, extraction.wishes, output=Path(output),
+            threads=threads, device=device, force=force, resume=resume, cache_dir=cache_dir,
+            command=command, on_event=on_event,
+        )  # fmt: skip
     count = check_place(device, threads)
     opened = Models(cache_dir)
     last, plan = _plan(recipe, opened, seed, max_shard_size)
     credits = opened.credits()
-    command = command or f"weft.run({str(recipe)!r}, output={str(output)!r}, seed={seed})"
     weft = version("weft")
     return execute(
         plan,
@@ -118,7 +128,7 @@ def plan_run(
     force: bool = False,
     resume: bool = False,
     cache_dir: str | None = None,
-) -> RunPlan:
+) -> RunPlan | ExtractPlanned:
     """What `run` would do with these arguments; reads headers, configs and adapters' factors.
 
     Raises:
@@ -127,6 +137,12 @@ def plan_run(
     from weft.plan.preflight import measure
     from weft.write.checkpoint import check_output
 
+    if extraction := _extraction(recipe, seed, max_shard_size):
+        return plan_extraction(
+            extraction.tuned, extraction.base, extraction.wishes,
+            output=None if output is None else Path(output), threads=threads, device=device,
+            force=force, resume=resume, cache_dir=cache_dir,
+        )  # fmt: skip
     threads = check_place(device, threads)
     opened = Models(cache_dir)
     last, plan = _plan(recipe, opened, seed, max_shard_size)
@@ -142,9 +158,27 @@ def read_recipe(path: str | Path) -> list[Recipe]:
     Raises:
         WeftError: No such file, no YAML, or no recipe; every problem found.
     """
-    path = Path(path)
+    return read(_text(Path(path)), Path(path).name)
+
+
+def _extraction(path: str | Path, seed: int, max_shard_size: str | int | None) -> Extraction | None:
+    """What the file asks for, if it is an extraction recipe."""
+    from weft.recipes import extraction
+
+    name = Path(path).name
+    document = extraction.find(_text(Path(path)), name)
+    if document is None:
+        return None
+    if max_shard_size is not None:
+        raise WeftError(f"{name} makes an adapter, which has one file", "no --max-shard-size")
+    found = extraction.read(document, name)
+    wishes = found.wishes
+    return replace(found, wishes=replace(wishes, seed=wishes.seed or seed))
+
+
+def _text(path: Path) -> str:
     try:
-        text = path.read_text(encoding="utf-8")
+        return path.read_text(encoding="utf-8")
     except FileNotFoundError:
         raise NotFound(f"there is no {path}", "give the path of a recipe, a YAML file") from None
     except IsADirectoryError:
@@ -153,7 +187,6 @@ def read_recipe(path: str | Path) -> list[Recipe]:
         raise WeftError(f"{path} is a folder, not a recipe", hint) from None
     except (OSError, UnicodeDecodeError) as error:
         raise WeftError(f"cannot read {path}: {error}", "give a YAML file") from None
-    return read(text, path.name)
 
 
 def _plan(

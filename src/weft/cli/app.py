@@ -25,6 +25,7 @@ from weft.formats.hub import asked_once
 _COMMANDS = {
     "merge": ("weft.cli.commands:merge", "Merge adapters into a base model."),
     "run": ("weft.cli.recipe_commands:run", "Make the model that a MergeKit recipe describes."),
+    "extract": ("weft.cli.extract_commands:extract", "Take an adapter out of a tuned model."),
     "methods": ("weft.cli.recipe_commands:methods", "List the merge methods, or describe one."),
     "schema": ("weft.cli.recipe_commands:schema", "Print the JSON Schema of recipes."),
     "resize": ("weft.cli.resize_command:resize", "Make an adapter's factors smaller."),

@@ -10,7 +10,7 @@ from typing import Annotated
 
 from cyclopts import Parameter
 
-from weft.cli import console, show_recipes
+from weft.cli import console, show_extract, show_recipes
 from weft.cli.commands import Flag, Output, Quiet, emit, warn
 
 Json = Annotated[bool, Parameter(name="--json", negative=())]
@@ -35,6 +35,8 @@ def run(
     quiet: Quiet = False,
 ) -> None:
     """Make the model that a MergeKit recipe describes: one pass, float32, one rounding.
+
+    Or the adapter that an extraction recipe asks for (finetune, base_model, rank): weft extract.
 
     RECIPE is a MergeKit YAML file, as it is; a model in it may be model+adapter, with several
     adapters and weights too: model+a:0.7+b:0.3.
@@ -75,6 +77,7 @@ def run(
         Nothing but warnings and errors, and what --json prints.
     """
     from weft.api import recipes
+    from weft.api.extract import ExtractPlanned, ExtractReport
     from weft.core.errors import WeftError
 
     _ignored(lora_merge_cache, lora_merge_dtype)
@@ -90,7 +93,13 @@ def run(
             resume=resume,
             cache_dir=cache_dir,
         )
-        if check and not json:
+        if isinstance(made, ExtractPlanned):
+            shown = show_extract.plan_as_dict(made) if json else show_extract.plan_as_text(made)
+            if check and not json:
+                shown = f"{recipe}: sound; an adapter, {made.plan.wishes.rule}"
+            if json or check or not quiet:
+                emit(shown)
+        elif check and not json:
             emit(show_recipes.check_as_text(made, recipe))
         elif json or not quiet:
             emit(show_recipes.plan_as_dict(made) if json else show_recipes.plan_as_text(made))
@@ -112,8 +121,12 @@ def run(
             command=shlex.join(["weft", *sys.argv[1:]]),
             on_event=on_event,
         )
+    if isinstance(report, ExtractReport):
+        shown = show_extract.report_as_dict(report) if json else show_extract.report_as_text(report)
+    else:
+        shown = show_recipes.report_as_dict(report) if json else show_recipes.report_as_text(report)
     if json or not quiet:
-        emit(show_recipes.report_as_dict(report) if json else show_recipes.report_as_text(report))
+        emit(shown)
     warn(report.warnings)
 
 

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import re
+from dataclasses import dataclass
 from fnmatch import translate
 from typing import TYPE_CHECKING
 
 from weft.core.errors import WeftError
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterable
 
 _PART = re.compile(r"\s*(/(?:[^/\\]|\\.)*/|[^,]*?)\s*(?:,|$)")
 
@@ -36,6 +37,34 @@ def names_filter(text: str) -> Callable[[str], bool]:
             f"the filter {text!r} names nothing", "write it like self_attn,*.mlp.*,/norm$/"
         )
     return lambda name: any(pattern.search(name) for pattern in patterns)
+
+
+@dataclass(frozen=True, slots=True)
+class Filter:
+    """One entry of a comma list, where it matters which one means a name."""
+
+    text: str
+
+    def matches(self, name: str) -> bool:
+        """Whether it means `name`."""
+        return re.search(_expression(self.text), name) is not None
+
+
+def parse(text: str) -> tuple[Filter, ...]:
+    """The entries of a comma list; none for an empty text.
+
+    Raises:
+        WeftError: A regular expression is none.
+    """
+    if not text.strip():
+        return ()
+    names_filter(text)
+    return tuple(Filter(part) for part in _PART.findall(text) if part)
+
+
+def any_of(filters: Iterable[Filter], name: str) -> Filter | None:
+    """The first filter that means `name`."""
+    return next((each for each in filters if each.matches(name)), None)
 
 
 def _expression(part: str) -> str:

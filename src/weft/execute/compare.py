@@ -119,7 +119,7 @@ def each(tasks: Iterable[Callable[[], Any]], threads: int, *, torch: bool) -> No
     queue, lock, stopped = iter(tasks), threading.Lock(), threading.Event()
 
     def work() -> None:
-        with _one_torch_thread() if torch else nullcontext(), np.errstate(all="ignore"):
+        with one_torch_thread() if torch else nullcontext(), np.errstate(all="ignore"):
             while not stopped.is_set():
                 with lock:
                     task = next(queue, None)
@@ -137,7 +137,7 @@ def each(tasks: Iterable[Callable[[], Any]], threads: int, *, torch: bool) -> No
             future.result()
 
 
-def _one_torch_thread() -> Any:
+def one_torch_thread() -> Any:
     from weft.execute.threads import one_torch_thread
 
     return one_torch_thread()

@@ -130,7 +130,7 @@ def run(
     )
 
     def work() -> None:
-        with one_torch_thread(), _stream(workspace):
+        with one_torch_thread(), stream(workspace):
             crew.work()
 
     workers = WORKERS * threads
@@ -165,7 +165,7 @@ def one_torch_thread() -> Iterator[None]:
         torch.set_float32_matmul_precision(precision)
 
 
-def _stream(workspace: Workspace) -> torch.cuda.StreamContext | nullcontext[None]:
+def stream(workspace: Workspace) -> torch.cuda.StreamContext | nullcontext[None]:
     return nullcontext() if workspace.stream is None else torch.cuda.stream(workspace.stream)
 
 

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from weft.core.specs import Param
 
 # The architectures whose blocks are made of transformers' Conv1D, which stores (in, out).
-_CONV1D_MODELS = {"gpt2", "openai-gpt", "imagegpt", "decision_transformer"}
+CONV1D_MODELS = {"gpt2", "openai-gpt", "imagegpt", "decision_transformer"}
 CONV1D_MODULES = {"c_attn", "c_proj", "c_fc", "q_attn"}
 
 
@@ -344,5 +344,5 @@ def _square_is_transposed(module: str, name: str, base: Checkpoint, adapter: Ada
     parts = [base.config, *(part for part in base.config.values() if isinstance(part, dict))]
     types = {part.get("model_type") for part in parts} - {None}
     if types:
-        return bool(types & _CONV1D_MODELS) and leaf in CONV1D_MODULES
+        return bool(types & CONV1D_MODELS) and leaf in CONV1D_MODULES
     return bool(adapter.config.get("fan_in_fan_out"))

@@ -17,7 +17,10 @@ _TOOLS = {
     "mergekit-tokensurgeon": ("approximation_method", "donor"),
     "mergekit-layershuffle": ("full_random",),
 }
-_EXTRACTION = ("finetune", "finetuned", "finetuned_model", "rank", "max_rank")
+_EXTRACTION = (
+    *("finetune", "finetuned", "finetuned_model", "rank", "max_rank"),
+    *("targeted_modules", "saved_modules"),
+)
 
 # Parameters that MergeKit once read, and what became of them.
 OBSOLETE = {
@@ -36,10 +39,17 @@ def refuse(data: Any, name: str) -> None:
                 f'{name} is a recipe for {tool} (it has "{own}"), which Weft does not run',
                 "weft run takes what mergekit-yaml, mergekit-multi and mergekit-pytorch take",
             )
-    if own := next((key for key in _EXTRACTION if key in data), None):
+    if is_extraction(data):
         raise Unsupported(
-            f'{name} is an extraction recipe (it has "{own}")', "extraction recipes: weft extract"
+            f"{name} has an extraction recipe among other documents",
+            "give it a file of its own: weft run extraction.yml -o ADAPTER",
         )
+
+
+def is_extraction(data: Any) -> bool:
+    """Whether a document asks for an adapter (see `weft.recipes.extraction`)."""
+    mapping = isinstance(data, dict) and "merge_method" not in data
+    return mapping and any(key in data for key in _EXTRACTION)
 
 
 def modernise(document: Document) -> list[str]:

@@ -51,12 +51,12 @@ class Made:
 
     Attributes:
         dtype, shape: What it has when it is written.
-        values: Gives its bytes, little-endian.
+        values: Gives its bytes, little-endian, in pieces or at once.
     """
 
     dtype: str
     shape: Shape
-    values: Callable[[], bytes]
+    values: Callable[[], bytes | Iterable[bytes]]
 
 
 def check_folder(folder: Path, files: Iterable[str], *, force: bool) -> Path:
@@ -84,6 +84,7 @@ def write_adapter(
     *,
     texts: Callable[[], Mapping[str, str]] = dict,
     force: bool = False,
+    within: Path | None = None,
 ) -> None:
     """Write `tensors` (key -> what it is) with `config`, and copy the files `beside`.
 
@@ -94,6 +95,7 @@ def write_adapter(
         beside: Name in the folder -> the file to copy.
         texts: Asked when all tensors are written: name in the folder -> what it says.
         force: Replace an adapter that is there already.
+        within: A folder of the same disk in which it is made, of a run that can be resumed.
 
     Raises:
         OutputError: The folder is there already, or cannot be written.
@@ -101,6 +103,9 @@ def write_adapter(
     read = [piece.ref.file for piece in tensors.values() if isinstance(piece, Piece)]
     folder = check_folder(folder, read, force=force)
     partial = folder.with_name(f"{folder.name}.partial-{os.getpid()}")
+    if within is not None:
+        partial = within / "adapter"
+        shutil.rmtree(partial, ignore_errors=True)  # of a run that was killed
     try:
         partial.mkdir(parents=True)
         try:
@@ -117,9 +122,10 @@ def write_adapter(
             shutil.rmtree(partial, ignore_errors=True)
             raise
     except OSError as error:
-        raise OutputError(
-            f"cannot write {folder}: {error.strerror}", "free some space, or give another -o"
-        ) from None
+        cure = "free some space, or give another -o"
+        if within is not None:
+            cure = "free some space, then run the same command with --resume"
+        raise OutputError(f"cannot write {folder}: {error.strerror}", cure) from None
 
 
 def _replaceable(folder: Path, force: bool) -> bool:
@@ -160,7 +166,8 @@ def _write_tensors(path: Path, tensors: Mapping[str, Piece | Made]) -> None:
         out.write(head_of(tensors))
         for piece in tensors.values():
             if isinstance(piece, Made):
-                out.write(piece.values())
+                made = piece.values()
+                out.writelines([made] if isinstance(made, bytes) else made)
             elif piece.as_it_lies:
                 out.writelines(_read(piece.ref))
             else:

@@ -58,3 +58,53 @@ def resized_card(adapter: Adapter, manifest: Mapping[str, Any]) -> str:
             "",
         ]
     )
+
+
+def extracted_card(config: Mapping[str, Any], manifest: Mapping[str, Any]) -> str:
+    """`README.md` of what `weft extract` made, with the metadata that the hub reads."""
+    totals, modules = manifest["totals"], manifest["modules"]
+    head = {
+        "base_model": manifest["base"],
+        "library_name": "peft",
+        "tags": [
+            "lora",
+            "extract",
+            "weft",
+            *([config["model_type"]] if "model_type" in config else []),
+        ],
+    }
+    rows = [
+        f"| {name} | {modules[name]['rank']} | {show_share(modules[name]['kept'])} "
+        f"| {show_share(modules[name]['relative_error'])} |"
+        for name in manifest["worst"]
+    ]
+    summary = (
+        f"{totals['modules']} modules, {totals['saved']} tensors saved in full, "
+        f"{show_size(totals['bytes'])}. {show_share(totals['kept'])} of ‖ΔW‖² is kept; merged "
+        f"back, the model differs from the tuned one by {show_share(totals['model_error'])} of its "
+        "norm. Where the error is largest:"
+    )
+    table = ["| module | rank | kept | error |", "| --- | --- | --- | --- |", *rows, ""]
+    return "\n".join(
+        [
+            "---",
+            yaml.safe_dump(head, sort_keys=False, allow_unicode=True).strip(),
+            "---",
+            "",
+            f"# {manifest['tuned'].rstrip('/').rpartition('/')[2]} as an adapter",
+            "",
+            f"Extracted by weft {manifest['weft']}:",
+            "",
+            "```",
+            manifest["command"],
+            "```",
+            "",
+            summary,
+            "",
+            *(table if rows else []),
+            f"Loads in: {manifest['serving']}.",
+            "",
+            "`weft.json` says it of each module.",
+            "",
+        ]
+    )

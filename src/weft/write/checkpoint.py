@@ -72,7 +72,7 @@ class CheckpointSink:
         try:
             self._claim(resume, setting)
         except OSError as error:
-            raise _output_error(error, self.partial, begun=False) from None
+            raise output_error(error, self.partial, begun=False) from None
 
     @property
     def receipts(self) -> dict[str, Receipt]:
@@ -88,7 +88,7 @@ class CheckpointSink:
         try:
             self._shards[job.shard].write(data, offset)
         except OSError as error:
-            raise _output_error(error, self.partial) from None
+            raise output_error(error, self.partial) from None
 
     def copy(self, job: TensorJob, offset: int, file: str, start: int, count: int) -> None:
         with self._lock:
@@ -100,14 +100,14 @@ class CheckpointSink:
         try:
             self._shards[job.shard].copy(self._sources[file], start, offset, count)
         except OSError as error:
-            raise _output_error(error, self.partial) from None
+            raise output_error(error, self.partial) from None
 
     def finish(self, receipts: Sequence[Receipt]) -> None:
         try:
             with self._lock:
                 self._journal.add(receipts)
         except OSError as error:
-            raise _output_error(error, self.partial) from None
+            raise output_error(error, self.partial) from None
 
     # -------------------------------------------------------------------- begin and end
 
@@ -151,7 +151,7 @@ class CheckpointSink:
             if self._force:
                 self._clear_replaced()
         except OSError as error:
-            raise _output_error(error, self.partial) from None
+            raise output_error(error, self.partial) from None
         self.close()
 
     def leftovers(self) -> list[Path]:
@@ -244,7 +244,7 @@ def check_output(out: Path, plan: Plan, *, force: bool, resume: bool) -> None:
         allow_open_files(plan)
         _check_output(*_places(out), plan, force=force, resume=resume)
     except OSError as error:
-        raise _output_error(error, out, begun=False) from None
+        raise output_error(error, out, begun=False) from None
 
 
 def _places(out: Path) -> tuple[Path, Path]:
@@ -275,16 +275,7 @@ def _check_output(out: Path, partial: Path, plan: Plan, *, force: bool, resume: 
                 f"{out} does not look like a model, so --force does not delete it",
                 "remove it yourself, or give another -o",
             )
-    if partial.is_dir() and any(partial.iterdir()) and not _is_ours(partial):
-        raise OutputError(
-            f"{partial} is not what a run of weft left, and a run would have to replace it",
-            "move it away, or give another -o",
-        )
-    if partial.exists() and not (force or resume):
-        raise OutputError(
-            f"{partial} is what an interrupted run left",
-            "--resume goes on from there, --force starts over",
-        )
+    check_partial(partial, force=force, resume=resume)
     above = _existing(out.parent)
     if not above.is_dir():
         raise OutputError(f"{above} is a file, and {out} would lie in it", "give another -o")
@@ -295,6 +286,24 @@ def _check_output(out: Path, partial: Path, plan: Plan, *, force: bool, resume: 
         raise OutputError(
             f"{out.parent} has {show_size(free)} free, the output takes {show_size(plan.nbytes)}",
             "free some space, or give another -o",
+        )
+
+
+def check_partial(partial: Path, *, force: bool, resume: bool) -> None:
+    """Whether a run may go on in the folder `partial`, or begin there.
+
+    Raises:
+        OutputError: It is something else, or what is in it was not to be touched.
+    """
+    if partial.is_dir() and any(partial.iterdir()) and not _is_ours(partial):
+        raise OutputError(
+            f"{partial} is not what a run of weft left, and a run would have to replace it",
+            "move it away, or give another -o",
+        )
+    if partial.exists() and not (force or resume):
+        raise OutputError(
+            f"{partial} is what an interrupted run left",
+            "--resume goes on from there, --force starts over",
         )
 
 
@@ -322,7 +331,7 @@ def _existing(folder: Path) -> Path:
     return folder if folder.exists() else _existing(folder.parent)
 
 
-def _output_error(error: OSError, partial: Path, *, begun: bool = True) -> OutputError:
+def output_error(error: OSError, partial: Path, *, begun: bool = True) -> OutputError:
     """An operating system's error as an answer: what, where, and what next."""
     then = "then run the same command with --resume" if begun else "then run the command again"
     if error.errno in (errno.ENOSPC, errno.EDQUOT):

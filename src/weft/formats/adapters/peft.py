@@ -290,6 +290,8 @@ def _replacement(path: str, ref: TensorRef, config: dict[str, Any]) -> AdapterEn
     wrapper = next((w for w in _ORIGINALS if f".{module}".endswith("." + w)), "")
     module = module.removesuffix(wrapper or "modules_to_save").removesuffix(".")
     module = module.replace(".base_layer.", ".")  # of attention whose out_proj is wrapped, too
+    while module.endswith(".base_layer"):  # of experts with several adapted parameters
+        module = module.removesuffix(".base_layer")
     params: tuple[tuple[str, Param], ...] = ()
     if wrapper and parameter == "weight":
         params = (("own_base", True),)

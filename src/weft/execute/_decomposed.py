@@ -1,0 +1,179 @@
+"""The singular values and vectors of a tensor's difference, all of its matrices together."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+
+from weft.decompose import ranks
+from weft.decompose.factors import split
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+
+    from torch import Tensor
+
+    from weft.decompose.krylov import Svd
+    from weft.decompose.ranks import Signal
+
+
+@dataclass(frozen=True, slots=True)
+class Spectrum:
+    """What is known of the matrices e of a tensor, ΔWₑ ≈ Uₑ Σₑ Vₑᵀ, without the vectors.
+
+    There is one matrix, except of fused experts.
+
+    Attributes:
+        shape: (m, n) of each.
+        values: Σ (E, k), float64, falling, and zero behind a matrix's rank.
+        energy: ‖ΔW‖² (E).
+        error: ‖ΔW − U Σ Vᵀ‖² (E), of all k.
+        excess: (E, k) how much more of it the optimum of each rank may have, at most.
+        ulp: The mean of ulp² of what the tuned tensor was rounded to (E); 0 if it was not.
+    """
+
+    shape: tuple[int, int]
+    values: Tensor
+    energy: Tensor
+    error: Tensor
+    excess: Tensor
+    ulp: Tensor
+
+    @property
+    def rank(self) -> int:
+        """The most that there is."""
+        return self.values.shape[1]
+
+    def together(self) -> list[float]:
+        """√Σₑ σₑᵢ²: what each further unit of rank adds, of all matrices."""
+        found: list[float] = self.values.square().sum(0).sqrt().tolist()
+        return found
+
+    def errors(self, rank: int) -> list[float]:
+        """‖ΔW − U Σ Vᵀ‖² of each matrix, cut to `rank`."""
+        left_out = self.values[:, rank:].square().sum(1)
+        return [float(error) for error in self.error + left_out]
+
+    def bound(self, rank: int) -> float:
+        """How many times the optimum's error the error is at this rank, at most."""
+        rank = min(rank, self.rank)
+        error = math.fsum(self.errors(rank))
+        excess = math.fsum(self.excess[:, rank - 1].tolist()) if rank else 0.0
+        if not excess or error <= 1e-12 * float(self.energy.sum()):
+            return 1.0
+        best = error - excess
+        return math.sqrt(error / best) if best > 0 else math.inf
+
+    def signal(self, matrix: int = 0) -> Signal:
+        """What of a matrix stands above the noise of rounding."""
+        floor = ranks.noise_floor(self.shape, [float(self.ulp[matrix])])
+        values = clear(self.values[matrix].tolist())
+        return ranks.signal(values, floor, self.shape, float(self.energy[matrix]))
+
+    def edge(self, matrix: int = 0) -> float:
+        """Where the singular values of the noise end."""
+        return ranks.noise_floor(self.shape, [float(self.ulp[matrix])]).edge
+
+
+@dataclass(frozen=True, slots=True)
+class Decomposed:
+    """A spectrum with its vectors.
+
+    Attributes:
+        spectrum: Of the matrices.
+        left: U (E, m, k), float32.
+        right: V (E, n, k).
+    """
+
+    spectrum: Spectrum
+    left: Tensor
+    right: Tensor
+
+    def tensors(self) -> dict[str, Tensor]:
+        """By name, for a file."""
+        found = {name: getattr(self.spectrum, name) for name in _KEPT}
+        found |= {"left": self.left, "right": self.right}
+        found["shape"] = torch.tensor(self.spectrum.shape)
+        return {name: each.contiguous() for name, each in found.items()}
+
+    def factors(self, rank: int, scaling: float) -> list[tuple[Tensor, Tensor]]:
+        """(U √Σ, V √Σ) of each matrix, (m, rank) and (n, rank), float64, divided by √scaling."""
+        found = []
+        root = math.sqrt(scaling)
+        for left, values, right in zip(self.left, self.spectrum.values, self.right, strict=True):
+            A, B = split(left[:, :rank], values[:rank], right[:, :rank])
+            found.append((_padded(B, rank) / root, _padded(A.T, rank) / root))
+        return found
+
+
+def clear(values: Sequence[float]) -> list[float]:
+    """Those that are more than what float32 makes of zero."""
+    return [value for value in values if value > _CLEAR * values[0]]
+
+
+_CLEAR = 1e-6
+_KEPT = ("values", "energy", "error", "excess", "ulp")
+SMALL = ("shape", *_KEPT)  # the names that a spectrum takes
+
+
+def spectrum_of(tensors: Mapping[str, Tensor]) -> Spectrum:
+    """Of what `Decomposed.tensors` gave, the vectors aside."""
+    rows, columns = tensors["shape"].tolist()
+    return Spectrum((rows, columns), **{name: tensors[name] for name in _KEPT})
+
+
+def decomposed_of(tensors: Mapping[str, Tensor]) -> Decomposed:
+    """What `Decomposed.tensors` gave."""
+    return Decomposed(spectrum_of(tensors), tensors["left"], tensors["right"])
+
+
+def _padded(values: Tensor, rank: int) -> Tensor:
+    """With columns of zeros up to `rank`."""
+    return torch.nn.functional.pad(values, (0, rank - values.shape[1]))
+
+
+def stacked(svds: Sequence[Svd], ulps: Sequence[float]) -> Decomposed:
+    """The factorisations of a tensor's matrices, brought to one rank by zeros."""
+    rank = max(svd.rank for svd in svds)
+    return Decomposed(
+        Spectrum(
+            shape=(svds[0].left.shape[0], svds[0].right.shape[0]),
+            values=torch.stack([_padded(svd.values.double()[None], rank)[0] for svd in svds]),
+            energy=torch.tensor([svd.energy for svd in svds], dtype=torch.float64),
+            error=torch.tensor([svd.error for svd in svds], dtype=torch.float64),
+            excess=torch.stack([_held(svd.excess.double(), rank) for svd in svds]),
+            ulp=torch.tensor(list(ulps), dtype=torch.float64),
+        ),
+        left=torch.stack([_padded(svd.left.float(), rank) for svd in svds]),
+        right=torch.stack([_padded(svd.right.float(), rank) for svd in svds]),
+    )
+
+
+def _held(values: Tensor, rank: int) -> Tensor:
+    """The last value again and again, up to `rank`: beyond its rank a matrix gains nothing."""
+    if not len(values):
+        return torch.zeros(rank, dtype=torch.float64)
+    return torch.cat([values, values[-1:].expand(rank - len(values))])
+
+
+def rounding(
+    exact: Sequence[tuple[Tensor, Tensor]],
+    written: Sequence[tuple[Tensor, Tensor]],
+    scaling: float,
+) -> list[float]:
+    """‖scaling (Lw Rwᵀ − L Rᵀ)‖² of each matrix, from Gram matrices, in float64.
+
+    What is rounded off is orthogonal to what was left out, but for products of two roundings: so
+    the error of what is written is the sum of this and of what was left out.
+    """
+    found = []
+    for (left, right), (wide, high) in zip(exact, written, strict=True):
+        # L̃ R̃ᵀ − L Rᵀ = (L̃ − L) R̃ᵀ + L (R̃ − R)ᵀ, whose parts are small: nothing cancels.
+        one = torch.cat([wide.double() - left, left], 1)
+        two = torch.cat([high.double(), high.double() - right], 1)
+        square = float(((one.T @ one) * (two.T @ two)).sum())
+        found.append(scaling**2 * max(square, 0.0))
+    return found

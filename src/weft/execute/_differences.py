@@ -1,0 +1,218 @@
+"""tuned − base of a tensor, block by block or as matrices that are multiplied."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+
+from weft.core.errors import NumericsError
+from weft.core.specs import Merge, leaves
+from weft.decompose.matrices import Dense
+from weft.decompose.ranks import mean_square_ulp
+from weft.execute._expressions import Evaluator
+from weft.plan.extract import stored_as
+from weft.plan.layout import layout
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator, Sequence
+    from typing import Any
+
+    from torch import Tensor
+
+    from weft.core.specs import Expression
+    from weft.execute._blocks import Files, Workspace
+    from weft.execute._expressions import Shared
+    from weft.plan.extract import Change
+
+_SAMPLE = 2**17  # elements by which the size of an ulp is told
+_SUMMED = 4  # ulps that a difference made of products is off, at most
+
+
+class Alone:
+    """Does by itself what others would help with."""
+
+    def map(self, tasks: Sequence[Callable[[], Any]]) -> list[Any]:
+        return [task() for task in tasks]
+
+
+@dataclass(frozen=True, slots=True)
+class Sums:
+    """Of some rows: ‖tuned‖², ‖tuned − base‖²; and the mean of ulp² of the tuned, if sampled."""
+
+    tuned: float
+    energy: float
+    ulp: float
+
+
+class Difference:
+    """The tensor of `change` as a matrix, in float32 (float64 where a model has it).
+
+    Where the files have it in parts, their rows follow each other.
+    """
+
+    def __init__(self, change: Change, files: Files, workspace: Workspace, shared: Shared) -> None:
+        self.change = change
+        self._open = (files, workspace, shared)
+        self._layouts = [layout(job) for job in change.jobs]
+        refs = [ref for job in change.jobs for ref in leaves(job.expression)]
+        self.dtype = torch.float64 if any(r.dtype == "float64" for r in refs) else torch.float32
+        self.rows = sum(each.rows for each in self._layouts)
+        self.columns = self._layouts[0].columns
+        self._evaluators: dict[int, Evaluator] = {}
+
+    def _evaluator(self, number: int) -> Evaluator:
+        """Of one part; those of the others are let go."""
+        if number not in self._evaluators:
+            files, workspace, shared = self._open
+            self._evaluators = {
+                number: Evaluator(
+                    self.change.jobs[number].expression,
+                    columns=self.columns,
+                    together=self._layouts[number].together,
+                    dtype=self.dtype,
+                    files=files,
+                    workspace=workspace,
+                    shared=shared,
+                    helpers=Alone(),
+                )
+            }
+        return self._evaluators[number]
+
+    def blocks(self, start: int, stop: int) -> Iterator[tuple[int, Tensor, Tensor | None]]:
+        """(first row, tuned − base, base) of rows `start` to `stop`, in buffers that are reused."""
+        at = 0
+        for number, (job, form) in enumerate(zip(self.change.jobs, self._layouts, strict=True)):
+            low, high = max(start - at, 0), min(stop - at, form.rows)
+            if low < high:
+                evaluator = self._evaluator(number)
+                for first, last in evaluator.cut(low, high):
+                    yield (at + first, *_block(evaluator, job.expression, first, last))
+            at += form.rows
+
+    def sums(self, start: int, stop: int, into: Tensor | None = None) -> Sums:
+        """Of rows `start` to `stop`, which are left in `into`, if given.
+
+        Raises:
+            NumericsError: NaN or infinity.
+        """
+        tuned, energy, samples = [], [], []
+        kept = stored_as(self.change)
+        share = max(1, (stop - start) * self.columns // _SAMPLE)
+        for first, delta, base in self.blocks(start, stop):
+            energy.append(float(delta.double().square_().sum()))
+            value = delta if base is None else base + delta
+            flat = value.reshape(-1)
+            tuned.append(float(torch.dot(flat, flat)))
+            if not math.isfinite(energy[-1] + tuned[-1]):
+                self._check_finite(delta, base)
+                tuned[-1] = float(flat.double().square().sum())
+            if into is not None:
+                into[first - start : first - start + len(delta)].copy_(delta)
+            if base is not None:
+                rounded = (value if kept else delta).reshape(-1)
+                samples.append(rounded[::share].cpu())
+        return Sums(math.fsum(tuned), math.fsum(energy), _ulp(samples, kept))
+
+    def _check_finite(self, delta: Tensor, base: Tensor | None) -> None:
+        name = self.change.name
+        if base is not None and not bool(base.isfinite().all()):
+            raise NumericsError(f"the base's {name} holds NaN or infinity", "check BASE's files")
+        if not bool(delta.isfinite().all()):
+            raise NumericsError(f"the tuned {name} holds NaN or infinity", "check TUNED's files")
+
+
+def _block(
+    evaluator: Evaluator, expression: Expression, first: int, last: int
+) -> tuple[Tensor, Tensor | None]:
+    if isinstance(expression, Merge):
+        block = evaluator.block(expression, first, last, "")
+        return block.inputs[0], block.base
+    out = evaluator.buffer("weight", last - first)
+    evaluator.evaluate(expression, first, last, out)
+    return out, None
+
+
+def _ulp(samples: list[Tensor], dtype: str | None) -> float:
+    """The mean of ulp² for what lies in `dtype`, or in a wider one that it was copied to.
+
+    What lies nowhere (None) was computed in float32, as a sum: some ulps of the difference itself.
+    """
+    if not samples or dtype == "float64":
+        return 0.0
+    values = torch.cat(samples).float()
+    if dtype is None:
+        return _SUMMED**2 * mean_square_ulp(values, "float32")
+    if dtype == "float32" and torch.equal(values.bfloat16().float(), values):
+        dtype = "bfloat16"
+    return mean_square_ulp(values, dtype)
+
+
+@dataclass(frozen=True)
+class Held:
+    """A matrix in memory, on the CPU or on a device that multiplies faster.
+
+    Attributes:
+        values: (m, n).
+        energy: ‖A‖².
+    """
+
+    values: Tensor
+    energy: float
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        rows, columns = self.values.shape
+        return rows, columns
+
+    def matmul(self, X: Tensor) -> Tensor:
+        return (self.values @ X.to(self.values.device, self.values.dtype)).cpu().to(X.dtype)
+
+    def rmatmul(self, Y: Tensor) -> Tensor:
+        return (self.values.T @ Y.to(self.values.device, self.values.dtype)).cpu().to(Y.dtype)
+
+    def rows(self) -> Iterator[tuple[int, Tensor]]:
+        for start, block in Dense(self.values).rows():
+            yield start, block.cpu()
+
+
+@dataclass(frozen=True)
+class Streamed:
+    """A matrix that is too large: every product reads it again.
+
+    Attributes:
+        source: Of which it is rows `start` to `stop`.
+        energy: ‖A‖².
+    """
+
+    source: Difference
+    start: int
+    stop: int
+    energy: float
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        return self.stop - self.start, self.source.columns
+
+    def matmul(self, X: Tensor) -> Tensor:
+        out = torch.empty(self.shape[0], X.shape[1], dtype=X.dtype)
+        for first, block, _ in self.source.blocks(self.start, self.stop):
+            at = first - self.start
+            right = X.to(block.device, block.dtype)
+            out[at : at + len(block)].copy_(block @ right)
+        return out
+
+    def rmatmul(self, Y: Tensor) -> Tensor:
+        out: Tensor | None = None
+        for first, block, _ in self.source.blocks(self.start, self.stop):
+            at = first - self.start
+            rows = Y[at : at + len(block)].to(block.device, block.dtype)
+            out = block.T @ rows if out is None else out.addmm_(block.T, rows)
+        assert out is not None
+        return out.cpu().to(Y.dtype)
+
+    def rows(self) -> Iterator[tuple[int, Tensor]]:
+        for first, block, _ in self.source.blocks(self.start, self.stop):
+            yield first - self.start, block.cpu()

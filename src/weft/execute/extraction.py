@@ -1,0 +1,197 @@
+"""The executor of an extraction: tensors are read, and those that changed decomposed.
+
+Each is one thread's from its first byte to its factors, with one of torch's own threads: so the
+bits depend neither on how many threads there are nor on what the others do. One more thread than
+may compute reads the next tensor meanwhile.
+"""
+
+from __future__ import annotations
+
+import threading
+from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Protocol
+
+import torch
+
+from weft.core.events import Moved, OnEvent
+from weft.core.specs import Merge, Receipt, leaves
+from weft.decompose import ranks
+from weft.decompose.krylov import Svd, key_of, svd_until, truncated_svd
+from weft.execute._blocks import Files, Workspace
+from weft.execute._decomposed import clear, stacked
+from weft.execute._differences import Difference, Held, Streamed, Sums
+from weft.execute._expressions import Shared
+from weft.execute.threads import one_torch_thread, stream
+from weft.plan.layout import shared_at_once
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+
+    from torch import Tensor
+
+    from weft.core.wishes import Wishes
+    from weft.plan.extract import Change
+
+# A difference of more bytes is not held in memory, but read again for every product.
+HELD = 200_000_000
+_START = 32  # the rank that is tried first, where it depends on the values
+
+
+class Store(Protocol):
+    """Where the factors go until all are known."""
+
+    def finish(self, receipt: Receipt, tensors: Mapping[str, Tensor] | None) -> None:
+        """A tensor is read, and decomposed where `tensors` say how."""
+
+
+@dataclass(slots=True)
+class _Run:
+    """What the threads share."""
+
+    store: Store
+    wishes: Wishes
+    asked: Mapping[str, int]
+    files: Files
+    workspace: Workspace
+    shared: Shared
+    cores: threading.Semaphore
+    on_event: OnEvent
+    stopped: bool = False
+
+
+def run(
+    changes: Sequence[Change],
+    store: Store,
+    wishes: Wishes,
+    asked: Mapping[str, int],
+    *,
+    threads: int,
+    device: torch.device,
+    on_event: OnEvent,
+) -> None:
+    """Read every change, decompose what is to be, and leave a receipt for each.
+
+    Args:
+        changes: Those without a receipt.
+        store: Takes the results.
+        wishes: Say which rank is enough.
+        asked: Name -> the rank to which it is decomposed, where that is known before.
+        threads: That may compute at once.
+        device: Where matrices are multiplied.
+        on_event: Called with progress, from several threads.
+
+    Raises:
+        WeftError: What went wrong first; the threads have stopped.
+    """
+    jobs = [job for change in changes for job in change.jobs]
+    state = _Run(
+        store,
+        wishes,
+        asked,
+        Files(),
+        Workspace(device),
+        Shared(shared_at_once(jobs)),
+        threading.Semaphore(threads),
+        on_event,
+    )
+    # The largest first: none of them is left for one thread at the end.
+    queue = iter(sorted(changes, key=lambda change: -cost(change)))
+    lock = threading.Lock()
+
+    def work() -> None:
+        with one_torch_thread(), stream(state.workspace):
+            while not state.stopped:
+                with lock:
+                    change = next(queue, None)
+                if change is None:
+                    return
+                _one(state, change)
+
+    pool = ThreadPoolExecutor(threads + 1, thread_name_prefix="weft")
+    try:
+        with one_torch_thread():
+            done, _ = wait(
+                [pool.submit(work) for _ in range(threads + 1)], return_when=FIRST_EXCEPTION
+            )
+            state.stopped = True
+            for future in done:
+                future.result()
+    finally:
+        state.stopped = True
+        pool.shutdown(wait=True)
+        state.files.close()
+
+
+def cost(change: Change) -> int:
+    """Bytes that are read of it."""
+    return sum(ref.nbytes for job in change.jobs for ref in leaves(job.expression))
+
+
+def _one(state: _Run, change: Change) -> None:
+    """Read a tensor, decompose it if it is to be, and tell the store."""
+    source = Difference(change, state.files, state.workspace, state.shared)
+    if change.action != "decompose":
+        with state.cores:
+            sums = source.sums(0, source.rows)
+        tensors = None
+    else:
+        svds, parts = [], []
+        # As many rows of the difference as one matrix has; a kernel's are cut otherwise.
+        rows = source.rows // change.form.count
+        for number in range(change.form.count):
+            svd, found = _decompose(state, source, number * rows, (number + 1) * rows, number)
+            svds.append(svd)
+            parts.append(found)
+        sums = Sums(sum(part.tuned for part in parts), sum(part.energy for part in parts), 0.0)
+        changed = sums.energy > 0
+        tensors = stacked(svds, [part.ulp for part in parts]).tensors() if changed else None
+    new = change.fresh and not isinstance(change.job.expression, Merge)
+    receipt = Receipt(change.name, sums.tuned, sums.energy, None, new or sums.energy > 0)
+    state.store.finish(receipt, tensors)
+    state.on_event(Moved(cost(change), 0))
+
+
+def _decompose(
+    state: _Run, source: Difference, start: int, stop: int, number: int
+) -> tuple[Svd, Sums]:
+    """One matrix: rows `start` to `stop` of the difference."""
+    form, columns = source.change.form, source.columns
+    matrix: Held | Streamed
+    if 4 * (stop - start) * columns <= HELD:
+        # Reading overlaps with the arithmetic of the threads that hold the cores.
+        values = torch.empty(
+            stop - start, columns, dtype=source.dtype, device=state.workspace.device
+        )
+        sums = source.sums(start, stop, values)
+        matrix = Held(values.view(form.rows, form.columns), sums.energy)
+    else:
+        sums = source.sums(start, stop)
+        matrix = Streamed(source, start, stop, sums.energy)
+    with state.cores:
+        return _svd(state, source.change, matrix, sums, number), sums
+
+
+def _svd(state: _Run, change: Change, matrix: Held | Streamed, sums: Sums, number: int) -> Svd:
+    """To the rank that was asked for, or that the rule finds enough."""
+    name = change.name if change.form.count == 1 else f"{change.name}[{number}]"
+    key = key_of(state.wishes.seed, name)
+    rule, rank = state.wishes.rule, state.asked.get(change.name)
+    if rank is not None:
+        return truncated_svd(matrix, rank, key=key)
+    floor = ranks.noise_floor(matrix.shape, [sums.ulp])
+    tried = _START // 2
+
+    def enough(found: Svd) -> int | None:
+        nonlocal tried
+        tried *= 2
+        values = clear(found.values.tolist())
+        if len(values) < min(tried, *matrix.shape):
+            return len(values)  # there is no more
+        if rule.kind == "energy":
+            return ranks.rank_for_energy(values, found.energy, rule.value)
+        # One value below the edge has to be seen; it shows whether the edge is where it should be.
+        signal = ranks.signal(values, floor, matrix.shape, found.energy)
+        return None if signal.bulk is None else signal.rank + 1
+
+    return svd_until(matrix, enough, start=_START, key=key)

@@ -1,0 +1,442 @@
+"""`weft extract` against float64: the optimum, the error that it states, and what it leaves out."""
+
+from __future__ import annotations
+
+import json
+import math
+import socket
+from typing import TYPE_CHECKING, Any
+
+import pairs
+import pytest
+import torch
+from safetensors.torch import load_file
+
+import weft
+from weft.core.errors import NumericsError, OutputError, PlanError, WeftError
+from weft.core.events import Moved
+from weft.execute import assembly, extraction
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from torch import Tensor
+
+
+def extract(root: Path, name: str = "adapter", **kwargs: Any) -> tuple[Path, dict[str, Any]]:
+    """From `root`/tuned and `root`/base; -> the folder and its manifest."""
+    report = weft.extract(
+        kwargs.pop("tuned", root / "tuned"),
+        base=kwargs.pop("base", root / "base"),
+        output=root / name,
+        **{"threads": 2, "dtype": "float32"} | kwargs,
+    )
+    assert json.loads((root / name / "weft.json").read_text()) == json.loads(
+        json.dumps(report.manifest)
+    )
+    assert not (root / f"{name}.partial").exists()
+    return root / name, report.manifest
+
+
+def differences(root: Path) -> dict[str, Tensor]:
+    tuned, base = (load_file(root / name / "model.safetensors") for name in ("tuned", "base"))
+    return {name: tuned[name].double() - base[name].double() for name in tuned}
+
+
+def merged(root: Path, adapter: Path, dtype: str = "float32") -> dict[str, Tensor]:
+    out = root / f"{adapter.name}-merged"
+    weft.merge(root / "base", str(adapter), output=out, dtype=dtype, threads=1)
+    return load_file(out / "model.safetensors")
+
+
+# --------------------------------------------------------------------------------- how near it is
+
+
+@pytest.mark.parametrize("rank", [1, 8, 40])
+def test_every_module_is_as_near_as_the_truncated_svd(tmp_path: Path, rank: int) -> None:
+    pairs.pair(tmp_path)
+    adapter, manifest = extract(tmp_path, rank=rank)
+    found = pairs.delta_of(adapter)
+    want = {name: dW for name, dW in differences(tmp_path).items() if dW.dim() == 2}
+    assert found.keys() == want.keys() == manifest["modules"].keys()
+    for name, dW in want.items():
+        values = torch.linalg.svdvals(dW)
+        optimum = float(values[rank:].square().sum().sqrt())
+        error = float((dW - found[name]).norm())
+        said = manifest["modules"][name]
+        assert error <= 1.002 * optimum + 1e-7 * float(dW.norm()), name
+        assert said["relative_error"] * float(dW.norm()) == pytest.approx(error, rel=1e-4)
+        assert said["bound"] is None or error <= said["bound"] * optimum * (1 + 1e-5)
+        assert said["norm"] == pytest.approx(float(dW.norm()), rel=1e-6)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+@pytest.mark.parametrize("alpha", [None, 24])
+def test_the_merged_model_is_off_by_what_the_manifest_says(
+    tmp_path: Path, dtype: str, alpha: float | None
+) -> None:
+    pairs.pair(tmp_path)
+    adapter, manifest = extract(tmp_path, rank=16, dtype=dtype, alpha=alpha)
+    tuned = load_file(tmp_path / "tuned" / "model.safetensors")
+    error = pairs.distance(merged(tmp_path, adapter), tuned)
+    whole = math.sqrt(sum(float(dW.square().sum()) for dW in differences(tmp_path).values()))
+    norm = math.sqrt(sum(float(W.double().square().sum()) for W in tuned.values()))
+    totals = manifest["totals"]
+    assert totals["relative_error"] == pytest.approx(error / whole, rel=1e-3)
+    assert totals["model_error"] == pytest.approx(error / norm, rel=1e-3)
+    assert totals["bytes"] == (adapter / "adapter_model.safetensors").stat().st_size
+    assert {str(t.dtype) for k, t in load_file(adapter / "adapter_model.safetensors").items()
+            if ".lora_" in k} == {f"torch.{dtype}"}  # fmt: skip
+
+
+def test_factors_in_half_precision_cost_what_is_said_of_each(tmp_path: Path) -> None:
+    pairs.pair(tmp_path)
+    adapter, manifest = extract(tmp_path, rank=96, dtype="bfloat16")
+    found, want = pairs.delta_of(adapter), differences(tmp_path)
+    for name, said in manifest["modules"].items():
+        error = float((want[name] - found[name]).norm() / want[name].norm())
+        assert said["relative_error"] == pytest.approx(error, rel=1e-2)
+    # All of k_proj is kept, and so rounding is all that is left of its error.
+    full = manifest["modules"]["model.layers.0.self_attn.k_proj.weight"]
+    assert full["kept"] > 1 - 1e-9
+    assert 1e-3 < full["relative_error"] < 1e-2
+
+
+def test_a_merged_adapter_comes_back_down_to_the_noise(tmp_path: Path) -> None:
+    rank = 6
+    made = pairs.low_rank(rank, 2e-3)
+    pairs.pair(tmp_path, torch.bfloat16, delta=made, moved=lambda name: name.endswith("weight"))
+    adapter, manifest = extract(tmp_path, rank="auto")
+    ranks = [module["rank"] for module in manifest["modules"].values()]
+    assert len(ranks) == 10
+    assert sum(found == rank for found in ranks) >= 0.95 * len(ranks)
+    assert all(module["noise"]["fits"] for module in manifest["modules"].values())
+    found = pairs.delta_of(adapter)
+    for number, (name, W) in enumerate(pairs.weights().items()):
+        if name not in found:
+            continue
+        true = made(tuple(W.shape), torch.Generator().manual_seed(100 + number)).double()
+        m, n = W.shape
+        deviation = manifest["modules"][name]["noise"]["edge"] / (m**0.5 + n**0.5)
+        # Noise has a part in the r left and right directions that are kept, and nowhere else.
+        least = deviation * math.sqrt(rank * (m + n))
+        assert float((found[name] - true).norm()) < 1.3 * least
+        assert manifest["modules"][name]["noise"]["kept_above"] > 0.99
+
+
+def test_an_expression_gives_the_adapters_delta_exactly(tmp_path: Path) -> None:
+    """Not rounded to the base's bfloat16 in between."""
+    pairs.pair(tmp_path, torch.bfloat16, delta=pairs.low_rank(3, 1e-6))
+    adapter, _ = extract(tmp_path, "first", rank=3)
+    again, manifest = extract(
+        tmp_path, "second", tuned=f"{tmp_path}/base+{adapter}:0.5", rank="auto"
+    )
+    one, two = pairs.delta_of(adapter), pairs.delta_of(again)
+    assert pairs.distance({n: 0.5 * dW for n, dW in one.items()}, two) < 1e-5 * pairs.distance(
+        one, {n: 0 * dW for n, dW in one.items()}
+    )
+    assert {module["rank"] for module in manifest["modules"].values()} == {3}
+
+
+def test_a_difference_that_is_read_again_for_every_product(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pairs.pair(tmp_path)
+    one, held = extract(tmp_path, "held", rank=8)
+    monkeypatch.setattr(extraction, "HELD", 0)
+    two, streamed = extract(tmp_path, "streamed", rank=8)
+    a, b = pairs.delta_of(one), pairs.delta_of(two)
+    norm = pairs.distance(a, {name: 0 * dW for name, dW in a.items()})
+    assert pairs.distance(a, b) < 1e-3 * norm
+    assert held["totals"]["relative_error"] == pytest.approx(
+        streamed["totals"]["relative_error"], rel=1e-6
+    )
+
+
+# ----------------------------------------------------------------------------------- which ranks
+
+
+def test_energy_takes_the_smallest_rank_that_keeps_it(tmp_path: Path) -> None:
+    pairs.pair(tmp_path)
+    _, manifest = extract(tmp_path, energy=0.8)
+    for name, dW in differences(tmp_path).items():
+        if dW.dim() == 2:
+            squares = torch.linalg.svdvals(dW).square()
+            rank = int((squares.cumsum(0) < 0.8 * squares.sum()).sum()) + 1
+            assert abs(manifest["modules"][name]["rank"] - rank) <= 1
+            assert manifest["modules"][name]["kept"] >= 0.8
+
+
+@pytest.mark.parametrize("uniform", [False, True])
+def test_a_budget_is_kept_and_used(tmp_path: Path, uniform: bool) -> None:
+    pairs.pair(tmp_path, moved=lambda name: name.endswith("weight"))
+    adapter, manifest = extract(tmp_path, size="150kB", uniform_rank=uniform)
+    size = (adapter / "adapter_model.safetensors").stat().st_size
+    unit = 4 * sum(sum(shape) for n, shape in pairs.names().items() if len(shape) == 2)
+    assert 150_000 - (unit if uniform else 3000) < size <= 150_000
+    ranks = {module["rank"] for module in manifest["modules"].values()}
+    assert (len(ranks) == 1) == uniform
+    if not uniform:  # no unit of rank that was left would have been worth more than one taken
+        values = {
+            n: torch.linalg.svdvals(d) for n, d in differences(tmp_path).items() if d.dim() > 1
+        }
+        taken, left = [], []
+        for name, module in manifest["modules"].items():
+            gains = values[name].square() / sum(pairs.names()[name])
+            taken += gains[: module["rank"]].tolist()
+            left += gains[module["rank"] : module["rank"] + 1].tolist()
+        assert min(taken) > 0.8 * max(left)
+
+
+def test_a_budget_that_holds_nothing(tmp_path: Path) -> None:
+    pairs.pair(tmp_path)
+    with pytest.raises(WeftError, match=r"1\.00 kB are too few"):
+        extract(tmp_path, size="1kB")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["base", "tuned"]
+
+
+def test_ranks_of_single_modules(tmp_path: Path) -> None:
+    pairs.pair(tmp_path)
+    _, manifest = extract(tmp_path, rank=4, ranks=[("layers.1", 9), ("q_proj", 5)])
+    ranks = {name: module["rank"] for name, module in manifest["modules"].items()}
+    assert ranks["model.layers.0.self_attn.q_proj.weight"] == 5
+    assert ranks["model.layers.1.self_attn.q_proj.weight"] == 9
+    assert ranks["model.layers.0.self_attn.o_proj.weight"] == 4
+
+
+def test_a_module_of_rounding_noise_alone_is_left_out_and_said(tmp_path: Path) -> None:
+    """MergeKit writes rank 0, which PEFT cannot load."""
+
+    def delta(shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
+        if shape == pairs.SHAPES["o_proj"]:  # a last place here and there
+            return 2e-5 * torch.randn(shape, generator=generator)
+        return pairs.low_rank(2, 3e-3)(shape, generator)
+
+    pairs.pair(tmp_path, torch.bfloat16, delta=delta)
+    adapter, manifest = extract(tmp_path, rank="auto")
+    assert {m["rank"] for m in manifest["modules"].values()} == {2}
+    assert set(manifest["left_out"]) == {
+        f"model.layers.{layer}.self_attn.o_proj.weight" for layer in range(2)
+    }
+    assert any("stands above the noise" in warning for warning in manifest["warnings"])
+    assert not any("o_proj" in key for key in load_file(adapter / "adapter_model.safetensors"))
+
+
+def test_one_rank_for_all_and_nothing_in_full(tmp_path: Path) -> None:
+    pairs.pair(tmp_path)
+    adapter, manifest = extract(tmp_path, rank=128, uniform_rank=True)
+    config = json.loads((adapter / "adapter_config.json").read_text())
+    assert (config["r"], config["rank_pattern"], config["modules_to_save"]) == (128, {}, None)
+    tensors = load_file(adapter / "adapter_model.safetensors")
+    assert all(".lora_" in key for key in tensors)
+    assert all(tensor.shape["A" not in key] == 128 for key, tensor in tensors.items())
+    assert manifest["totals"]["left_out"] == 5
+    assert any("--uniform-rank" in warning for warning in manifest["warnings"])
+    assert manifest["serving"].startswith("PEFT, vLLM")
+
+
+# ---------------------------------------------------------------------------- what is left as it is
+
+
+def test_what_did_not_change_is_not_stored(tmp_path: Path) -> None:
+    pairs.pair(tmp_path, moved=lambda name: "q_proj" in name)
+    adapter, manifest = extract(tmp_path, rank=4)
+    keys = load_file(adapter / "adapter_model.safetensors").keys()
+    assert {key.split(".")[-3] for key in keys} == {"q_proj"}
+    assert manifest["totals"]["unchanged"] == len(pairs.names()) - 2
+    assert not manifest["left_out"]
+
+
+def test_equal_models_are_an_error_and_leave_nothing(tmp_path: Path) -> None:
+    pairs.pair(tmp_path, moved=lambda name: False)
+    with pytest.raises(WeftError, match="no tensor of TUNED differs from BASE"):
+        extract(tmp_path)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["base", "tuned"]
+
+
+def test_nothing_that_changed_is_dropped_without_a_line(tmp_path: Path) -> None:
+    pairs.pair(tmp_path)
+    _, manifest = extract(
+        tmp_path,
+        rank=4,
+        target="q_proj, o_proj",
+        save="/layers\\.0\\.input/",
+        exclude="*.1.*o_proj*",
+    )
+    kept = {*manifest["modules"], *manifest["saved"]}
+    assert kept == {
+        "model.layers.0.self_attn.q_proj.weight",
+        "model.layers.1.self_attn.q_proj.weight",
+        "model.layers.0.self_attn.o_proj.weight",
+        "model.layers.0.input_layernorm.weight",
+    }
+    assert kept | set(manifest["left_out"]) == set(pairs.names())
+    assert manifest["left_out"]["model.layers.1.self_attn.o_proj.weight"]["why"].startswith(
+        "--exclude"
+    )
+    (line,) = [w for w in manifest["warnings"] if "left as in the base" in w]
+    assert "11 changed tensors" in line
+    # And what it costs counts.
+    lost = sum(float(differences(tmp_path)[name].square().sum()) for name in manifest["left_out"])
+    whole = sum(float(dW.square().sum()) for dW in differences(tmp_path).values())
+    assert manifest["totals"]["kept"] < 1 - lost / whole
+
+
+@pytest.mark.parametrize(("embed", "kept"), [("lora", "modules"), ("save", "saved")])
+def test_the_embedding_as_asked(tmp_path: Path, embed: str, kept: str) -> None:
+    pairs.pair(tmp_path)
+    _, manifest = extract(tmp_path, rank=4, embed=embed)
+    assert {"model.embed_tokens.weight", "lm_head.weight"} <= set(manifest[kept])
+    _, manifest = extract(tmp_path, "without", rank=4, embed="skip")
+    assert {"model.embed_tokens.weight", "lm_head.weight"} == set(manifest["left_out"])
+
+
+def test_the_embedding_is_saved_where_that_is_smaller(tmp_path: Path) -> None:
+    pairs.pair(tmp_path)
+    _, manifest = extract(tmp_path, rank=64)  # 64 · (120 + 64) numbers against 120 · 64
+    assert "model.embed_tokens.weight" in manifest["saved"]
+    assert "smaller in full" in manifest["saved"]["model.embed_tokens.weight"]["why"]
+
+
+# --------------------------------------------------------------------------------------- refusals
+
+
+def test_all_problems_at_once(tmp_path: Path) -> None:
+    tensors = pairs.weights()
+    base = pairs.write(tmp_path / "base", tensors)
+    del tensors["model.norm.weight"]
+    tensors["model.layers.0.self_attn.q_proj.weight"] = torch.zeros(3, 3)
+    pairs.write(tmp_path / "tuned", tensors)
+    with pytest.raises(PlanError) as caught:
+        extract(tmp_path, base=base, target="self_atn")
+    said = str(caught.value)
+    assert "has no model.norm.weight" in said
+    assert "q_proj.weight is [3, 3]" in said
+    assert "did you mean 'self_attn'?" in said
+
+
+@pytest.mark.parametrize("side", ["tuned", "base"])
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_numbers_that_are_none_are_refused_by_name(tmp_path: Path, side: str, value: float) -> None:
+    pairs.pair(tmp_path)
+    tensors = load_file(tmp_path / side / "model.safetensors")
+    tensors["model.layers.1.self_attn.o_proj.weight"][7, 9] = value
+    pairs.write(tmp_path / "odd", tensors)
+    with pytest.raises(NumericsError, match=rf"{side}.*layers\.1\.self_attn\.o_proj"):
+        extract(tmp_path, **{side: tmp_path / "odd"})
+    assert not (tmp_path / "adapter.partial").exists()
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"rank": 4, "energy": 0.5}, "rank and energy are given"),
+        ({"rank": "automatic"}, "a number or auto"),
+        ({"energy": 1.5}, "is a share"),
+        ({"rank": 0}, "makes no sense"),
+        ({"embed": "no"}, "--embed no"),
+        ({"target": "/(/"}, "no regular expression"),
+        ({"dtype": "int8"}, "unknown output dtype"),
+    ],
+)
+def test_wishes_that_make_no_sense(tmp_path: Path, given: dict[str, Any], message: str) -> None:
+    with pytest.raises(WeftError, match=message):
+        weft.extract("tuned", base="base", output=tmp_path / "adapter", **given)
+
+
+# --------------------------------------------------------------------- resumed, and by many threads
+
+
+def bytes_of(folder: Path) -> bytes:
+    return (folder / "adapter_model.safetensors").read_bytes()
+
+
+@pytest.mark.parametrize("rule", [{"rank": 8}, {"energy": 0.7}, {"size": "200kB"}])
+def test_threads_and_seeds(tmp_path: Path, rule: dict[str, Any]) -> None:
+    pairs.pair(tmp_path)
+    one, _ = extract(tmp_path, "one", threads=1, **rule)
+    four, _ = extract(tmp_path, "four", threads=4, **rule)
+    assert bytes_of(one) == bytes_of(four)
+    if rule == {"rank": 8}:  # where some matrices are not factorised in full
+        other, _ = extract(tmp_path, "other", threads=1, seed=1, **rule)
+        assert bytes_of(one) != bytes_of(other)
+
+
+@pytest.mark.parametrize("at", [1, 7])
+def test_an_interrupted_run_goes_on_to_the_same_bytes(tmp_path: Path, at: int) -> None:
+    pairs.pair(tmp_path)
+    whole, _ = extract(tmp_path, "whole", rank=8)
+    seen = 0
+
+    def interrupt(event: object) -> None:
+        nonlocal seen
+        seen += isinstance(event, Moved)
+        if seen == at:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        extract(tmp_path, rank=8, threads=1, on_event=interrupt)
+    assert not (tmp_path / "adapter").exists()
+    with pytest.raises(OutputError, match="interrupted run left"):
+        extract(tmp_path, rank=8)
+    with pytest.raises(OutputError, match="other inputs or options"):
+        extract(tmp_path, rank=9, resume=True)
+    report = weft.extract(
+        tmp_path / "tuned",
+        base=tmp_path / "base",
+        output=tmp_path / "adapter",
+        rank=8,
+        dtype="float32",
+        resume=True,
+    )
+    assert report.resumed >= at
+    assert bytes_of(tmp_path / "adapter") == bytes_of(whole)
+    assert not (tmp_path / "adapter.partial").exists()
+
+
+def test_interrupted_while_the_adapter_is_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pairs.pair(tmp_path)
+    whole, _ = extract(tmp_path, "whole", rank=8)
+    original = assembly.Assembly.values
+
+    def full(self: Any, entry: Any) -> Any:
+        if "layers.1" in entry.key:
+            raise OSError(28, "No space left on device")
+        return original(self, entry)
+
+    monkeypatch.setattr(assembly.Assembly, "values", full)
+    with pytest.raises(OutputError, match="No space left") as caught:
+        extract(tmp_path, rank=8)
+    assert "--resume" in (caught.value.hint or "")
+    assert not (tmp_path / "adapter").exists()
+    monkeypatch.undo()
+    adapter, _ = extract(tmp_path, rank=8, resume=True)
+    assert bytes_of(adapter) == bytes_of(whole)
+
+
+def test_force_replaces_an_adapter_and_nothing_else(tmp_path: Path) -> None:
+    pairs.pair(tmp_path)
+    adapter, _ = extract(tmp_path, rank=2)
+    with pytest.raises(OutputError, match="exists"):
+        extract(tmp_path, rank=3)
+    extract(tmp_path, rank=3, force=True)
+    assert json.loads((adapter / "adapter_config.json").read_text())["r"] == 3
+    (adapter / "notes.md").write_text("mine")
+    with pytest.raises(OutputError, match="exists"):
+        extract(tmp_path, rank=3, force=True)
+
+
+def test_no_network_is_asked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """MergeKit asks the hub about a local base when all work is done, and dies there."""
+
+    def refuse(*_: object) -> None:
+        raise AssertionError("a connection")
+
+    monkeypatch.setattr(socket.socket, "connect", refuse)
+    monkeypatch.setattr(socket, "getaddrinfo", refuse)
+    monkeypatch.chdir(tmp_path)
+    pairs.pair(tmp_path)
+    weft.extract("tuned", base="base", output="adapter", rank=2)
+    assert "weft.extract" in (tmp_path / "adapter" / "README.md").read_text()

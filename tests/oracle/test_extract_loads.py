@@ -1,0 +1,249 @@
+"""What `weft extract` writes, loaded by PEFT: without a warning, and the same model as Weft merges.
+
+Each way in which MergeKit's extraction loses something on toy models has a case here.
+"""
+
+from __future__ import annotations
+
+import json
+import random
+import shutil
+import warnings
+from typing import TYPE_CHECKING, Any
+
+import helpers
+import peft
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+import weft
+from tests.oracle import test_experts
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+    from pathlib import Path
+
+    from torch import Tensor
+
+    from tests.oracle.conftest import Lab
+
+pytestmark = pytest.mark.oracle
+PLAIN = ("llama", "llama-tied", "qwen2", "gpt2", "qwen2-moe", "mixtral")
+
+
+def tune(base: Path, out: Path, *, only: tuple[str, ...] = ("",), scale: float = 0.02) -> Path:
+    """Every floating tensor whose name has one of `only`, moved by noise."""
+    shutil.copytree(base, out)
+    generator = torch.Generator().manual_seed(7)
+    tensors = load_file(out / "model.safetensors")
+    for name, value in tensors.items():
+        if value.is_floating_point() and any(part in name for part in only):
+            noise = scale * torch.randn(value.shape, generator=generator)
+            tensors[name] = (value.float() + noise).to(value.dtype)
+    save_file(tensors, out / "model.safetensors", {"format": "pt"})
+    return out
+
+
+def extract(base: Path, tuned: Path, **kwargs: Any) -> tuple[Path, dict[str, Any]]:
+    out = tuned.parent / "adapter"
+    options = {"dtype": "float32", "threads": 2, "rank": 8} | kwargs
+    if len({"energy", "size"} & kwargs.keys()):
+        del options["rank"]
+    report = weft.extract(tuned, base=base, output=out, **options)
+    return out, report.manifest
+
+
+def check_error(base: Path, tuned: Path, merged: Path, manifest: dict[str, Any]) -> None:
+    """What Weft merges back is as far from `tuned` as the manifest says, in float64."""
+    before, after, back = (helpers.load(folder) for folder in (base, tuned, merged))
+    assert back.keys() == after.keys()
+    error = sum(float((back[n].double() - after[n].double()).square().sum()) for n in after)
+    whole = sum(float((before[n].double() - after[n].double()).square().sum()) for n in after)
+    assert (error / whole) ** 0.5 == pytest.approx(
+        manifest["totals"]["relative_error"], rel=1e-4, abs=1e-6
+    )
+
+
+def in_peft(model: Any, adapter: Path) -> tuple[Tensor, Tensor]:
+    """Logits with the adapter on, and with it merged; any warning fails."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        warnings.filterwarnings("ignore", "`is_gradient_checkpointing`", FutureWarning)
+        loaded = peft.PeftModel.from_pretrained(model, adapter).eval()
+        unmerged = helpers.logits(loaded)
+        return unmerged, helpers.logits(loaded.merge_and_unload())
+
+
+def check(base: Path, adapter: Path, merged: Path, open_model: Callable[[Path], Any]) -> None:
+    """PEFT's model and Weft's are the same."""
+    want = helpers.logits(open_model(merged))
+    unmerged, united = in_peft(open_model(base), adapter)
+    assert float((unmerged - want).abs().max()) < 5e-5
+    assert float((united - want).abs().max()) < 5e-5
+    assert float((helpers.logits(open_model(base)) - want).abs().max()) > 1e-2
+
+
+def opened(folder: Path) -> Any:
+    return helpers.open_model(folder, "AutoModelForCausalLM", dtype=torch.float32)
+
+
+@pytest.mark.parametrize(
+    "kwargs",
+    [{"rank": 8}, {"energy": 0.7}, {"embed": "save", "alpha": 20}],
+    ids=["rank", "energy", "saved"],
+)
+@pytest.mark.parametrize("model", PLAIN)
+def test_peft_has_the_merged_model(
+    lab: Lab, tmp_path: Path, model: str, kwargs: dict[str, Any]
+) -> None:
+    base = lab.base(model)
+    tuned = tune(base, tmp_path / "tuned")
+    adapter, manifest = extract(base, tuned, **kwargs)
+    assert not manifest["left_out"]
+    merged = helpers.weft_merge(base, adapter, tmp_path / "merged")
+    check_error(base, tuned, merged, manifest)
+    check(base, adapter, merged, opened)
+    with_the_keys_in_another_order(adapter)
+    assert weft.doctor(adapter, base).verdict == "sound"
+    check(base, adapter, merged, opened)
+
+
+def with_the_keys_in_another_order(adapter: Path) -> None:
+    path = adapter / "adapter_config.json"
+    config = json.loads(path.read_text())
+    for field in ("rank_pattern", "alpha_pattern"):
+        items = list(config[field].items())
+        random.Random(0).shuffle(items)
+        config[field] = dict(items)
+    path.write_text(json.dumps(config))
+
+
+@pytest.mark.parametrize("kwargs", [{"rank": 6}, {"energy": 0.7}], ids=["rank", "energy"])
+@pytest.mark.parametrize("model", ["gpt-oss", "llama4"])
+def test_fused_experts_are_not_lost(tmp_path: Path, model: str, kwargs: dict[str, Any]) -> None:
+    made = test_experts.MODELS[model][0]()
+    helpers.randomise(made)
+    base = tmp_path / "base"
+    made.save_pretrained(base)
+    tuned = tune(base, tmp_path / "tuned")
+    adapter, manifest = extract(base, tuned, **kwargs)
+    kinds = [module["kind"] for module in manifest["modules"].values()]
+    assert kinds.count("experts") == 4
+    merged = helpers.weft_merge(base, adapter, tmp_path / "merged")
+    check_error(base, tuned, merged, manifest)
+
+    def same_class(folder: Path) -> Any:
+        options = {"dtype": torch.float32, "experts_implementation": "eager"}
+        return type(made).from_pretrained(folder, **options).eval()
+
+    check(base, adapter, merged, same_class)
+
+
+def test_bias_deltas_are_not_lost(lab: Lab, tmp_path: Path) -> None:
+    """Of Qwen2: also of a module whose weight did not change."""
+    base = lab.base("qwen2")
+    tuned = tune(base, tmp_path / "tuned", only=("q_proj.weight", ".bias"))
+    adapter, manifest = extract(base, tuned)
+    keys = set(load_file(adapter / "adapter_model.safetensors"))
+    assert "base_model.model.model.layers.0.self_attn.q_proj.base_layer.bias" in keys
+    assert "base_model.model.model.layers.0.self_attn.k_proj.bias" in keys
+    assert helpers.config_of(adapter)["bias"] == "all"
+    merged = helpers.weft_merge(base, adapter, tmp_path / "merged")
+    check_error(base, tuned, merged, manifest)
+    check(base, adapter, merged, opened)
+
+
+def test_a_tied_embedding_stays_tied(lab: Lab, tmp_path: Path) -> None:
+    """As factors: right in Weft and in PEFT unmerged. PEFT's merge doubles it, which is said."""
+    base = lab.base("llama-tied")
+    tuned = tune(base, tmp_path / "tuned")
+    adapter, manifest = extract(base, tuned, embed="lora")
+    assert any("merge_and_unload" in warning for warning in manifest["warnings"])
+    merged = helpers.weft_merge(base, adapter, tmp_path / "merged")
+    assert "lm_head.weight" not in helpers.load(merged)
+    check_error(base, tuned, merged, manifest)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        warnings.filterwarnings("ignore", "`is_gradient_checkpointing`", FutureWarning)
+        loaded = peft.PeftModel.from_pretrained(opened(base), adapter).eval()
+    off = (helpers.logits(loaded) - helpers.logits(opened(merged))).abs().max()
+    assert float(off) < 5e-5
+
+
+@pytest.mark.parametrize(
+    "exclude", ["layers.0.input_layernorm", "layers.1.self_attn", "/layers\\.0\\.(mlp|self_attn)/"]
+)
+def test_one_layer_is_excluded(lab: Lab, tmp_path: Path, exclude: str) -> None:
+    base = lab.base("llama")
+    tuned = tune(base, tmp_path / "tuned")
+    adapter, manifest = extract(base, tuned, exclude=exclude)
+    assert manifest["left_out"]
+    merged = helpers.weft_merge(base, adapter, tmp_path / "merged")
+    before, after = helpers.load(base), helpers.load(merged)
+    same = {name for name in before if helpers.same_bytes(before[name], after[name])}
+    assert same == set(manifest["left_out"])
+    check(base, adapter, merged, opened)
+
+
+@pytest.mark.parametrize("only", [("norm",), ("embed_tokens",), ("q_proj", "layers.1.input")])
+def test_modules_are_saved_in_full(lab: Lab, tmp_path: Path, only: tuple[str, ...]) -> None:
+    """Also where nothing is decomposed."""
+    base = lab.base("llama")
+    tuned = tune(base, tmp_path / "tuned", only=only)
+    adapter, manifest = extract(base, tuned, save="q_proj, embed_tokens, *norm*")
+    assert manifest["totals"]["modules"] == 0
+    merged = helpers.weft_merge(base, adapter, tmp_path / "merged")
+    after, want = helpers.load(merged), helpers.load(tuned)
+    assert all(helpers.same_bytes(after[name], want[name]) for name in want)
+    check(base, adapter, merged, opened)
+
+
+@pytest.mark.parametrize("model", ["llama", "llama-tied"])
+def test_a_vocabulary_that_grew(lab: Lab, tmp_path: Path, model: str) -> None:
+    base = lab.base(model)
+    larger = helpers.open_model(base, "AutoModelForCausalLM")
+    larger.resize_token_embeddings(120, mean_resizing=False)
+    helpers.randomise(larger, 5)
+    larger.save_pretrained(tmp_path / "tuned")
+    (tmp_path / "tuned" / "tokenizer.json").write_text("{}")
+    adapter, _ = extract(base, tmp_path / "tuned", rank=64)
+    assert (adapter / "tokenizer.json").exists()
+    merged = helpers.weft_merge(base, adapter, tmp_path / "merged")
+    after, want = helpers.load(merged), helpers.load(tmp_path / "tuned")
+    assert after.keys() == want.keys()
+    assert all(float((after[n] - want[n]).abs().max()) < 2e-6 for n in want)
+    assert helpers.config_of(merged)["vocab_size"] == 120
+
+    def resized(folder: Path) -> Any:
+        made = opened(folder)
+        made.resize_token_embeddings(120, mean_resizing=False)
+        return made
+
+    check(base, adapter, merged, resized)
+
+
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
+def test_the_adapter_of_a_peft_merge_comes_back(lab: Lab, tmp_path: Path) -> None:
+    """Trained and merged by PEFT, extracted: the same rank, the same modules, the same weights."""
+    base = lab.base("llama")
+    config = {"target_modules": ["q_proj", "down_proj"], "r": 4}
+    given = helpers.make_adapter(base, "AutoModelForCausalLM", tmp_path / "given", config=config)
+    tuned = helpers.peft_merge(base, "AutoModelForCausalLM", given, tmp_path / "tuned")
+    adapter, manifest = extract(base, tuned, rank="auto")
+    assert {name.split(".")[-2] for name in manifest["modules"]} == {"q_proj", "down_proj"}
+    assert {module["rank"] for module in manifest["modules"].values()} == {4}
+    merged = helpers.load(helpers.weft_merge(base, adapter, tmp_path / "merged"))
+    want = helpers.load(tuned)
+    assert all(float((merged[name] - want[name]).abs().max()) < 1e-6 for name in want)
+
+
+def test_bare_files_get_the_names_that_transformers_has(tmp_path: Path) -> None:
+    """GPT-2's original files lack the prefix of the model with a head."""
+    base = helpers.save_base("gpt2", "float32", tmp_path / "base", bare=True)
+    tuned = tune(base, tmp_path / "tuned", only=("c_attn", "c_fc", "ln_1"))
+    adapter, manifest = extract(base, tuned)
+    assert all(name.startswith("transformer.h.") for name in manifest["modules"])
+    merged = helpers.weft_merge(base, adapter, tmp_path / "merged")
+    check_error(base, tuned, merged, manifest)
+    check(base, adapter, merged, opened)
