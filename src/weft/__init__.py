@@ -7,18 +7,22 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from weft.api import MergePlan, Report, inspect, merge, plan_merge
+    from weft.api.diff import diff
     from weft.api.recipes import RunPlan, plan_run, run
     from weft.api.resize import ResizeReport, resize
+    from weft.core.differences import Diff
     from weft.core.errors import WeftError
     from weft.diagnosis import Diagnosis, doctor
 
 _HOMES = {
+    "Diff": "weft.core.differences",
     "Diagnosis": "weft.diagnosis",
     "MergePlan": "weft.api",
     "Report": "weft.api",
     "ResizeReport": "weft.api.resize",
     "RunPlan": "weft.api.recipes",
     "WeftError": "weft.core.errors",
+    "diff": "weft.api.diff",
     "doctor": "weft.diagnosis",
     "inspect": "weft.api",
     "merge": "weft.api",
@@ -29,11 +33,13 @@ _HOMES = {
 }
 __all__ = [
     "Diagnosis",
+    "Diff",
     "MergePlan",
     "Report",
     "ResizeReport",
     "RunPlan",
     "WeftError",
+    "diff",
     "doctor",
     "inspect",
     "merge",

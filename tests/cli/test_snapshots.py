@@ -26,6 +26,7 @@ UPDATE = os.environ.get("WEFT_UPDATE_SNAPSHOTS", "0") not in ("", "0")
 MASKS = [
     (r"\d+(\.\d+)? s, \d+\.\d+ GB/s", "<time> s, <rate> GB/s"),
     (r"\d+ min \d+ s, \d+\.\d+ GB/s", "<time> s, <rate> GB/s"),
+    (r"elements, \d+(\.\d+)? s", "elements, <time> s"),
     # Of torch itself, and another one for each release of it.
     (r"about [\d.]+ [kMG]B at most", "about <memory> at most"),
 ]
@@ -153,6 +154,9 @@ COMMANDS = {
     "inspect-adapter": "weft inspect adapter",
     "dry-run": "weft merge base adapter:0.5 -o out --threads 2 --dry-run",
     "merge": "weft merge base adapter -o out",
+    "diff-help": "weft diff --help",
+    "diff-equal": "weft diff base base",
+    "error-diff-filter": "weft diff base base --filter /(/",
     "merge-quiet": "weft merge base adapter -o out -q",
     "run-help": "weft run --help",
     "run-check": "weft run recipe.yml --check",

@@ -8,8 +8,8 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from weft.api import names_adapter
 from weft.api._execution import Report, check_place, execute
+from weft.api._models import Models
 from weft.core import events, units
 from weft.core.errors import (
     NotFound,
@@ -19,16 +19,13 @@ from weft.core.errors import (
     WeftError,
     as_problems,
 )
-from weft.formats import checkpoint as checkpoints
-from weft.formats.adapters import open_adapter
-from weft.formats.hub import resolve
 from weft.recipes.mergekit import read
 from weft.recipes.records import ModelName
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from weft.core.specs import Adapter, Checkpoint, Plan
+    from weft.core.specs import Plan
     from weft.plan._views import View
     from weft.plan.preflight import Work
     from weft.recipes.records import Recipe
@@ -89,7 +86,7 @@ def run(
 
     begin = time.perf_counter()
     count = check_place(device, threads)
-    opened = _Models(cache_dir)
+    opened = Models(cache_dir)
     last, plan = _plan(recipe, opened, seed, max_shard_size)
     credits = opened.credits()
     command = command or f"weft.run({str(recipe)!r}, output={str(output)!r}, seed={seed})"
@@ -131,7 +128,7 @@ def plan_run(
     from weft.write.checkpoint import check_output
 
     threads = check_place(device, threads)
-    opened = _Models(cache_dir)
+    opened = Models(cache_dir)
     last, plan = _plan(recipe, opened, seed, max_shard_size)
     if output is not None:
         check_output(Path(output), plan, force=force, resume=resume)
@@ -160,7 +157,7 @@ def read_recipe(path: str | Path) -> list[Recipe]:
 
 
 def _plan(
-    path: str | Path, opened: _Models, seed: int, size: str | int | None
+    path: str | Path, opened: Models, seed: int, size: str | int | None
 ) -> tuple[Recipe, Plan]:
     """Plan every document; each but the last becomes a model of those after it."""
     limit = None if size is None else units.parse_size(str(size))
@@ -211,80 +208,3 @@ def _located(problems: Sequence[Problem], recipe: Recipe) -> list[Problem]:
         at = f"  @ {where}, line {line}, column {column}" if line else f"  @ {where}"
         found.append(Problem(fact + (at if where else ""), problem.hint))
     return found
-
-
-class _Models:
-    """Checkpoints and adapters, each opened once, whatever stands on them."""
-
-    def __init__(self, cache_dir: str | None) -> None:
-        self._cache_dir = cache_dir
-        self._bases: dict[tuple[str, str | None], Checkpoint] = {}
-        self._adapters: dict[tuple[str, str | None], Adapter] = {}
-
-    def view(self, name: ModelName, made: View | None = None) -> View:
-        """A model with its adapters, as a plan.
-
-        Args:
-            name: As the recipe has it.
-            made: What an earlier document makes, if the name is that of one.
-
-        Raises:
-            WeftError: It does not exist, or its adapters do not fit it.
-        """
-        from weft.plan._views import adapted, view
-        from weft.plan.merge import plan_merge
-
-        adapters = [(self._adapter(p, revision), weight) for p, revision, weight in name.adapters]
-        if made is not None:
-            return adapted(str(name), made, adapters) if adapters else made
-        path, revision = name.path, name.revision
-        if names_adapter(path, revision=revision, cache_dir=self._cache_dir):
-            first = self._adapter(path, revision)
-            if first.base_model is None:
-                raise WeftError(f"{path} is an adapter, and does not say of which base model")
-            adapters.insert(0, (first, 1.0))
-            path, revision = first.base_model, first.revision
-        base = self._base(path, revision)
-        plan = plan_merge(base, adapters)
-        given = (base.given, *(adapter.given for adapter, _ in adapters))
-        return view(str(name), plan, base, given, name.override_architecture)
-
-    def examine(self) -> list[str]:
-        """Warnings that the adapters' numbers give rise to.
-
-        Raises:
-            PlanError: Numbers that forbid a merge.
-        """
-        if not self._adapters:
-            return []
-        from weft.execute.health import examine
-
-        problems: list[Problem] = []
-        warnings: list[str] = []
-        for adapter in self._adapters.values():
-            found, said = examine(adapter)
-            problems += found
-            warnings += said
-        if problems:
-            raise PlanError(", ".join(a.given for a in self._adapters.values()), problems)
-        return warnings
-
-    def credits(self) -> tuple[str, ...]:
-        """Everything that was opened, in that order."""
-        bases = [base.given for base in self._bases.values()]
-        return tuple(dict.fromkeys([*bases, *(a.given for a in self._adapters.values())]))
-
-    def _base(self, path: str, revision: str | None) -> Checkpoint:
-        key = (path, revision)
-        if key not in self._bases:
-            folder = resolve(path, revision=revision, cache_dir=self._cache_dir)
-            given = f"{path}@{revision}" if revision else path
-            self._bases[key] = checkpoints.open_checkpoint(folder, given)
-        return self._bases[key]
-
-    def _adapter(self, path: str, revision: str | None) -> Adapter:
-        key = (path, revision)
-        if key not in self._adapters:
-            folder = resolve(path, revision=revision, cache_dir=self._cache_dir)
-            self._adapters[key] = open_adapter(folder, f"{path}@{revision}" if revision else path)
-        return self._adapters[key]

@@ -29,6 +29,10 @@ _COMMANDS = {
     "schema": ("weft.cli.recipe_commands:schema", "Print the JSON Schema of recipes."),
     "resize": ("weft.cli.resize_command:resize", "Make an adapter's factors smaller."),
     "inspect": ("weft.cli.commands:inspect", "Say what a file or folder is."),
+    "diff": (
+        "weft.cli.diff_commands:diff",
+        "Say which tensors of two models differ, and how much.",
+    ),
     "doctor": ("weft.cli.commands:doctor", "Examine an adapter; repair what has one reading."),
     "demo": ("weft.cli.commands:demo", "Teach a real model something new, and check the result."),
 }

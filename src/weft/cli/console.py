@@ -21,8 +21,10 @@ def say(kind: str, text: str) -> None:
 
 
 @contextmanager
-def progress(*, quiet: bool) -> Iterator[OnEvent]:
+def progress(*, quiet: bool, doing: str = "merging", writes: bool = True) -> Iterator[OnEvent]:
     """A function to give to the library: it draws a bar in bytes, with rates, on a terminal.
+
+    A run that writes nothing reports what it has read as done.
 
     No bar where stderr is no terminal, or with HF_HUB_DISABLE_PROGRESS_BARS; nothing if `quiet`.
     """
@@ -39,11 +41,12 @@ def progress(*, quiet: bool) -> Iterator[OnEvent]:
 
     console = Console(stderr=True)
     bar = Progress(
-        TextColumn("merging"),
+        TextColumn(doing),
         BarColumn(),
         DownloadColumn(),
         TextColumn(
-            "read {task.fields[read_rate]:.2f} GB/s, write {task.fields[write_rate]:.2f} GB/s"
+            "read {task.fields[read_rate]:.2f} GB/s"
+            + (", write {task.fields[write_rate]:.2f} GB/s" if writes else "")
         ),
         TimeRemainingColumn(),
         console=console,
@@ -66,7 +69,7 @@ class _Drawing:
 
         assert isinstance(bar, Progress)
         self._bar = bar
-        self._task = bar.add_task("merge", total=None, read_rate=0.0, write_rate=0.0)
+        self._task = bar.add_task("bytes", total=None, read_rate=0.0, write_rate=0.0)
         self._lock = threading.Lock()
         self._read = self._written = 0
 

@@ -1,56 +1,22 @@
-"""Bytes of a file -> blocks of a tensor: file handles and reused buffers."""
+"""Bytes of a file -> blocks of a tensor, in reused buffers."""
 
 from __future__ import annotations
 
 import ctypes
-import os
 import threading
 from typing import TYPE_CHECKING
 
 import torch
 
 from weft.core.blocks import PAGE
-from weft.core.errors import FormatError
+from weft.execute._files import Files
 
 if TYPE_CHECKING:
     from torch import Tensor
 
     from weft.core.specs import TensorRef
 
-
-class Files:
-    """Open input files, shared by all threads; `pread` needs no position and no lock."""
-
-    def __init__(self) -> None:
-        self._handles: dict[str, int] = {}
-        self._lock = threading.Lock()
-
-    def read(self, file: str, offset: int, into: memoryview) -> None:
-        """Fill `into` with the bytes from `offset` on.
-
-        Raises:
-            FormatError: The file ends before that: it was cut after its header was read.
-        """
-        done = 0
-        while done < len(into):
-            try:
-                count = os.preadv(self._handle(file), [into[done:]], offset + done)
-            except OSError as error:
-                raise FormatError(f"cannot read {file}: {error.strerror}") from None
-            if count == 0:
-                raise FormatError(f"{file} ended at byte {offset + done:,} while it was being read")
-            done += count
-
-    def close(self) -> None:
-        for handle in self._handles.values():
-            os.close(handle)
-        self._handles.clear()
-
-    def _handle(self, file: str) -> int:
-        with self._lock:
-            if file not in self._handles:
-                self._handles[file] = os.open(file, os.O_RDONLY | os.O_CLOEXEC)
-            return self._handles[file]
+__all__ = ["Files", "Workspace"]
 
 
 def _pages(nbytes: int, *, pin: bool) -> tuple[Tensor, memoryview]:

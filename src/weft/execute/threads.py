@@ -130,13 +130,13 @@ def run(
     )
 
     def work() -> None:
-        with _one_torch_thread(), _stream(workspace):
+        with one_torch_thread(), _stream(workspace):
             crew.work()
 
     workers = WORKERS * threads
     pool = ThreadPoolExecutor(workers, thread_name_prefix="weft")
     try:
-        with _one_torch_thread():
+        with one_torch_thread():
             futures = [pool.submit(work) for _ in range(workers)]
             done, _ = wait([*futures, *copies.futures], return_when=FIRST_EXCEPTION)
             crew.stop()
@@ -149,7 +149,7 @@ def run(
 
 
 @contextmanager
-def _one_torch_thread() -> Iterator[None]:
+def one_torch_thread() -> Iterator[None]:
     """The threads are ours: torch starting its own in each would make them fight for the cores.
 
     And float32 is float32: a program that allowed TF32 for its training did not mean the merge.
