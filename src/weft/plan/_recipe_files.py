@@ -11,19 +11,24 @@ from typing import TYPE_CHECKING, Any
 from weft.core.errors import PlanError, Problem
 from weft.core.specs import SideFile
 from weft.formats.side_files import TOKENIZER, part_of
-from weft.plan._replicated import DEPTH, NUMBERS, per_layer, told_by_number
+from weft.plan._modules import modules_of
+from weft.plan._replicated import NUMBERS, per_layer, told_by_number
 from weft.plan._side_files import patched
 from weft.plan._slices import sequence
+from weft.plan._stacks import DEPTHS
 from weft.plan._views import folders
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
     from weft.core.specs import TensorJob
+    from weft.plan._stacks import Stack
     from weft.plan._views import View
     from weft.plan._vocabulary import Vocabulary
     from weft.recipes.records import ModelName, Recipe
 
+# What the paths of towers beside the text, and the parts of the config that describe them, share.
+_TOWERS = ("vision", "visual", "audio")
 RECIPE = "mergekit_config.yml"  # tools look for it by this name
 
 
@@ -96,16 +101,13 @@ def _json(value: Mapping[str, Any]) -> str:
 def _layered(recipe: Recipe, views: Mapping[ModelName, View], donor: View) -> dict[str, Any]:
     """The donor's config with as many layers as the output has, and the lists of what each is."""
     config: dict[str, Any] = json.loads(json.dumps(donor.config))
-    for module in recipe.modules:
+    for module, belongs in modules_of(recipe, donor, views, []):
         order = sequence(module)
         if order is None:
             continue
-        counts = {stack.count for stack in donor.stacks}
-        parts = [config, *(value for value in config.values() if isinstance(value, dict))]
-        for part in parts:
-            depth = next((k for k in DEPTH if part.get(k) in counts), None)
-            if depth is None or (module.name and part is config and len(parts) > 1):
-                continue
+        stack = next(stack for stack in donor.stacks if belongs(f"{stack.path}.0"))
+        for part in _parts_of(stack, config):
+            depth = next(key for key in DEPTHS if part.get(key) == stack.count)
             before = part[depth]
             moved = [new for new, (_, old) in enumerate(order) if new != old]
             if reasons := told_by_number(part) if moved else []:
@@ -115,7 +117,7 @@ def _layered(recipe: Recipe, views: Mapping[ModelName, View], donor: View) -> di
                 )
                 raise PlanError("the recipe", [Problem(what, "keep every layer in its place")])
             for key, value in part.items():
-                if key in DEPTH and value == before:
+                if key in DEPTHS and value == before:
                     part[key] = len(order)
                 elif key in NUMBERS and isinstance(value, list):
                     part[key] = [
@@ -126,6 +128,17 @@ def _layered(recipe: Recipe, views: Mapping[ModelName, View], donor: View) -> di
                 elif isinstance(value, list) and len(value) == before and per_layer(key):
                     part[key] = [_entry(views[name], key, old, value) for name, old in order]
     return config
+
+
+def _parts_of(stack: Stack, config: dict[str, Any]) -> list[dict[str, Any]]:
+    """The parts of a config that count this stack's layers, and no other tower's."""
+    named = [("", config), *((k, v) for k, v in config.items() if isinstance(v, dict))]
+    counting = [(k, v) for k, v in named if any(v.get(key) == stack.count for key in DEPTHS)]
+
+    def tower(name: str) -> bool:
+        return any(word in name for word in _TOWERS)
+
+    return [part for name, part in counting if tower(name) == tower(stack.path)]
 
 
 def _entry(view: View, key: str, layer: int, donors: Sequence[Any]) -> Any:

@@ -15,6 +15,7 @@ from weft.core.filters import Filter, any_of
 from weft.core.names import match, nearest
 from weft.core.specs import Expression, Input, Load, Merge, Plan, Shape, TensorJob, job_bytes
 from weft.formats.checkpoint import same_bytes
+from weft.plan._computed import is_computed
 from weft.plan._extract_forms import Form, Forms
 from weft.plan._moe import FUSED, ONE_EXPERT
 from weft.plan.preflight import dominant_dtype
@@ -186,11 +187,13 @@ class _Draft:
             base = self.base.tensor(name)
             tuned = self.tuned.tensor(found[name]) if name in found else None
             assert base is not None
-            if tuned is None:
+            if tuned is None and is_computed(name):
+                self.notes.append(f"{name} is computed by the model, and left out")
+            elif tuned is None:
                 self._missing(name)
             else:
                 changes.append(self._change(name, tuned, base))
-        new = set(self.tuned.tensors) - set(found.values())
+        new = {n for n in set(self.tuned.tensors) - set(found.values()) if not is_computed(n)}
         changes += [self._fresh(name, self.tuned.tensors[name]) for name in sorted(new)]
         return changes
 
@@ -207,8 +210,7 @@ class _Draft:
     def _fresh(self, name: str, tuned: TensorJob) -> Change:
         self.notes.append(f"{name} is new: {self.base.name} has none")
         form = Form("none", why="the base has none")
-        job = replace(tuned, expression=tuned.expression)
-        return self._decided(Change(job, self.forms.path(name), "save", form, fresh=True))
+        return self._decided(Change(tuned, self.forms.path(name), "save", form, fresh=True))
 
     def _change(self, name: str, tuned: TensorJob, base: TensorJob) -> Change:
         form = self.forms.form(name, base.shape, base.dtype)

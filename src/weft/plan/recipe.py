@@ -13,6 +13,7 @@ from weft.core.errors import PlanError, Problem
 from weft.core.names import nearest
 from weft.core.specs import Expression, Input, Load, Merge, Plan, TensorJob, job_bytes
 from weft.formats.checkpoint import same_bytes
+from weft.plan._computed import is_computed
 from weft.plan._modules import modules_of
 from weft.plan._recipe_files import recipe_files
 from weft.plan._slices import Planned, planned
@@ -27,11 +28,6 @@ if TYPE_CHECKING:
     from weft.recipes.records import ModelName, Module, Recipe, Source
 
 Views = Mapping["ModelName", "View"]
-# Buffers that models compute, and that checkpoints held in the days of transformers 4.30.
-_COMPUTED = re.compile(
-    r"rotary_emb\.(inv_freq|cos_cached|sin_cached)$|\.position_ids$|\.masked_bias$|"
-    r"(^|\.)h\.\d+\.attn\.bias$"
-)
 ALONE = "model.safetensors"  # whatever the one file of the first model is called
 SHARD = 5_000_000_000  # bytes, where no input's shards fit the output
 
@@ -75,10 +71,10 @@ def plan_recipe(
     draft = _Draft(recipe, views, donor, vocabulary, seed, problems)
     if other := _other_architectures(recipe, views):
         raise PlanError(recipe.name or "the recipe", other)  # of which all else would follow
-    for module, belongs in modules_of(recipe, donor, draft.problems):
-        for each in planned(module, belongs, views, draft.problems):
+    for module, belongs in modules_of(recipe, donor, views, draft.problems):
+        for each in planned(module, belongs, views, donor, draft.problems):
             _add(draft, module, each)
-    _unmatched(draft)
+    unmatched = _unmatched(draft)
     if draft.problems:
         raise PlanError(recipe.name or "the recipe", draft.problems)
     jobs = _sharded(draft.jobs, donor, max_shard_size)
@@ -95,7 +91,9 @@ def plan_recipe(
             dict.fromkeys([*recipe.notes, *_computed(draft), *(n for p in plans for n in p.notes)])
         ),
         beside=tuple(beside),
-        warnings=tuple(dict.fromkeys(warning for plan in plans for warning in plan.warnings)),
+        warnings=tuple(
+            dict.fromkeys([*unmatched, *(said for plan in plans for said in plan.warnings)])
+        ),
         repairs=tuple(dict.fromkeys(repair for plan in plans for repair in plan.repairs)),
     )
 
@@ -185,7 +183,7 @@ def _tensors(draft: _Draft, each: Planned) -> list[tuple[Source, TensorJob]] | N
     for source, name in zip(each.slice.sources, each.inputs, strict=True):
         view = draft.views[source.model]
         job = view.tensor(name)
-        if job is None and _COMPUTED.search(name):
+        if job is None and is_computed(name):
             draft.computed[re.sub(r"\.\d+\.", ".*.", each.name)] = source.model
             return None
         if job is None:
@@ -257,12 +255,14 @@ def _computed(draft: _Draft) -> list[str]:
     ]
 
 
-def _unmatched(draft: _Draft) -> None:
+def _unmatched(draft: _Draft) -> list[str]:
     """Filters that no tensor's name holds: MergeKit takes them without a word."""
     recipe = draft.recipe
     names = {job.name for job in draft.jobs} | {
         name for view in draft.views.values() for name in view.tensors
     }
+    names |= {view.tie.head for view in draft.views.values() if view.tie}
+    found: list[str] = []
     places = [(recipe.parameters, "parameters")]
     for module in recipe.modules:
         places.append((module.parameters, f"{module.where}.parameters"))
@@ -274,13 +274,12 @@ def _unmatched(draft: _Draft) -> None:
             for condition in conditions:
                 text = condition.filter
                 if text and text != "*" and not any(text in name for name in names):
-                    draft.problems.append(
-                        Problem(
-                            f"the filter {text!r} of {parameter} matches no tensor  @ {where}",
-                            "a filter is a plain part of a tensor's name, such as self_attn or "
-                            "mlp.down_proj",
-                        )
+                    found.append(
+                        f"the filter {text!r} of {parameter} matches no tensor, and so does "
+                        f"nothing  @ {where}; a filter is a plain part of a tensor's name, such "
+                        "as self_attn or mlp.down_proj"
                     )
+    return found
 
 
 # ------------------------------------------------------------------------------------ the output
