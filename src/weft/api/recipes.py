@@ -198,7 +198,11 @@ def _plan(
     from weft.plan.recipe import plan_recipe
 
     made: dict[str, View] = {}
-    for recipe in read_recipe(path):
+    recipes = read_recipe(path)
+    used = {name.path for recipe in recipes for name in recipe.models()}
+    idle = [each.name for each in recipes[:-1] if each.name not in used]
+    said = f"no document uses {', '.join(map(str, idle))}, and only the last one is written"
+    for recipe in recipes:
         views: dict[ModelName, View] = {}
         problems: list[Problem] = []
         for name in recipe.models():
@@ -216,7 +220,7 @@ def _plan(
         donor = views[recipe.base_model or recipe.models()[0]]
         given = tuple(dict.fromkeys(text for view in views.values() for text in view.given))
         made[recipe.name or ""] = outcome(recipe.name or "", plan, donor, given)
-    return recipe, plan
+    return recipe, replace(plan, warnings=(*plan.warnings, said)) if idle else plan
 
 
 def _place(name: ModelName, recipe: Recipe) -> str:

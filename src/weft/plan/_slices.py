@@ -47,6 +47,10 @@ def planned(
     found = _ranges(module, belongs, views, problems)
     if found is None:
         return
+    if not any(start < stop for each in module.slices for start, stop in map(_range, each.sources)):
+        what = f"no layer is left: every layer_range is empty  @ {module.where}"
+        problems.append(Problem(what, "an empty slice may stand beside others, for its head"))
+        return
     yield from _outside(module.slices[0], belongs, views, before=True)
     number = 0
     for each in module.slices:

@@ -179,6 +179,18 @@ class _Draft:
                 f"{self.base.name} ties its embeddings and {self.tuned.name} does not: each gets "
                 "its own part of the adapter"
             )
+        ours, theirs = (
+            {each.path: each.count for each in v.stacks} for v in (self.tuned, self.base)
+        )
+        deeper = [path for path, count in ours.items() if count > theirs.get(path, count)]
+        self.problems += [
+            Problem(
+                f"{path} has {ours[path]} layers in {self.tuned.name}, and {theirs[path]} in "
+                f"{self.base.name}",
+                "an adapter changes layers and adds none: is this the model that TUNED came from?",
+            )
+            for path in deeper
+        ]
         found = match(wanted, self.tuned.tensors).names
         if self.tuned.tie and not self.tied:
             found[self.tuned.tie.head] = self.tuned.tie.head
@@ -194,6 +206,7 @@ class _Draft:
             else:
                 changes.append(self._change(name, tuned, base))
         new = {n for n in set(self.tuned.tensors) - set(found.values()) if not is_computed(n)}
+        new = {name for name in new if not any(name.startswith(f"{path}.") for path in deeper)}
         changes += [self._fresh(name, self.tuned.tensors[name]) for name in sorted(new)]
         return changes
 
