@@ -170,9 +170,6 @@ MISTAKES = {
         "merge_method: ties\n" + TWO,
         ["ties needs a base_model", "base_model: path/or/id"],
     ),
-        "merge_method: ties\n" + TWO,
-        ["ties needs a base_model", "base_model: path/or/id"],
-    ),
     "a base that is no source": (
         (
             "merge_method: ties\nbase_model: c\nparameters: {weight: 1}\n"
