@@ -25,6 +25,8 @@ format: $(VENV)/.dev
 bench: $(VENV)/.dev
 	$(BIN)/python benchmarks/merge.py --size 1b --rounds 5 --memory-8b
 	$(BIN)/python benchmarks/kinds.py
+	$(BIN)/python benchmarks/recipes.py
+	$(BIN)/python benchmarks/extract.py
 
 # Adapters as ten releases of PEFT write them; their environments, 3 GB, are under .bench/.
 corpus: $(VENV)/.dev

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
+from hypothesis import settings
 from safetensors.torch import save_file
 
 if TYPE_CHECKING:
@@ -16,6 +17,10 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 PREFIX = "base_model.model."
+
+# How long a test takes is for benchmarks: a machine may be busy.
+settings.register_profile("weft", deadline=None)
+settings.load_profile("weft")
 
 
 class Folders:

@@ -32,6 +32,35 @@ MASKS = [
 ]
 
 
+RECIPES = {
+    "recipe.yml": """\
+merge_method: ties
+base_model: base
+models:
+  - model: base+adapter
+    parameters: {weight: 1, density: [0.2, 0.8]}
+  - model: base+adapter:0.5
+    parameters: {weight: [{filter: q_proj, value: 0.7}, {value: 0}], density: 0.5}
+""",
+    "wrong.yml": """\
+merge_method: linear
+models:
+  - model: base
+    parameters: {wieght: 1}
+  - model: base+adapter
+dtpye: bfloat16
+""",
+    "unfit.yml": """\
+merge_method: linear
+models:
+  - model: base
+  - model: base+other
+  - model: ./nowhere
+parameters: {weight: 1}
+""",
+}
+
+
 def write(path: Path, tensors: dict[str, tuple[int, ...]], dtype: str, scale: float) -> None:
     """A safetensors file of values that are the same everywhere."""
     head, _ = build_header([(n, dtype, shape) for n, shape in tensors.items()], {"format": "pt"})
@@ -83,6 +112,8 @@ def models(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         config = {"peft_type": "LORA", "task_type": "CAUSAL_LM", "r": 8, "lora_alpha": 16}
         config |= {"base_model_name_or_path": "example/tiny", "peft_version": "0.18.0"}
         as_json(tmp_path / name / "adapter_config.json", config)
+    for name, recipe in RECIPES.items():
+        (tmp_path / name).write_text(recipe)
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("COLUMNS", "100")
     monkeypatch.setenv("NO_COLOR", "1")
@@ -127,6 +158,14 @@ COMMANDS = {
     "diff-equal": "weft diff base base",
     "error-diff-filter": "weft diff base base --filter /(/",
     "merge-quiet": "weft merge base adapter -o out -q",
+    "run-help": "weft run --help",
+    "run-check": "weft run recipe.yml --check",
+    "run-dry-run": "weft run recipe.yml -o out --threads 2 --dry-run",
+    "run": "weft run recipe.yml -o out",
+    "methods-ties": "weft methods ties",
+    "error-recipe": "weft run wrong.yml -o out",
+    "error-recipe-models": "weft run unfit.yml -o out",
+    "error-option-of-mergekit": "weft run recipe.yml -o out --cuda --random-seed 3",
     "error-no-such-path": "weft merge ./basse adapter -o out",
     "error-other-model": "weft merge base other -o out",
     "error-output-exists": "weft merge base adapter -o existing",

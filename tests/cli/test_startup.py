@@ -73,7 +73,16 @@ def imported(arguments: Sequence[str | Path]) -> set[str]:
 
 @pytest.mark.parametrize(
     "arguments",
-    [["--help"], ["merge", "--help"], ["inspect", "--help"], ["demo", "--help"], ["--version"]],
+    [
+        ["--help"],
+        ["merge", "--help"],
+        ["run", "--help"],
+        ["methods"],
+        ["methods", "ties"],
+        ["inspect", "--help"],
+        ["demo", "--help"],
+        ["--version"],
+    ],
     ids=" ".join,
 )
 def test_help_imports_nothing_heavy(arguments: list[str]) -> None:

@@ -166,7 +166,10 @@ MISTAKES = {
         LINEAR + "base_model: c\n",
         ['c has no "weight"', "@ base_model, line 3", "leave `base_model` out"],
     ),
-    "no base": ("merge_method: ties\n" + TWO, ["ties needs a base_model", "base_model: a"]),
+    "no base": (
+        "merge_method: ties\n" + TWO,
+        ["ties needs a base_model", "base_model: path/or/id"],
+    ),
     "a base that is no source": (
         (
             "merge_method: ties\nbase_model: c\nparameters: {weight: 1}\n"

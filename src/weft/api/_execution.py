@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from weft.core import events, units
 from weft.core.errors import NumericsError, OutputError, PlanError
+from weft.core.specs import Load
 from weft.formats.identity import identify
 
 if TYPE_CHECKING:
@@ -153,7 +154,12 @@ def unchanged(plan: Plan) -> None:
 def _doubtful(sums: Totals, plan: Plan, receipts: Mapping[str, Receipt]) -> list[str]:
     """Warnings that only the result can give cause for."""
     warnings = []
-    if not sums.changed and not any(job.operation == "cast" for job in plan.jobs):
+    models = {e.role.partition(" adapter")[0] for e in plan.inputs if e.role[:7] != "adapter"}
+    moved = any(
+        isinstance(j.expression, Load) and j.expression.ref.name != j.name for j in plan.jobs
+    )
+    equal = len(models) == 1 and not moved and not sums.changed
+    if equal and not any(job.operation == "cast" for job in plan.jobs):
         warnings.append("the output equals the base: no element of any tensor changed")
     elif _updates_nothing(receipts):
         warnings.append("ΔW is zero in every tensor: the output is the base, in another dtype")

@@ -118,6 +118,8 @@ class Extracted:
 
     def _why_left(self, change: Change) -> str:
         if change.action == "decompose":
+            if self.plan.wishes.rule.kind == "size":
+                return "others keep more of ΔW for the bytes that there are"
             return "no singular value stands above the noise of rounding"
         return change.why
 

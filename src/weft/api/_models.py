@@ -44,16 +44,22 @@ class Models:
         self._bases: dict[tuple[str, str | None], Checkpoint] = {}
         self._adapters: dict[tuple[str, str | None], Adapter] = {}
 
-    def view(self, name: ModelName) -> View:
+    def view(self, name: ModelName, made: View | None = None) -> View:
         """A model with its adapters, as a plan.
+
+        Args:
+            name: Which.
+            made: What an earlier document of a recipe makes, if the name is that of one.
 
         Raises:
             WeftError: It does not exist, or its adapters do not fit it.
         """
-        from weft.plan._views import view
+        from weft.plan._views import adapted, view
         from weft.plan.merge import plan_merge
 
         adapters = [(self._adapter(p, revision), weight) for p, revision, weight in name.adapters]
+        if made is not None:
+            return adapted(str(name), made, adapters) if adapters else made
         path, revision = name.path, name.revision
         if names_adapter(path, revision=revision, cache_dir=self._cache_dir):
             first = self._adapter(path, revision)

@@ -245,6 +245,8 @@ def _decompose(
         changed = _changed(plan, scratch.receipts)
         low = [change for change in changed if change.action == "decompose"]
         found = {c.name: spectrum_of(scratch.load(c.name, SMALL)) for c in low}
+        # A resumed run may find more than it would have asked for at first.
+        asked |= {c.name: max(asked[c.name], found[c.name].rank) for c in low if c.name in asked}
         ranks = choose.final_ranks(low, found, plan.wishes, partial(_overhead, plan, changed))
         if ranks is None:
             raise WeftError(

@@ -12,17 +12,25 @@ from weft.api._execution import Report, check_place, execute
 from weft.api._models import Models
 from weft.api.extract import ExtractPlanned, ExtractReport, plan_extraction, run_extraction
 from weft.core import events, units
-from weft.core.errors import NotFound, PlanError, Problem, Unsupported, WeftError
+from weft.core.errors import (
+    NotFound,
+    PlanError,
+    Problem,
+    RecipeError,
+    WeftError,
+    as_problems,
+)
 from weft.recipes.mergekit import read
+from weft.recipes.records import ModelName
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Sequence
 
     from weft.core.specs import Plan
     from weft.plan._views import View
     from weft.plan.preflight import Work
     from weft.recipes.extraction import Extraction
-    from weft.recipes.records import ModelName, Recipe
+    from weft.recipes.records import Recipe
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,10 +97,9 @@ def run(
             command=command, on_event=on_event,
         )  # fmt: skip
     count = check_place(device, threads)
-    recipes = read_recipe(recipe)
     opened = Models(cache_dir)
-    plan = _plan(recipes, opened, seed, max_shard_size)
-    last, credits = recipes[-1], opened.credits()
+    last, plan = _plan(recipe, opened, seed, max_shard_size)
+    credits = opened.credits()
     weft = version("weft")
     return execute(
         plan,
@@ -137,12 +144,10 @@ def plan_run(
             force=force, resume=resume, cache_dir=cache_dir,
         )  # fmt: skip
     threads = check_place(device, threads)
-    recipes = read_recipe(recipe)
     opened = Models(cache_dir)
-    plan = _plan(recipes, opened, seed, max_shard_size)
+    last, plan = _plan(recipe, opened, seed, max_shard_size)
     if output is not None:
         check_output(Path(output), plan, force=force, resume=resume)
-    last = recipes[-1]
     warnings = (*opened.examine(), *plan.warnings)
     return RunPlan(last, plan, measure(plan, threads), opened.credits(), warnings)
 
@@ -185,54 +190,58 @@ def _text(path: Path) -> str:
 
 
 def _plan(
-    recipes: Sequence[Recipe], opened: Models, seed: int, max_shard_size: str | int | None
-) -> Plan:
+    path: str | Path, opened: Models, seed: int, size: str | int | None
+) -> tuple[Recipe, Plan]:
     """Plan every document; each but the last becomes a model of those after it."""
-    size = None if max_shard_size is None else units.parse_size(str(max_shard_size))
+    limit = None if size is None else units.parse_size(str(size))
     from weft.plan._views import outcome
     from weft.plan.recipe import plan_recipe
 
     made: dict[str, View] = {}
+    recipes = read_recipe(path)
+    used = {name.path for recipe in recipes for name in recipe.models()}
+    idle = [each.name for each in recipes[:-1] if each.name not in used]
+    said = f"no document uses {', '.join(map(str, idle))}, and only the last one is written"
     for recipe in recipes:
-        views, problems = {}, []
+        views: dict[ModelName, View] = {}
+        problems: list[Problem] = []
         for name in recipe.models():
             try:
-                views[name] = _earlier(name, made) or opened.view(name)
+                views[name] = opened.view(name, made.get(name.path))
             except WeftError as error:
-                problems += _placed(error, name, recipe)
-        if problems:
-            raise PlanError(recipe.name or "the recipe", problems)
-        plan = plan_recipe(recipe, views, seed=seed, max_shard_size=size)
+                at = _place(name, recipe)
+                problems += [Problem(f"{p.what}  @ {at}", p.hint) for p in as_problems(error)]
+        try:
+            if problems:
+                raise PlanError("", problems)
+            plan = plan_recipe(recipe, views, seed=seed, max_shard_size=limit)
+        except PlanError as error:
+            raise RecipeError(Path(path).name, _located(error.problems, recipe)) from None
         donor = views[recipe.base_model or recipe.models()[0]]
         given = tuple(dict.fromkeys(text for view in views.values() for text in view.given))
         made[recipe.name or ""] = outcome(recipe.name or "", plan, donor, given)
-    return plan
+    return recipe, replace(plan, warnings=(*plan.warnings, said)) if idle else plan
 
 
-def _earlier(name: ModelName, made: Mapping[str, View]) -> View | None:
-    """What an earlier document makes, if that is what is named."""
-    found = made.get(name.path)
-    if found is not None and name.adapters:
-        raise Unsupported(
-            f"{name} adds an adapter to what another document of the recipe makes",
-            f"run the document {name.path} by itself, and name its output here",
-        )
+def _place(name: ModelName, recipe: Recipe) -> str:
+    """Where the recipe names a model first."""
+    tokenizer = recipe.tokenizer
+    places = [(recipe.base_model, "base_model")]
+    for module in recipe.modules:
+        for each in module.slices:
+            places += [(s.model, s.where) for s in each.sources if s.where != "base_model"]
+            places.append((each.base_model, f"{each.where}.base_model"))
+    if tokenizer and isinstance(tokenizer.source, ModelName):
+        places.append((tokenizer.source, "tokenizer"))
+    return next((where for model, where in places if model == name), "tokenizer")
+
+
+def _located(problems: Sequence[Problem], recipe: Recipe) -> list[Problem]:
+    """With line and column, where a problem ends in a place of the YAML."""
+    found = []
+    for problem in problems:
+        fact, _, where = problem.what.partition("  @ ")
+        line, column = recipe.positions.get(where, (0, 0))
+        at = f"  @ {where}, line {line}, column {column}" if line else f"  @ {where}"
+        found.append(Problem(fact + (at if where else ""), problem.hint))
     return found
-
-
-def _placed(error: WeftError, name: ModelName, recipe: Recipe) -> list[Problem]:
-    """What is wrong with a model, and where the recipe names it."""
-    where = next(
-        (
-            source.where
-            for module in recipe.modules
-            for each in module.slices
-            for source in each.sources
-            if source.model == name
-        ),
-        "base_model",
-    )
-    line, _ = recipe.positions.get(where, (0, 0))
-    found = error.problems if isinstance(error, PlanError) else [Problem(str(error), error.hint)]
-    place = f"@ {where}" + (f", line {line}" if line else "")
-    return [Problem(f"{problem.what}  {place}", problem.hint) for problem in found]

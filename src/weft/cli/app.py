@@ -16,6 +16,7 @@ from importlib.metadata import version
 
 from cyclopts import App, CycloptsError, MissingArgumentError, UnusedCliTokensError
 
+from weft.cli import mergekit_options
 from weft.core.errors import WeftError
 from weft.core.units import clean
 from weft.formats.hub import asked_once
@@ -90,7 +91,8 @@ def main(arguments: list[str] | None = None) -> None:
     except CycloptsError as error:
         _say("error", _in_words(error))
         command = [name for name in arguments[:1] if name in _COMMANDS]
-        _say("hint", " ".join(["weft", *command, "--help"]))
+        known = mergekit_options.hints(arguments[1:]) if command == ["run"] else []
+        _say("hint", "\n".join(known) or " ".join(["weft", *command, "--help"]))
         sys.exit(2)
     except WeftError as error:
         _say("error", str(error))

@@ -22,6 +22,9 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
 
+_LAYER = re.compile(r"(?<=[._])\d+(?=[._])")  # its number, in the name of a tensor
+
+
 class WeftError(Exception):
     """What happened, and what to do next."""
 
@@ -75,8 +78,7 @@ class PlanError(WeftError):
         # A defect of the whole adapter is the same in every layer: one line stands for all.
         alike: dict[str, list[str]] = {}
         for problem in self.problems:
-            layers = re.sub(r"(?<=[._])\d+(?=[._])", "*", problem.what)
-            alike.setdefault(layers, []).append(problem.what)
+            alike.setdefault(_LAYER.sub("*", problem.what), []).append(problem.what)
         for first, *others in alike.values():
             lines.append(f"  - {first}" + (f" (and {len(others)} more like it)" if others else ""))
         hints = list(dict.fromkeys(problem.hint for problem in self.problems if problem.hint))
@@ -95,7 +97,8 @@ class RecipeError(PlanError):
         lines = [f"{count} in {name}"]
         alike: dict[tuple[str, str | None], list[Problem]] = {}
         for problem in self.problems:
-            alike.setdefault((problem.what.split("  @ ")[0], problem.hint), []).append(problem)
+            fact = _LAYER.sub("*", problem.what.split("  @ ")[0])
+            alike.setdefault((fact, problem.hint), []).append(problem)
         for (_, hint), (first, *others) in alike.items():
             lines.append(f"  - {first.what}" + (f" (and {len(others)} more)" if others else ""))
             lines += [f"      {line}" for line in (hint or "").split("\n") if line]

@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from weft.plan.extract import Change
 
 _SAMPLE = 2**17  # elements by which the size of an ulp is told
+_RUN = 64  # elements
 _SUMMED = 4  # ulps that a difference made of products is off, at most
 
 
@@ -102,7 +103,7 @@ class Difference:
         kept = stored_as(self.change)
         share = max(1, (stop - start) * self.columns // _SAMPLE)
         for first, delta, base in self.blocks(start, stop):
-            energy.append(float(delta.double().square_().sum()))
+            energy.append(_energy(delta))
             value = delta if base is None else base + delta
             flat = value.reshape(-1)
             tuned.append(float(torch.dot(flat, flat)))
@@ -113,7 +114,7 @@ class Difference:
                 into[first - start : first - start + len(delta)].copy_(delta)
             if base is not None:
                 rounded = (value if kept else delta).reshape(-1)
-                samples.append(rounded[::share].cpu())
+                samples.append(rounded[::share].clone().cpu())  # and not a view of all of it
         return Sums(math.fsum(tuned), math.fsum(energy), _ulp(samples, kept))
 
     def _check_finite(self, delta: Tensor, base: Tensor | None) -> None:
@@ -122,6 +123,14 @@ class Difference:
             raise NumericsError(f"the base's {name} holds NaN or infinity", "check BASE's files")
         if not bool(delta.isfinite().all()):
             raise NumericsError(f"the tuned {name} holds NaN or infinity", "check TUNED's files")
+
+
+def _energy(delta: Tensor) -> float:
+    """Σ d², in float64 but for runs of a few elements, which float32 adds as well."""
+    flat = delta.reshape(-1)
+    whole = flat[: len(flat) // _RUN * _RUN].view(-1, _RUN)
+    rest = flat[whole.numel() :].double().square().sum()
+    return float(whole.square().sum(1).double().sum() + rest)
 
 
 def _block(

@@ -37,6 +37,15 @@ TASK_VECTORS = True
 ROWS = False
 
 
+def check(task: Task) -> str | None:
+    """Weights that cannot be normalised."""
+    weights = [float(weight) for weight in task.of_each("weight")]
+    least = 1e-8 * sum(abs(weight) for weight in weights)
+    if task.count > 1 and task.params["normalize_weights"] and abs(sum(weights)) <= least:
+        return f"the weights {', '.join(map(str, weights))} add up to 0, and are divided by it"
+    return None
+
+
 def prepare(task: Task, blocks: Blocks) -> list[float]:
     """The coefficient of every dᵢ."""
     if task.count == 1:

@@ -11,10 +11,10 @@ from typing import TYPE_CHECKING
 from weft.core.errors import Problem
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Callable, Iterator, Mapping
 
     from weft.plan._views import View
-    from weft.recipes.records import Module, Recipe
+    from weft.recipes.records import ModelName, Module, Recipe
 
 # What MergeKit calls a module -> what the part's path holds; the first that does is meant.
 _CALLED = {
@@ -58,13 +58,17 @@ def _text(view: View) -> list[str]:
 
 
 def modules_of(
-    recipe: Recipe, donor: View, problems: list[Problem]
+    recipe: Recipe, donor: View, views: Mapping[ModelName, View], problems: list[Problem]
 ) -> Iterator[tuple[Module, Callable[[str], bool]]]:
     """The modules of the recipe, each with what tells its tensors."""
     if [module.name for module in recipe.modules] == [None]:
         yield recipe.modules[0], lambda _name: True
         return
     known = parts(donor)
+    for view in views.values():  # what the donor lacks belongs somewhere, too
+        for where, names in parts(view).items():
+            own = known.setdefault(where, [])
+            own += sorted(set(names) - set(own))
     taken: dict[str, str] = {}
     for module in recipe.modules:
         name = module.name or ""

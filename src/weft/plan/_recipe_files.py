@@ -11,18 +11,24 @@ from typing import TYPE_CHECKING, Any
 from weft.core.errors import PlanError, Problem
 from weft.core.specs import SideFile
 from weft.formats.side_files import TOKENIZER, part_of
-from weft.plan._replicated import DEPTH, per_layer, told_by_number
+from weft.plan._modules import modules_of
+from weft.plan._replicated import NUMBERS, per_layer, told_by_number
 from weft.plan._side_files import patched
 from weft.plan._slices import sequence
+from weft.plan._stacks import DEPTHS
+from weft.plan._views import folders
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
     from weft.core.specs import TensorJob
+    from weft.plan._stacks import Stack
     from weft.plan._views import View
     from weft.plan._vocabulary import Vocabulary
     from weft.recipes.records import ModelName, Recipe
 
+# What the paths of towers beside the text, and the parts of the config that describe them, share.
+_TOWERS = ("vision", "visual", "audio")
 RECIPE = "mergekit_config.yml"  # tools look for it by this name
 
 
@@ -73,8 +79,13 @@ def recipe_files(
     if recipe.chat_template:
         from weft.plan._chat_template import with_chat_template
 
-        folders = {name: view.tokenizer for name, view in views.items()}
-        found, said = with_chat_template(recipe.chat_template, folders, list(files.values()))
+        try:
+            found, said = with_chat_template(
+                recipe.chat_template, folders(views), list(files.values())
+            )
+        except PlanError as error:
+            wrong = [Problem(f"{p.what}  @ chat_template", p.hint) for p in error.problems]
+            raise PlanError("the chat template", wrong) from None
         files = {side.name: side for side in found}
         notes += said
     if "README.md" in files:
@@ -90,16 +101,13 @@ def _json(value: Mapping[str, Any]) -> str:
 def _layered(recipe: Recipe, views: Mapping[ModelName, View], donor: View) -> dict[str, Any]:
     """The donor's config with as many layers as the output has, and the lists of what each is."""
     config: dict[str, Any] = json.loads(json.dumps(donor.config))
-    for module in recipe.modules:
+    for module, belongs in modules_of(recipe, donor, views, []):
         order = sequence(module)
         if order is None:
             continue
-        counts = {stack.count for stack in donor.stacks}
-        parts = [config, *(value for value in config.values() if isinstance(value, dict))]
-        for part in parts:
-            depth = next((k for k in DEPTH if part.get(k) in counts), None)
-            if depth is None or (module.name and part is config and len(parts) > 1):
-                continue
+        stack = next(stack for stack in donor.stacks if belongs(f"{stack.path}.0"))
+        for part in _parts_of(stack, config):
+            depth = next(key for key in DEPTHS if part.get(key) == stack.count)
             before = part[depth]
             moved = [new for new, (_, old) in enumerate(order) if new != old]
             if reasons := told_by_number(part) if moved else []:
@@ -109,18 +117,39 @@ def _layered(recipe: Recipe, views: Mapping[ModelName, View], donor: View) -> di
                 )
                 raise PlanError("the recipe", [Problem(what, "keep every layer in its place")])
             for key, value in part.items():
-                if key in DEPTH and value == before:
+                if key in DEPTHS and value == before:
                     part[key] = len(order)
+                elif key in NUMBERS and isinstance(value, list):
+                    part[key] = [
+                        new
+                        for new, (name, old) in enumerate(order)
+                        if old in (_said(views[name], key) or [])
+                    ]
                 elif isinstance(value, list) and len(value) == before and per_layer(key):
                     part[key] = [_entry(views[name], key, old, value) for name, old in order]
     return config
 
 
+def _parts_of(stack: Stack, config: dict[str, Any]) -> list[dict[str, Any]]:
+    """The parts of a config that count this stack's layers, and no other tower's."""
+    named = [("", config), *((k, v) for k, v in config.items() if isinstance(v, dict))]
+    counting = [(k, v) for k, v in named if any(v.get(key) == stack.count for key in DEPTHS)]
+
+    def tower(name: str) -> bool:
+        return any(word in name for word in _TOWERS)
+
+    return [part for name, part in counting if tower(name) == tower(stack.path)]
+
+
 def _entry(view: View, key: str, layer: int, donors: Sequence[Any]) -> Any:
     """What the model that a layer is from says of it."""
-    parts = [view.config, *(v for v in view.config.values() if isinstance(v, dict))]
-    for part in parts:
-        value = part.get(key)
-        if isinstance(value, list) and layer < len(value):
-            return value[layer]
+    value = _said(view, key)
+    if value is not None and layer < len(value):
+        return value[layer]
     return donors[layer] if layer < len(donors) else donors[-1]
+
+
+def _said(view: View, key: str) -> list[Any] | None:
+    """A list in the config of a model, or of a part of it."""
+    parts = [view.config, *(v for v in view.config.values() if isinstance(v, dict))]
+    return next((part[key] for part in parts if isinstance(part.get(key), list)), None)

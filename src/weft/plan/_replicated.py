@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 _LAYER = re.compile(r"^((?:.*?\.)?(?:layers|encoder\.layer|h))\.(0|[1-9][0-9]*)\.(.+)$")
 DEPTH = ("num_hidden_layers", "n_layer", "n_layers", "num_layers")
 # Fields with the numbers of the layers that are special.
-_NUMBERS = ("mlp_only_layers", "moe_layers", "cross_attention_layers")
+NUMBERS = ("mlp_only_layers", "moe_layers", "cross_attention_layers")
 # Fields from which a layer's number tells what kind it is, unless one of the lists does so; and the
 # value that makes them all alike.
 _BY_NUMBER = {
@@ -117,7 +117,7 @@ def deeper(config: Mapping[str, Any], order: Sequence[int], before: int) -> dict
         for key, value in part.items():
             if key in DEPTH and value == before:
                 part[key] = len(order)
-            elif key in _NUMBERS and isinstance(value, list):
+            elif key in NUMBERS and isinstance(value, list):
                 part[key] = [new for new, old in enumerate(order) if old in value]
             elif isinstance(value, list) and len(value) == before and per_layer(key):
                 part[key] = [value[old] for old in order]

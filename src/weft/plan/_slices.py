@@ -37,7 +37,7 @@ class Planned:
 
 
 def planned(
-    module: Module, belongs: Belongs, views: Views, problems: list[Problem]
+    module: Module, belongs: Belongs, views: Views, donor: View, problems: list[Problem]
 ) -> Iterator[Planned]:
     """Every tensor of one module of the output."""
     if all(source.layers is None for each in module.slices for source in each.sources):
@@ -46,6 +46,10 @@ def planned(
         return
     found = _ranges(module, belongs, views, problems)
     if found is None:
+        return
+    if not any(start < stop for each in module.slices for start, stop in map(_range, each.sources)):
+        what = f"no layer is left: every layer_range is empty  @ {module.where}"
+        problems.append(Problem(what, "an empty slice may stand beside others, for its head"))
         return
     yield from _outside(module.slices[0], belongs, views, before=True)
     number = 0
@@ -56,7 +60,16 @@ def planned(
             t = step / (lengths[0] - 1) if lengths[0] > 1 else 1.0
             yield from _layer(each, found, step, number, t, views)
             number += 1
-    yield from _outside(module.slices[-1], belongs, views, before=False)
+    after = list(_outside(module.slices[-1], belongs, views, before=False))
+    yield from after
+    # An untied donor's config promises a head; that of a tied model is its embedding.
+    for name in set() if donor.tie else donor.tensors:
+        for source in module.slices[-1].sources:
+            tie = views[source.model].tie
+            if tie and tie.head == name and name not in {each.name for each in after}:
+                last = module.slices[-1]
+                yield Planned(name, last, (name,) * len(last.sources), 0.0, source.model)
+                break
 
 
 def sequence(module: Module) -> list[tuple[ModelName, int]] | None:

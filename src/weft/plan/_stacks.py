@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Mapping
 
-_DEPTHS = (
+DEPTHS = (
     "num_hidden_layers",
     "num_layers",
     "n_layer",
@@ -25,6 +25,7 @@ _DEPTHS = (
     "num_decoder_layers",
     "num_encoder_layers",
 )
+_BEHIND = 3  # layers behind the counted ones, at most
 # What stands before the first layer; everything else that is in no layer comes after the last.
 _BEFORE = re.compile(r"embed(?!_out)|embd|(^|\.)(wte|wpe|shared|rotary_pos_emb|relative_pe)(\.|$)")
 
@@ -47,19 +48,38 @@ class Place:
 
 
 def stacks(names: Iterable[str], config: Mapping[str, Any]) -> list[Stack]:
-    """The stacks among tensors of these names; those that the config counts, if it counts any."""
+    """The stacks among tensors of these names: what the config counts, or has attention inside.
+
+    A list may go on behind the layers that are counted: what predicts further tokens stands there.
+    """
     found: dict[str, dict[int, set[str]]] = defaultdict(lambda: defaultdict(set))
     for name in names:
         if parts := split(name):
             path, layer, rest = parts
             found[path][layer].add(rest)
-    whole = {
-        path: layers for path, layers in found.items() if sorted(layers) == list(range(len(layers)))
-    }
     counts = set(_counts(config))
-    counted = [path for path, layers in whole.items() if len(layers) in counts]
-    alike = [p for p, layers in whole.items() if len({frozenset(r) for r in layers.values()}) == 1]
-    return [Stack(path, len(whole[path])) for path in counted or alike]
+    stacks = []
+    for path, layers in found.items():
+        if sorted(layers) != list(range(len(layers))):
+            continue
+        less = [count for count in counts if 0 < len(layers) - count <= _BEHIND]
+        if len(layers) in counts or _are_layers(layers):
+            stacks.append(Stack(path, len(layers)))
+        elif less and any("attn" in rest for rest in layers[0]):
+            stacks.append(Stack(path, max(less)))
+    alike = [p for p, layers in found.items() if _are_alike(layers)]
+    return stacks or [Stack(path, len(found[path])) for path in alike]
+
+
+def _are_alike(layers: Mapping[int, set[str]]) -> bool:
+    whole = sorted(layers) == list(range(len(layers)))
+    return whole and len({frozenset(rest) for rest in layers.values()}) == 1
+
+
+def _are_layers(layers: Mapping[int, set[str]]) -> bool:
+    """Alike, and with attention: layers of a tower that the config does not count."""
+    attention = any(word in rest for rest in layers[0] for word in ("attn", "attention"))
+    return len(layers) > 1 and attention and _are_alike(layers)
 
 
 def split(name: str) -> tuple[str, int, str] | None:
@@ -90,5 +110,5 @@ def _counts(config: Mapping[str, Any]) -> Iterator[int]:
     for key, value in config.items():
         if isinstance(value, dict):
             yield from _counts(value)
-        elif key in _DEPTHS and isinstance(value, int):
+        elif key in DEPTHS and isinstance(value, int):
             yield value

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 from weft.core.errors import PlanError, Problem
 from weft.core.specs import Rows, Run
 from weft.plan._stacks import comes_before, place
+from weft.plan._views import folders
 
 if TYPE_CHECKING:
     from weft.core.specs import Shape, TensorJob
@@ -33,13 +34,13 @@ def vocabulary_of(recipe: Recipe, views: Views) -> tuple[Vocabulary | None, list
     ]
     if problems:
         return None, problems
-    folders = {name: view.tokenizer for name, view in views.items()}
     merged = [s.model for m in recipe.modules for each in m.slices for s in each.sources]
     sizes = {name: views[name].vocabulary or 0 for name in dict.fromkeys(merged)}
     try:
-        return build(recipe.tokenizer, recipe.base_model, folders, sizes), []
+        return build(recipe.tokenizer, recipe.base_model, folders(views), sizes), []
     except PlanError as error:
-        return None, list(error.problems)
+        where = "tokenizer" if "tokenizer" in recipe.positions else "tokenizer_source"
+        return None, [Problem(f"{p.what}  @ {where}", p.hint) for p in error.problems]
 
 
 def arranged(

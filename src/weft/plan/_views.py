@@ -12,15 +12,22 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from weft.core.errors import PlanError, Problem
+from weft.core.specs import AddDeltas, Checkpoint, Load, TensorRef, job_bytes
 from weft.formats.checkpoint import read_json
+from weft.formats.side_files import TOKENIZER, part_of
 from weft.plan._stacks import Stack, stacks
 from weft.plan._tied import Tie, find_tie
 from weft.plan.preflight import config_value
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Mapping, Sequence
 
-    from weft.core.specs import Checkpoint, Plan, TensorJob
+    from weft.core.specs import Adapter, Expression, Plan, TensorJob
+    from weft.recipes.records import ModelName
+
+
+_NOWHERE = ""  # the file of a tensor that is only planned
 
 
 @dataclass(frozen=True)
@@ -32,7 +39,7 @@ class View:
         plan: What its tensors and the files beside them are.
         config: Its `config.json`.
         tie: Which two names one table of the vocabulary has, if it has two.
-        tokenizer: The folder with the files of its tokenizer.
+        tokenizer: The folder with the files of its tokenizer; None if a document makes it.
         given: What its card credits: the base and the adapters that it is made from.
     """
 
@@ -40,7 +47,7 @@ class View:
     plan: Plan = field(repr=False)
     config: Mapping[str, Any] = field(repr=False)
     tie: Tie | None
-    tokenizer: Path
+    tokenizer: Path | None
     given: tuple[str, ...]
 
     @cached_property
@@ -88,7 +95,81 @@ def outcome(name: str, plan: Plan, donor: View, given: tuple[str, ...]) -> View:
     """The view of what a recipe makes, for the documents after it."""
     config = _config(plan, donor.config)
     tie = None if config_value(config, "tie_word_embeddings") is False else donor.tie
-    return View(name, plan, config, tie, donor.tokenizer, given)
+    changed = any(s.text is not None and part_of(s.name) == TOKENIZER for s in plan.side_files)
+    return View(name, plan, config, tie, None if changed else donor.tokenizer, given)
+
+
+def adapted(name: str, made: View, adapters: Sequence[tuple[Adapter, float]]) -> View:
+    """The view of what an earlier document makes, with adapters on it.
+
+    They are planned as if it lay on the disk; then what it is takes the place of what would be
+    read there.
+    """
+    from weft.plan.merge import plan_merge
+
+    jobs = {job.name: job for job in made.plan.jobs}
+    config = dict(made.config)
+    if config:  # the bytes of the two tables cannot be compared
+        config["tie_word_embeddings"] = made.tie is not None
+    has_config = made.tokenizer is not None and Path(made.tokenizer, "config.json").is_file()
+    stand_in = Checkpoint(
+        given=made.name,
+        folder=str(made.tokenizer),
+        tensors={
+            n: TensorRef(_NOWHERE, n, j.dtype, j.shape, 0, job_bytes(j)) for n, j in jobs.items()
+        },
+        shards=(made.name,),
+        metadata=dict(made.plan.metadata),
+        config=config,
+        side_files=("config.json",) if has_config else (),
+        left_out=(),
+        sources=(),
+    )
+    plan = plan_merge(stand_in, adapters)
+    files = {side.name: side for side in made.plan.side_files}
+    files |= {s.name: s for s in plan.side_files if s.name != "config.json" or s.text is not None}
+    paths = {entry.path: entry for entry in (*plan.inputs, *made.plan.inputs)}
+    plan = replace(
+        plan,
+        jobs=tuple(replace(job, expression=_grafted(job.expression, jobs)) for job in plan.jobs),
+        side_files=tuple(files[name] for name in sorted(files)),
+        inputs=tuple(paths.values()),
+        notes=(*made.plan.notes, *plan.notes),
+        warnings=(*made.plan.warnings, *plan.warnings),
+        repairs=(*made.plan.repairs, *plan.repairs),
+    )
+    given = (*made.given, *(adapter.given for adapter, _ in adapters))
+    return outcome(name, plan, made, given)
+
+
+def _grafted(expression: Expression, jobs: Mapping[str, TensorJob]) -> Expression:
+    """With what the tensors are in place of what would be read."""
+    match expression:
+        case AddDeltas():
+            return replace(expression, base=_grafted(expression.base, jobs))
+        case Load() if expression.ref.file == _NOWHERE:
+            return jobs[expression.ref.name].expression
+    return expression
+
+
+def folders(views: Mapping[ModelName, View]) -> dict[ModelName, Path]:
+    """Where the files of every model's tokenizer lie.
+
+    Raises:
+        PlanError: A tokenizer that an earlier document makes lies nowhere.
+    """
+    problems = [
+        Problem(
+            f"{name} has a tokenizer that its document makes, and a tokenizer is read from files",
+            f"run the document {name.path} by itself, and name its output here; or leave its "
+            "tokenizer to this document",
+        )
+        for name, view in views.items()
+        if view.tokenizer is None
+    ]
+    if problems:
+        raise PlanError("the tokenizers", problems)
+    return {name: view.tokenizer for name, view in views.items() if view.tokenizer is not None}
 
 
 def _config(plan: Plan, stored: Mapping[str, Any]) -> dict[str, Any]:

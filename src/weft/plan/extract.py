@@ -15,6 +15,7 @@ from weft.core.filters import Filter, any_of
 from weft.core.names import match, nearest
 from weft.core.specs import Expression, Input, Load, Merge, Plan, Shape, TensorJob, job_bytes
 from weft.formats.checkpoint import same_bytes
+from weft.plan._computed import is_computed
 from weft.plan._extract_forms import Form, Forms
 from weft.plan._moe import FUSED, ONE_EXPERT
 from weft.plan.preflight import dominant_dtype
@@ -178,6 +179,18 @@ class _Draft:
                 f"{self.base.name} ties its embeddings and {self.tuned.name} does not: each gets "
                 "its own part of the adapter"
             )
+        ours, theirs = (
+            {each.path: each.count for each in v.stacks} for v in (self.tuned, self.base)
+        )
+        deeper = [path for path, count in ours.items() if count > theirs.get(path, count)]
+        self.problems += [
+            Problem(
+                f"{path} has {ours[path]} layers in {self.tuned.name}, and {theirs[path]} in "
+                f"{self.base.name}",
+                "an adapter changes layers and adds none: is this the model that TUNED came from?",
+            )
+            for path in deeper
+        ]
         found = match(wanted, self.tuned.tensors).names
         if self.tuned.tie and not self.tied:
             found[self.tuned.tie.head] = self.tuned.tie.head
@@ -186,11 +199,14 @@ class _Draft:
             base = self.base.tensor(name)
             tuned = self.tuned.tensor(found[name]) if name in found else None
             assert base is not None
-            if tuned is None:
+            if tuned is None and is_computed(name):
+                self.notes.append(f"{name} is computed by the model, and left out")
+            elif tuned is None:
                 self._missing(name)
             else:
                 changes.append(self._change(name, tuned, base))
-        new = set(self.tuned.tensors) - set(found.values())
+        new = {n for n in set(self.tuned.tensors) - set(found.values()) if not is_computed(n)}
+        new = {name for name in new if not any(name.startswith(f"{path}.") for path in deeper)}
         changes += [self._fresh(name, self.tuned.tensors[name]) for name in sorted(new)]
         return changes
 
@@ -207,8 +223,7 @@ class _Draft:
     def _fresh(self, name: str, tuned: TensorJob) -> Change:
         self.notes.append(f"{name} is new: {self.base.name} has none")
         form = Form("none", why="the base has none")
-        job = replace(tuned, expression=tuned.expression)
-        return self._decided(Change(job, self.forms.path(name), "save", form, fresh=True))
+        return self._decided(Change(tuned, self.forms.path(name), "save", form, fresh=True))
 
     def _change(self, name: str, tuned: TensorJob, base: TensorJob) -> Change:
         form = self.forms.form(name, base.shape, base.dtype)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
@@ -12,6 +13,7 @@ from weft.core.errors import PlanError, Problem
 from weft.core.names import nearest
 from weft.core.specs import Expression, Input, Load, Merge, Plan, TensorJob, job_bytes
 from weft.formats.checkpoint import same_bytes
+from weft.plan._computed import is_computed
 from weft.plan._modules import modules_of
 from weft.plan._recipe_files import recipe_files
 from weft.plan._slices import Planned, planned
@@ -26,6 +28,7 @@ if TYPE_CHECKING:
     from weft.recipes.records import ModelName, Module, Recipe, Source
 
 Views = Mapping["ModelName", "View"]
+ALONE = "model.safetensors"  # whatever the one file of the first model is called
 SHARD = 5_000_000_000  # bytes, where no input's shards fit the output
 
 
@@ -41,7 +44,7 @@ class _Draft:
     problems: list[Problem] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
     jobs: list[TensorJob] = field(default_factory=list)
-    filters: set[str] = field(default_factory=set)
+    computed: dict[str, ModelName] = field(default_factory=dict)
 
 
 def plan_recipe(
@@ -66,10 +69,12 @@ def plan_recipe(
     donor = views[recipe.base_model or recipe.models()[0]]
     vocabulary, problems = vocabulary_of(recipe, views)
     draft = _Draft(recipe, views, donor, vocabulary, seed, problems)
-    for module, belongs in modules_of(recipe, donor, draft.problems):
-        for each in planned(module, belongs, views, draft.problems):
+    if other := _other_architectures(recipe, views):
+        raise PlanError(recipe.name or "the recipe", other)  # of which all else would follow
+    for module, belongs in modules_of(recipe, donor, views, draft.problems):
+        for each in planned(module, belongs, views, donor, draft.problems):
             _add(draft, module, each)
-    _unmatched(draft)
+    unmatched = _unmatched(draft)
     if draft.problems:
         raise PlanError(recipe.name or "the recipe", draft.problems)
     jobs = _sharded(draft.jobs, donor, max_shard_size)
@@ -83,12 +88,37 @@ def plan_recipe(
         side_files=tuple(files),
         inputs=tuple(_inputs(recipe, views)),
         notes=tuple(
-            dict.fromkeys([*recipe.notes, *(note for plan in plans for note in plan.notes)])
+            dict.fromkeys([*recipe.notes, *_computed(draft), *(n for p in plans for n in p.notes)])
         ),
         beside=tuple(beside),
-        warnings=tuple(dict.fromkeys(warning for plan in plans for warning in plan.warnings)),
+        warnings=tuple(
+            dict.fromkeys([*unmatched, *(said for plan in plans for said in plan.warnings)])
+        ),
         repairs=tuple(dict.fromkeys(repair for plan in plans for repair in plan.repairs)),
     )
+
+
+def _other_architectures(recipe: Recipe, views: Views) -> list[Problem]:
+    """Models of another architecture than the first, as far as their configs tell."""
+    found: dict[str, ModelName] = {}
+    problems = []
+    sources = [s for module in recipe.modules for each in module.slices for s in each.sources]
+    for source in {source.model: source for source in sources}.values():
+        kind = (views[source.model].config.get("architectures") or [None])[0]
+        if kind is None or kind in found:
+            continue
+        if found:
+            first, model = next(iter(found.items()))
+            problems.append(
+                Problem(
+                    f"{source.model} is a {kind}, and {model} a {first}  @ {source.where}",
+                    "if they are one architecture under two names, write\n"
+                    f"model:\n  model: {{path: {source.model.path}}}\n"
+                    f"  override_architecture: {first}",
+                )
+            )
+        found[kind] = source.model
+    return problems
 
 
 def _add(draft: _Draft, module: Module, each: Planned) -> None:
@@ -114,6 +144,13 @@ def _add(draft: _Draft, module: Module, each: Planned) -> None:
         t=each.t,
     )
     key = f"{draft.seed}:{recipe.method}:{each.name}"
+    asked = tuple(dict(params) for params in per_input)
+    task = methods.Task(tensors[0][1].shape, 1, len(inputs), dict(shared), asked, key)
+    if wrong := methods.check(own, task):
+        problem = Problem(f"{recipe.method}: {wrong}  @ {each.slice.where}")
+        if problem not in draft.problems:  # once for all the tensors that it is the same for
+            draft.problems.append(problem)
+        return
     merge = Merge(
         recipe.method,
         base.expression if base else None,
@@ -131,7 +168,7 @@ def _add(draft: _Draft, module: Module, each: Planned) -> None:
         draft.problems.append(
             Problem(
                 f"{each.name} holds {dtype} and differs between {_list(each.slice.sources)}: "
-                "numbers that are no weights cannot be merged",
+                f"numbers that are no weights cannot be merged  @ {each.slice.where}",
                 "give it to one model by a filter, or make the models agree in it",
             )
         )
@@ -146,6 +183,9 @@ def _tensors(draft: _Draft, each: Planned) -> list[tuple[Source, TensorJob]] | N
     for source, name in zip(each.slice.sources, each.inputs, strict=True):
         view = draft.views[source.model]
         job = view.tensor(name)
+        if job is None and is_computed(name):
+            draft.computed[re.sub(r"\.\d+\.", ".*.", each.name)] = source.model
+            return None
         if job is None:
             near = nearest(name, view.tensors)
             draft.problems.append(
@@ -166,10 +206,11 @@ def _tensors(draft: _Draft, each: Planned) -> list[tuple[Source, TensorJob]] | N
     shapes = {job.shape for _, job in found}
     if len(shapes) > 1:
         what = ", ".join(f"{list(job.shape)} in {source.model}" for source, job in found)
+        other = next(source for source, job in found if job.shape != found[0][1].shape)
         table = any(is_table(draft.views[s.model], each.name, job) for s, job in found)
         draft.problems.append(
             Problem(
-                f"{each.name} is {what}",
+                f"{each.name} is {what}  @ {other.where}",
                 "the models have different vocabularies: write `tokenizer: {source: base}`, or "
                 "`union`, and the rows are brought in one order"
                 if table
@@ -206,12 +247,22 @@ def _list(sources: Sequence[Source]) -> str:
     return ", ".join(str(source.model) for source in sources)
 
 
-def _unmatched(draft: _Draft) -> None:
+def _computed(draft: _Draft) -> list[str]:
+    """What is left out, since not all models hold it and none needs it."""
+    return [
+        f"left out: {name}, which {model} lacks; models compute it"
+        for name, model in draft.computed.items()
+    ]
+
+
+def _unmatched(draft: _Draft) -> list[str]:
     """Filters that no tensor's name holds: MergeKit takes them without a word."""
     recipe = draft.recipe
     names = {job.name for job in draft.jobs} | {
         name for view in draft.views.values() for name in view.tensors
     }
+    names |= {view.tie.head for view in draft.views.values() if view.tie}
+    found: list[str] = []
     places = [(recipe.parameters, "parameters")]
     for module in recipe.modules:
         places.append((module.parameters, f"{module.where}.parameters"))
@@ -223,13 +274,12 @@ def _unmatched(draft: _Draft) -> None:
             for condition in conditions:
                 text = condition.filter
                 if text and text != "*" and not any(text in name for name in names):
-                    draft.problems.append(
-                        Problem(
-                            f"the filter {text!r} of {parameter} matches no tensor  @ {where}",
-                            "a filter is a plain part of a tensor's name, such as self_attn or "
-                            "mlp.down_proj",
-                        )
+                    found.append(
+                        f"the filter {text!r} of {parameter} matches no tensor, and so does "
+                        f"nothing  @ {where}; a filter is a plain part of a tensor's name, such "
+                        "as self_attn or mlp.down_proj"
                     )
+    return found
 
 
 # ------------------------------------------------------------------------------------ the output
@@ -244,7 +294,11 @@ def _sharded(jobs: list[TensorJob], donor: View, limit: int | None) -> list[Tens
         same = {job.shard for job in jobs} == set(homes.values())
         sizes = {job.name: job_bytes(job) for job in donor.plan.jobs}
         if same and all(job_bytes(job) <= sizes[job.name] for job in jobs):
-            return jobs
+            return (
+                jobs
+                if len(set(homes.values())) > 1
+                else [replace(job, shard=ALONE) for job in jobs]
+            )
     return reshard(jobs, limit or SHARD)
 
 

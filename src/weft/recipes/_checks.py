@@ -86,7 +86,8 @@ class _Checker:
                     self.document,
                     ("merge_method",),
                     f"{method} needs a base_model",
-                    f"name the model that the others were tuned from:\nbase_model: {models[0]}",
+                    "name the model that the others were tuned from:\n"
+                    f"base_model: {next((m.path for m in models if m.adapters), 'path/or/id')}",
                 )
         elif self.own.BASE == "none":
             if place.whole_models and place.sources[-1] == ("base_model",):

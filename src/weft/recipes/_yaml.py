@@ -25,7 +25,7 @@ class Document:
     Attributes:
         data: Dictionaries with keys of text, lists, and scalars.
         positions: Where each key or entry is, (line, column) from 1 on; `()` is the document.
-        text: As it was given.
+        text: The whole file as it was given, with the other documents.
         mistakes: What YAML lets pass and a recipe cannot mean.
     """
 
@@ -80,15 +80,12 @@ def load(text: str, name: str) -> list[Document]:
 def _documents(text: str, name: str) -> list[Document]:
     loader = yaml.SafeLoader(text)
     try:
-        nodes, starts = [], []
+        nodes = []
         while loader.check_node():
-            event: Any = loader.peek_event()  # type: ignore[no-untyped-call]
-            starts.append(event.start_mark.index)
             nodes.append(cast("yaml.Node", loader.get_node()))
-        bounds = [0, *starts[1:], len(text)]
         documents = []
-        for number, node in enumerate(nodes):
-            document = Document(None, text[bounds[number] : bounds[number + 1]])
+        for node in nodes:
+            document = Document(None, text)
             document.data = _Reader(loader, document, name).read(node, ())
             if document.data is not None:
                 documents.append(document)

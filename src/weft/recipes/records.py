@@ -146,7 +146,7 @@ class Recipe:
         dtype, out_dtype: Of the output; the second counts where both are given.
         tokenizer: None keeps a model's files as they are.
         chat_template: `auto`, a name, or a Jinja template.
-        text: The YAML as it was given.
+        text: The YAML as it was given, with the other documents of the file.
         positions: Place in the YAML -> (line, column), from 1 on.
         notes: What was understood of old spellings, a line each.
     """

@@ -1,0 +1,147 @@
+"""Documents that name each other: streamed into one output, nothing in between on the disk."""
+
+from __future__ import annotations
+
+import json
+from typing import TYPE_CHECKING
+
+import pytest
+import torch
+from running import MATRIX, checkpoint, llama, load, lora, run
+
+import weft
+from weft.core.errors import WeftError
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+NAME = f"{MATRIX.format(1)}.weight"
+
+
+@pytest.fixture
+def root(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """`base`, and `a`, `b` and `c` tuned from it, in float32; the working folder."""
+    for number, name in enumerate(("base", "a", "b", "c")):
+        checkpoint(tmp_path / name, llama(number or None, dtype="float32"))
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+LEFT = """\
+merge_method: ties
+base_model: base
+models:
+  - {model: a, parameters: {weight: 0.7, density: 0.4}}
+  - {model: b, parameters: {weight: 0.4, density: 0.6}}
+"""
+LINEAR = """\
+merge_method: slerp
+base_model: b
+models: [model: b, model: c]
+parameters: {t: 0.3}
+"""
+LAST = """\
+merge_method: task_arithmetic
+base_model: base
+models:
+  - {model: left, parameters: {weight: 0.5}}
+  - {model: linear, parameters: {weight: [0.2, 0.8]}}
+  - {model: c, parameters: {weight: 0.1}}
+"""
+CHAIN = f"name: left\n{LEFT}---\n{LAST}---\nname: linear\n{LINEAR}"
+
+
+def test_equal_to_one_after_the_other(root: Path) -> None:
+    """In float32, where nothing is rounded in between: to the last bit."""
+    run(root, LEFT, "left")
+    run(root, LINEAR, "linear")
+    one_by_one = run(root, LAST, "last")
+    for name in ("left", "linear"):
+        (root / name).rename(root / f"{name}-done")
+    chained = run(root, CHAIN)
+    assert chained.keys() == one_by_one.keys()
+    for name, value in chained.items():
+        assert torch.equal(value, one_by_one[name]), name
+    assert not (root / "left").exists()
+    assert not (root / "linear").exists()
+
+
+def test_nothing_in_between_is_rounded(root: Path) -> None:
+    """A bfloat16 document in the middle of a chain costs no precision, unlike one on the disk."""
+    first = LINEAR.replace("slerp", "slerp\ndtype: bfloat16")
+    last = "merge_method: passthrough\nmodels: [model: linear]\nout_dtype: float32\n"
+    found = run(root, f"name: linear\n{first}---\n{last}")
+    exact = run(root, LINEAR, "exact")
+    assert all(torch.equal(value, exact[name]) for name, value in found.items())
+
+
+def test_the_card_credits_all_and_quotes_all(root: Path) -> None:
+    run(root, CHAIN)
+    card = (root / "out/README.md").read_text()
+    for name in ("base", "a", "b", "c"):
+        assert f"\n- {name}\n" in card
+    assert LEFT in card
+    assert LINEAR.strip() in card
+    assert (root / "out/mergekit_config.yml").read_text() == CHAIN
+    files = {entry["file"] for entry in _manifest(root)["inputs"]}
+    assert files >= {str(root / name / "model.safetensors") for name in ("base", "a", "b", "c")}
+
+
+def _manifest(root: Path) -> dict[str, list[dict[str, str]]]:
+    found: dict[str, list[dict[str, str]]] = json.loads((root / "out/weft.json").read_text())
+    return found
+
+
+def test_an_adapter_on_what_another_document_makes(root: Path) -> None:
+    """W′ + sBA, W′ never rounded; and as a task vector against W′ it is sBA."""
+    d = lora(root / "adapter", 1, rms=1e-4)[NAME]
+    text = f"name: left\n{LEFT}---\nmerge_method: passthrough\nmodels: [model: left+adapter]\n"
+    found = run(root, text)
+    left = run(root, LEFT, "exact")
+    assert (found[NAME].double() - left[NAME].double() - d).abs().max() < 1e-8
+    assert torch.equal(found["lm_head.weight"], left["lm_head.weight"])
+    text = f"name: left\n{LEFT}---\nmerge_method: task_arithmetic\nbase_model: left\n"
+    text += "models: [{model: left+adapter:0.5, parameters: {weight: 2000}}]\n"
+    found = run(root, text, "more")
+    change = (found[NAME].double() - left[NAME].double()) / 1000
+    assert float((change - d).norm() / d.norm()) < 1e-6
+
+
+def test_a_folder_is_meant_by_its_path(root: Path) -> None:
+    """`./left` is a folder, whatever documents there are."""
+    checkpoint(root / "left", llama(7, dtype="float32"))
+    last = "merge_method: passthrough\nmodels: [model: ./left]\n"
+    found = run(root, f"name: left\n{LEFT}---\n{last}")
+    assert torch.equal(found[NAME], load(root / "left")[NAME])
+
+
+def test_tokenizers_of_documents_are_not_mixed(root: Path) -> None:
+    """A tokenizer that lies nowhere cannot be merged with another: said, not guessed."""
+    _tokenizers(root)
+    text = f"name: left\ntokenizer: {{source: union}}\n{LEFT}---\n"
+    last = "merge_method: passthrough\nmodels: [model: left]\n"
+    run(root, text + last)
+    vocabulary = json.loads((root / "out/tokenizer.json").read_text())["model"]["vocab"]
+    config = json.loads((root / "out/config.json").read_text())
+    assert "b" in vocabulary or "b" in (root / "out/tokenizer.json").read_text()
+    assert config["vocab_size"] == load(root / "out")["model.embed_tokens.weight"].shape[0]
+    with pytest.raises(WeftError, match="left has a tokenizer that") as error:
+        weft.run(_write(root, f"{text}{last}tokenizer_source: base\n"), output="never")
+    assert "line" in str(error.value)
+
+
+def _write(root: Path, text: str) -> Path:
+    (root / "recipe.yml").write_text(text)
+    return root / "recipe.yml"
+
+
+def _tokenizers(root: Path) -> None:
+    for name in ("base", "a", "b", "c"):
+        vocab = {f"t{n}": n for n in range(39)} | {name: 39}
+        model = {"type": "WordLevel", "vocab": vocab, "unk_token": "t0"}
+        (root / name / "tokenizer.json").write_text(
+            json.dumps({"version": "1.0", "added_tokens": [], "model": model})
+        )
+        (root / name / "tokenizer_config.json").write_text(
+            '{"tokenizer_class": "PreTrainedTokenizerFast"}'
+        )

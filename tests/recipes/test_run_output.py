@@ -1,0 +1,360 @@
+"""What `weft run` writes beside the weights, what it refuses, and what it says."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from typing import TYPE_CHECKING, Any
+
+import pytest
+import torch
+from running import HIDDEN, MATRIX, VOCABULARY, checkpoint, llama, load, lora, random, run
+
+import weft
+from weft.cli.app import main
+from weft.core.errors import WeftError
+from weft.formats import checkpoint as checkpoints
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+SIDE = ("tokenizer.json", "tokenizer_config.json", "generation_config.json", "chat_template.jinja")
+
+
+@pytest.fixture
+def root(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """`base`, `a` and `b` in bfloat16, `adapter` for them; the working folder."""
+    for number, name in enumerate(("base", "a", "b")):
+        checkpoint(tmp_path / name, llama(number or None), {"who": name})
+        for file in SIDE:
+            (tmp_path / name / file).write_text(json.dumps({"who": name}))
+    lora(tmp_path / "adapter", 1, rms=1e-3)
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+LINEAR = "merge_method: linear\nmodels: [model: a, model: b]\nparameters: {weight: 1}\n"
+TIES = """\
+merge_method: ties # of two
+base_model: base
+models:
+  - model: a
+    parameters:
+      density: [0.2, 0.8]
+      weight:
+        - filter: self_attn
+          value: 0.9
+        - value: 0.3
+  - {model: b+adapter, parameters: {weight: 0.5, density: 0.6}}
+out_dtype: float16
+"""
+
+
+def manifest(root: Path, out: str = "out") -> dict[str, Any]:
+    found: dict[str, Any] = json.loads((root / out / "weft.json").read_text())
+    return found
+
+
+# ------------------------------------------------------------------------- beside the weights
+
+
+@pytest.mark.parametrize("seed", ["0", "1"])
+@pytest.mark.parametrize(("text", "donor"), [(LINEAR, "a"), (TIES, "base")], ids=["first", "base"])
+def test_donor_of_the_files(text: str, donor: str, seed: str, root: Path) -> None:
+    """The base, or else the first model, whatever the order of a set may be."""
+    (root / "recipe.yml").write_text(text)
+    command = [sys.executable, "-m", "weft", "run", "recipe.yml", "-o", "out", "-q"]
+    subprocess.run(command, check=True, env=os.environ | {"PYTHONHASHSEED": seed})
+    for file in SIDE:
+        assert json.loads((root / "out" / file).read_text()) == {"who": donor}
+    assert json.loads((root / "out/config.json").read_text())["who"] == donor
+
+
+def test_recipe_card_and_manifest(root: Path) -> None:
+    found = run(root, TIES, seed=3)
+    assert (root / "out/mergekit_config.yml").read_text() == TIES
+    card = (root / "out/README.md").read_text()
+    assert f"```yaml\n{TIES}```" in card
+    for name in ("base", "a", "b", "adapter"):
+        assert f"\n- {name}\n" in card
+    assert "- ties\n" in card.split("---")[1]
+    told = manifest(root)
+    assert told["operation"] == "run"
+    inputs = {entry["file"]: entry["role"] for entry in told["inputs"]}
+    for name, role in (("base", "base"), ("a", "model 1"), ("b", "model 2")):
+        assert inputs[str(root / name / "model.safetensors")] == role
+    assert inputs[str(root / "adapter/adapter_model.safetensors")] == "model 2 adapter 1"
+    assert told["tensors"].keys() == found.keys()
+    config = json.loads((root / "out/config.json").read_text())
+    assert (config.get("torch_dtype") or config.get("dtype")) == "float16"
+    assert {value.dtype for value in found.values()} == {torch.float16}
+
+
+def test_manifest_says_the_parameters_of_every_tensor(root: Path) -> None:
+    """After filters and gradients: density 0.2 in the first layer, 0.8 in the last."""
+    run(root, TIES)
+    tensors = manifest(root)["tensors"]
+    for layer, density in ((0, 0.2), (1, 0.8)):
+        entry = tensors[f"{MATRIX.format(layer)}.weight"]
+        assert entry["operation"] == "ties"
+        assert entry["parameters"]["normalize"] is True
+        assert entry["parameters"]["lambda"] == 1
+        assert entry["inputs"] == [
+            {"weight": 0.9, "density": pytest.approx(density)},
+            {"weight": 0.5, "density": 0.6},
+        ]
+        norm = tensors[f"model.layers.{layer}.input_layernorm.weight"]
+        assert norm["inputs"][0] == {"weight": 0.3, "density": pytest.approx(density)}
+    for name in ("model.embed_tokens.weight", "lm_head.weight", "model.norm.weight"):
+        assert tensors[name]["inputs"][0] == {"weight": 0.3, "density": 0.2}
+
+
+def test_a_run_can_be_run_again_from_its_output(root: Path) -> None:
+    one = run(root, TIES)
+    (root / "again.yml").write_bytes((root / "out/mergekit_config.yml").read_bytes())
+    weft.run("again.yml", output="again")
+    assert manifest(root)["plan"] == manifest(root, "again")["plan"]
+    assert all(torch.equal(value, load(root / "again")[name]) for name, value in one.items())
+
+
+# ------------------------------------------------------------------------------- one rounding
+
+
+@pytest.mark.parametrize("method", ["linear", "ties"])
+def test_rounded_once(method: str, tmp_path: Path) -> None:
+    """`dtype` says what is written, and never what is computed in."""
+    shared = random(300, 300, seed=0, size=0.02)
+    tensors = {"base": {"w.weight": shared.bfloat16()}}
+    for seed, (name, dtype) in enumerate([("a", torch.bfloat16), ("b", torch.float32)], 1):
+        tensors[name] = {"w.weight": (shared + random(300, 300, seed=seed, size=2e-3)).to(dtype)}
+    for name, each in tensors.items():
+        checkpoint(tmp_path / name, each)
+    text = f"""
+        merge_method: {method}
+        models:
+          - {{model: {tmp_path}/a, parameters: {{weight: 0.3}}}}
+          - {{model: {tmp_path}/b, parameters: {{weight: 0.9}}}}
+        """
+    text += "" if method == "linear" else f"base_model: {tmp_path}/base\n"
+    exact = _exact(method, *(each["w.weight"].double() for each in tensors.values()))
+    for number, (dtypes, written) in enumerate(
+        [
+            ("", torch.float32),
+            ("dtype: bfloat16", torch.bfloat16),
+            ("dtype: float16\n        out_dtype: bfloat16", torch.bfloat16),
+            ("dtype: bfloat16\n        out_dtype: float32", torch.float32),
+            ("out_dtype: float16", torch.float16),
+        ]
+    ):
+        found = run(tmp_path, f"{text.rstrip()}\n        {dtypes}\n", f"out{number}")["w.weight"]
+        assert found.dtype == written
+        if written == torch.float32:
+            assert float((found.double() - exact).abs().max()) < 3e-8
+        else:
+            right = found == exact.float().to(written)
+            # Of eleven bits more fall on the other side of a half than of eight.
+            least = 0.9999 if written == torch.bfloat16 else 0.999
+            assert float(right.double().mean()) >= least
+
+
+def _exact(method: str, base: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+    if method == "linear":
+        return (0.3 * a + 0.9 * b) / 1.2
+    d = torch.stack([a - base, b - base])
+    w = torch.tensor([0.3, 0.9], dtype=torch.float64).view(2, 1, 1)
+    sign = torch.where((w * d).sum(0) >= 0, 1.0, -1.0)
+    agrees = d.sign() == sign
+    share = (w * agrees).sum(0)
+    return base + (w * d * agrees).sum(0) / torch.where(share == 0, 1.0, share)
+
+
+# -------------------------------------------------------------------------------- wrong models
+
+
+def _config(root: Path, name: str, **changes: Any) -> None:
+    path = root / name / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+
+
+def _wider(root: Path) -> None:
+    tensors = {n: torch.zeros([2 * s for s in v.shape]) for n, v in llama().items()}
+    checkpoint(root / "wide", tensors, {"hidden_size": 2 * HIDDEN, "vocab_size": 2 * VOCABULARY})
+
+
+def _deeper(root: Path) -> None:
+    checkpoint(root / "deep", llama(layers=3))
+
+
+def _other(root: Path) -> None:
+    tensors = {f"transformer.h.{n}.attn.weight": torch.zeros(4, 4) for n in range(2)}
+    config = {"architectures": ["GPT2LMHeadModel"], "model_type": "gpt2"}
+    checkpoint(root / "other", tensors, config)
+
+
+def _narrow_adapter(root: Path) -> None:
+    from safetensors.torch import load_file, save_file
+
+    lora(root / "narrow", 1, rms=1e-3)
+    path = root / "narrow/adapter_model.safetensors"
+    cut = {n: v[:, :32] if "lora_A" in n else v[:32] for n, v in load_file(path).items()}
+    save_file({n: v.contiguous() for n, v in cut.items()}, path)
+
+
+def _nothing(root: Path) -> None:
+    return
+
+
+MODELS = "merge_method: linear\nparameters: {weight: 1}\nmodels:\n  - model: a\n"
+AT = "@ models[1], line 5, column 5"
+WRONG = {
+    "missing": ("  - model: ./nowhere\n", _nothing, ["./nowhere", AT]),
+    "missing adapter": ("  - model: b+./nowhere\n", _nothing, ["./nowhere", AT]),
+    "wide": ("  - model: wide\n", _wider, ["[48, 48] in a", "[96, 96] in wide", AT]),
+    "deep": ("  - model: deep\n", _deeper, ["2 layers in a", "3 in deep", AT]),
+    "architecture": ("  - model: other\n", _other, ["LlamaForCausalLM", "GPT2LMHeadModel", AT]),
+    "adapter": ("  - model: b+narrow\n", _narrow_adapter, ["narrow", "32", AT]),
+    "base": ("  - model: b\nbase_model: ./none\n", _nothing, ["./none", "@ base_model, line 6"]),
+}
+
+
+@pytest.mark.parametrize("case", WRONG)
+def test_models_that_do_not_fit(case: str, root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Said before any weight is read, with the place in the YAML; nothing is written."""
+    more, make, says = WRONG[case]
+    make(root)
+    monkeypatch.setattr("weft.execute.threads.execute", _never, raising=False)
+    text = MODELS + more
+    for verb in (weft.run, weft.plan_run):
+        (root / "recipe.yml").write_text(text)
+        with pytest.raises(WeftError) as error:
+            verb("recipe.yml", output="out")
+        assert str(error.value).split("\n")[0].endswith(" in recipe.yml")
+        for each in says:
+            assert each in str(error.value), str(error.value)
+        assert len(str(error.value)) < 1500
+    assert not list(root.glob("out*"))
+
+
+def _never(*_arguments: Any, **_options: Any) -> None:
+    raise AssertionError("a weight was read")
+
+
+def test_all_models_that_do_not_fit_are_said_at_once(root: Path) -> None:
+    (root / "recipe.yml").write_text(f"{MODELS}  - model: ./x\n  - model: ./y\n")
+    with pytest.raises(WeftError) as error:
+        weft.run("recipe.yml", output="out")
+    assert "models[1], line 5" in str(error.value)
+    assert "models[2], line 6" in str(error.value)
+
+
+def test_architecture_may_be_overridden(root: Path) -> None:
+    """As in MergeKit: what the config calls itself is what the user says."""
+    _config(root, "b", architectures=["MyLlamaForCausalLM"])
+    (root / "recipe.yml").write_text(LINEAR)
+    with pytest.raises(WeftError, match="MyLlamaForCausalLM"):
+        weft.run("recipe.yml", output="out")
+    named = "{model: {path: b}, override_architecture: LlamaForCausalLM}"
+    run(root, LINEAR.replace("model: b", f"model: {named}"))
+
+
+# --------------------------------------------------------------------------------- command line
+
+
+def weft_main(arguments: list[str]) -> int:
+    with pytest.raises(SystemExit) as end:
+        main(arguments)
+    return int(end.value.code or 0)
+
+
+def test_lora_merge_cache_is_ignored(root: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (root / "recipe.yml").write_text(TIES)
+    options = ["--lora-merge-cache", "cache", "--lora-merge-dtype", "bfloat16"]
+    weft_main(["run", "recipe.yml", "-o", "out", *options])
+    said = capsys.readouterr().err
+    assert len([x for x in said.splitlines() if "--lora-merge-cache" in x]) == 1
+    assert not (root / "cache").exists()
+    assert (root / "out/model.safetensors").exists()
+
+
+@pytest.mark.parametrize(
+    ("options", "hint"),
+    [
+        (["--cuda"], "--device cuda"),
+        (["--random-seed", "3"], "--seed"),
+        (["--out-shard-size", "5B"], "--max-shard-size"),
+        (["--lazy-unpickle"], "leave it out"),
+        (["--low-cpu-memory"], "leave it out"),
+        (["--copy-tokenizer"], "leave it out"),
+        (["--allow-crimes"], "architecture"),
+        (["--multi-gpu"], "--device"),
+        (["--num-threads", "4"], "--threads"),
+        (["-j", "4"], "--threads"),
+        (["--unsafe-truncate-embeddings"], "tokenizer"),
+        (["--trust-remote-code"], "leave it out"),
+        (["--intermediate-dir", "x"], "streamed"),
+        (["--out-path", "x"], "-o"),
+    ],
+    ids=lambda value: value[0] if isinstance(value, list) else "",
+)
+def test_options_of_mergekit(
+    options: list[str], hint: str, root: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (root / "recipe.yml").write_text(LINEAR)
+    assert weft_main(["run", "recipe.yml", "-o", "out", *options]) == 2
+    said = capsys.readouterr().err
+    assert options[0] in said
+    assert f"hint: {hint}" in said or hint in said.split("hint:")[-1]
+
+
+def test_check_reads_no_weight(
+    root: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(checkpoints, "_values", _never, raising=False)
+    for name in ("base", "a", "b"):  # the header alone is left
+        path = root / name / "model.safetensors"
+        size = path.stat().st_size
+        head = path.read_bytes()[: 8 + int.from_bytes(path.read_bytes()[:8], "little")]
+        path.write_bytes(head)
+        os.truncate(path, size)
+    (root / "recipe.yml").write_text(LINEAR)
+    weft_main(["run", "recipe.yml", "--check"])
+    assert capsys.readouterr().out.startswith("recipe.yml: sound; linear of a, b: ")
+    assert not (root / "out").exists()
+
+
+def test_dry_run_and_run_are_of_one_plan(root: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (root / "recipe.yml").write_text(TIES)
+    weft_main(["run", "recipe.yml", "-o", "out", "--dry-run", "--json"])
+    planned = json.loads(capsys.readouterr().out)
+    assert not (root / "out").exists()
+    weft_main(["run", "recipe.yml", "-o", "out", "--json"])
+    done = json.loads(capsys.readouterr().out)
+    assert planned["plan"] == done["manifest"]["plan"]
+    assert planned["tensors"].keys() == done["manifest"]["tensors"].keys()
+    assert planned["schema"] == done["schema"] == 1
+
+
+def test_methods(capsys: pytest.CaptureFixture[str]) -> None:
+    from weft import methods
+
+    weft_main(["methods"])
+    listed = capsys.readouterr().out
+    for name in methods.names():
+        assert f"\n{name} " in f"\n{listed}"
+        weft_main(["methods", name])
+        shown = capsys.readouterr().out
+        assert all(each in shown for each in methods.method(name).PARAMETERS)
+    weft_main(["methods", "--json"])
+    assert json.loads(capsys.readouterr().out)["methods"].keys() == set(methods.names())
+    assert weft_main(["methods", "tise"]) == 2
+    assert "did you mean ties?" in capsys.readouterr().err
+
+
+def test_schema_is_one(capsys: pytest.CaptureFixture[str]) -> None:
+    """What it accepts and refuses is tested beside the corpus of recipes."""
+    weft_main(["schema"])
+    found = json.loads(capsys.readouterr().out)
+    assert found["$schema"].startswith("https://json-schema.org/")
+    assert {"merge_method", "models", "slices", "tokenizer"} <= set(json.dumps(found).split('"'))
