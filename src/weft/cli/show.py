@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
 
     from weft.api import MergePlan, Report
+    from weft.api.recipes import RunPlan
     from weft.demo import Demo
     from weft.diagnosis import Diagnosis
 
@@ -111,12 +112,12 @@ def plan_as_text(made: MergePlan, output: Path) -> str:
     return "\n".join([*lines, "", "dry run: nothing was written"])
 
 
-def plan_as_dict(made: MergePlan) -> dict[str, Any]:
-    """`weft merge --dry-run --json`."""
+def plan_as_dict(made: MergePlan | RunPlan, operation: str = "merge") -> dict[str, Any]:
+    """`weft merge --dry-run --json`, and what `weft run` has in common with it."""
     plan, work = made.plan, made.work
     return {
         "schema": SCHEMA,
-        "operation": "merge",
+        "operation": operation,
         "plan": plan.hash,
         "read_bytes": work.read,
         "write_bytes": work.written,

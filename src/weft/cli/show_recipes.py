@@ -8,6 +8,7 @@ from collections import Counter
 from typing import TYPE_CHECKING, Any
 
 from weft import methods
+from weft.cli import show
 from weft.cli.show import SCHEMA, columns, count_of, report_as_dict, report_as_text
 from weft.core.errors import WeftError
 from weft.core.names import nearest
@@ -57,28 +58,10 @@ def plan_as_text(made: RunPlan) -> str:
 
 def plan_as_dict(made: RunPlan) -> dict[str, Any]:
     """`weft run --dry-run --json`."""
-    plan, work = made.plan, made.work
-    return {
-        "schema": SCHEMA,
-        "operation": "run",
-        "plan": plan.hash,
-        "read_bytes": work.read,
-        "write_bytes": work.written,
-        "memory_bytes": work.memory,
-        "tensors": {
-            job.name: {
-                "operation": job.operation,
-                "dtype": job.dtype,
-                "shape": job.shape,
-                "shard": job.shard,
-                "parameters": _settings(job.expression),
-            }
-            for job in plan.jobs
-        },
-        "side_files": {side.name: side.source or "written" for side in plan.side_files},
-        "notes": [*plan.notes, *plan.beside],
-        "warnings": list(made.warnings),
-    }
+    content = show.plan_as_dict(made, "run")
+    for job in made.plan.jobs:
+        content["tensors"][job.name]["parameters"] = _settings(job.expression)
+    return content
 
 
 def _settings(expression: object) -> str:
