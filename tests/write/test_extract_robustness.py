@@ -65,7 +65,7 @@ def whole(models: Path, nursery: Nursery) -> Path:
     return out
 
 
-# -------------------------------------------------------------------------------------------- killed
+# ------------------------------------------------------------------------------------------- killed
 
 # Kills the process, or raises, at the so-and-so-manieth call of a function of `os`.
 AT = """
@@ -212,7 +212,7 @@ assembly.Assembly.values = values
     assert not out.exists()
 
 
-# ---------------------------------------------------------------------------------- malformed inputs
+# --------------------------------------------------------------------------------- malformed inputs
 
 
 def lie(folder: Path, how: str) -> None:
@@ -266,7 +266,7 @@ def test_an_adapter_in_the_place_of_a_base(models: Path, whole: Path, tmp_path: 
         weft.extract(models / "tuned", base=models / "base", output=models, rank=8, force=True)
 
 
-# --------------------------------------------------------------------------------------------- memory
+# ------------------------------------------------------------------------------------------- memory
 
 PEAK = """
 import sys
