@@ -10,6 +10,7 @@ import torch
 
 from weft.core.errors import NumericsError
 from weft.core.specs import Merge, leaves
+from weft.core.sums import dot
 from weft.decompose.ranks import mean_square_ulp
 from weft.execute._expressions import Evaluator
 from weft.plan.extract import stored_as
@@ -28,7 +29,6 @@ if TYPE_CHECKING:
     from weft.plan.extract import Change
 
 _SAMPLE = 2**17  # elements by which the size of an ulp is told
-_RUN = 2**12  # elements
 _TINY = 1e-28
 _SUMMED = 4  # ulps that a difference made of products is off, at most
 
@@ -134,18 +134,11 @@ class Difference:
 
 def squares(values: Tensor) -> float:
     """Σ x², in float64 but for runs that float32 adds as well; infinite only where `values` are."""
-    flat = values.reshape(-1)
-    runs = flat[: len(flat) // _RUN * _RUN].view(-1, _RUN)
-    if values.is_cuda:
-        sums = torch.linalg.vecdot(runs, runs)
-    else:
-        run = runs.numpy()
-        sums = torch.from_numpy(run[:, None, :] @ run[:, :, None])
-    total = float(sums.sum(dtype=torch.float64) + flat[runs.numel() :].double().square().sum())
-    if _TINY < total < math.inf or not bool(flat.any()):
+    total = dot(values, values)
+    if _TINY < total < math.inf or not bool(values.any()):
         return total
     # Squares of float32 numbers may be too large for it, or too small.
-    return float(flat.double().square().sum())
+    return float(values.double().square().sum())
 
 
 def _difference(
