@@ -218,6 +218,24 @@ def moved_base(config: Mapping[str, Any]) -> str | None:
     return next((name for key, name in _MOVED_INIT.items() if init.lower().startswith(key)), None)
 
 
+def trains_in_place(config: Mapping[str, Any]) -> bool:
+    """Whether PEFT 0.1 or 0.2 wrote it, which trained `modules_to_save` in the model, not a copy.
+
+    No release says its number before 0.18; `merge_weights` went with 0.3, where
+    `init_lora_weights` came. (ms-swift has the former to this day, beside the latter.)
+    """
+    return "merge_weights" in config and "init_lora_weights" not in config
+
+
+def trains_originals(config: Mapping[str, Any]) -> bool:
+    """Whether PEFT 0.3 to 0.5 wrote it, which left what `modules_to_save` copies trainable.
+
+    `rank_pattern` came to LoRA's configs with 0.6, which freezes it.
+    """
+    lora = config.get("peft_type") == "LORA" and "init_lora_weights" in config
+    return lora and "rank_pattern" not in config
+
+
 def _owner(parameter: str) -> str:
     """A regular expression for the module that has the parameter; a bare name fits any."""
     module = parameter.rpartition(".")[0]
