@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -50,6 +50,7 @@ class Diagnosis:
         base: What the user wrote for the base.
         findings: In the order in which they matter: problems first.
         fits: The base, where the adapter fits it.
+        rewritten: What `fix` wrote otherwise than it is in the file, so that PEFT reads it right.
     """
 
     given: str
@@ -58,6 +59,7 @@ class Diagnosis:
     base: str | None
     findings: tuple[Finding, ...]
     fits: Checkpoint | None = field(default=None, repr=False)
+    rewritten: tuple[str, ...] = ()
 
     @property
     def verdict(self) -> Literal["sound", "problems", "unusable"]:
@@ -102,7 +104,7 @@ def doctor(
     else:
         found = _examine(opened, path, base, revision=revision, cache_dir=cache_dir)
     if fix is not None:
-        _fix(found, Path(fix), force=force)
+        found = replace(found, rewritten=_fix(found, Path(fix), force=force))
     return found
 
 
@@ -183,9 +185,11 @@ def _caught_more(adapter: Adapter) -> list[Finding]:
 # -------------------------------------------------------------------------------------------- fix
 
 
-def _fix(found: Diagnosis, output: Path, *, force: bool) -> None:
+def _fix(found: Diagnosis, output: Path, *, force: bool) -> tuple[str, ...]:
+    """Write the copy; -> what is otherwise in it than in the file."""
     from weft.write.adapter import Piece, write_adapter
     from weft.write.peft_form import peft_form
+    from weft.write.present_form import Form, bring_up_to_date
 
     if found.adapter is None or found.verdict == "unusable":
         first = next(f for f in found.findings if f.level == "problem")
@@ -198,17 +202,20 @@ def _fix(found: Diagnosis, output: Path, *, force: bool) -> None:
     if adapter.keys:
         moved = _moved(adapter, found.plan)
         refs = {_renamed(key, moved): adapter.tensors[old] for key, old in adapter.keys.items()}
-        tensors = {key: Piece(ref, ref.shape) for key, ref in refs.items()}
-        config = _config(adapter, moved)
-    elif found.plan is None or found.fits is None:
+        pieces = {key: Piece(ref, ref.shape) for key, ref in refs.items()}
+        form = Form(adapter, dict(pieces), _config(adapter, moved), found.fits, found.plan)
+        bring_up_to_date(form)
+        write_adapter(output, form.tensors, form.config, beside, force=force)
+        return tuple(form.done)
+    if found.plan is None or found.fits is None:
         raise WeftError(
             f"{found.given} is an adapter of {adapter.format}, and what its modules are called in "
             "PEFT and how they lie there a base says",
             "weft doctor ADAPTER --base BASE --fix -o FIXED",
         )
-    else:
-        tensors, config = peft_form(found.fits, adapter, found.plan)
+    tensors, config = peft_form(found.fits, adapter, found.plan)
     write_adapter(output, tensors, config, beside, force=force)
+    return ()
 
 
 def _moved(adapter: Adapter, plan: Plan | None) -> dict[str, str]:

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     _Owned = tuple[int, Delta]  # with the number of the adapter that brings it
 
 # What output embeddings are called in transformers; a file says it where it holds one.
-_HEAD_MODULES = ("lm_head", "embed_out", "output_projection")
+HEADS = ("lm_head", "embed_out", "output_projection")
 _WITH_HEAD = ("ForCausalLM", "LMHeadModel", "ForConditionalGeneration")
 _HEAD_INSIDE = ("ForMaskedLM", "ForPreTraining")
 
@@ -57,7 +57,7 @@ def find_tie(base: Checkpoint, adapters: Sequence[tuple[Adapter, float]]) -> Tie
         for name, ref in base.tensors.items()
         if len(ref.shape) == 2 and ref.shape[0] == vocabulary and ref.dtype in WEIGHTS
     }
-    heads = [name for name in tables if _module(name) in _HEAD_MODULES]
+    heads = [name for name in tables if _module(name) in HEADS]
     others = [name for name in tables if name not in heads]
     if len(others) != 1 or len(heads) > 1:
         return None
@@ -71,7 +71,7 @@ def find_tie(base: Checkpoint, adapters: Sequence[tuple[Adapter, float]]) -> Tie
         entry.target
         for adapter, _ in adapters
         for entry in adapter.entries
-        if entry.parameter == "weight" and _module(entry.target) in _HEAD_MODULES
+        if entry.parameter == "weight" and _module(entry.target) in HEADS
     ]
     known = architecture.endswith((*_WITH_HEAD, *_HEAD_INSIDE))
     if named:

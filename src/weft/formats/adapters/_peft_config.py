@@ -56,6 +56,12 @@ _MOVED_INIT = {
     "corda": "CorDA",
     "lora_ga": "LoRA-GA",
 }
+# Fields of LoRA's configs that PEFT 0.21 has no more, or never had.
+FOREIGN = {
+    *("enable_lora", "merge_weights"),  # before 0.3
+    *("lora_dtype", "lorap_lr_ratio", "lorap_emb_lr", "swift_type"),  # of ms-swift, for training
+    "lora_B_layout",  # of Unsloth
+}
 KNOWN = {
     *("task_type", "peft_type", "auto_mapping", "peft_version", "base_model_name_or_path"),
     *("revision", "inference_mode", "r", "target_modules", "exclude_modules", "lora_alpha"),
@@ -63,10 +69,8 @@ KNOWN = {
     *("init_lora_weights", "layers_to_transform", "layers_pattern", "rank_pattern"),
     *("alpha_pattern", "megatron_core", "trainable_token_indices", "loftq_config", "eva_config"),
     *("corda_config", "lora_ga_config", "use_dora", "qalora_group_size", "runtime_config"),
-    *("lora_bias", "ensure_weight_tying", "target_parameters", "lora_B_layout", *VARIANTS),
+    *("lora_bias", "ensure_weight_tying", "target_parameters", *VARIANTS, *FOREIGN),
     "layer_replication",
-    *("enable_lora", "merge_weights"),  # before 0.3
-    *("lora_dtype", "lorap_lr_ratio", "lorap_emb_lr", "swift_type"),  # of ms-swift, for training
     *("use_qalora", "use_bdlora", "kasa_config", "monteclora_config", "velora_config"),
 }
 
