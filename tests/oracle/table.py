@@ -181,7 +181,7 @@ ROWS: dict[str, Callable[[Path], Scene]] = {
     "`BONE`": partial(other.of_release, kind="bone", release="0.18.1"),
     "`LOKR` of PEFT before 0.14": partial(other.of_release, kind="lokr", release="0.13.2"),
     "`OFT` of PEFT 0.16 and 0.17": partial(other.of_release, kind="oft-size", release="0.17.1"),
-    "`OFT` of PEFT before 0.16": partial(other.of_release, kind="oft-old", release="0.13.2"),
+    "`OFT` of PEFT before 0.14": partial(other.of_release, kind="oft-old", release="0.13.2"),
     "`OFT` on a convolution with a kernel above 1": partial(
         other.of_release, kind="conv-oft", release="0.21.2"
     ),

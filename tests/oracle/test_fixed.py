@@ -50,6 +50,7 @@ REWRITTEN = [
 # What it has no form for.
 NO_FORM = [
     known.Rule("gpt2-parts", "parts of a fused matrix (enable_lora) up to 0.2 alone"),
+    known.Rule("oft-old* conv-oft-old", "this rotates the outputs"),
     known.Rule("oft-blocks oft-coft oft-shared oft-size", "another Neumann series", before="0.18"),
 ]
 
@@ -195,6 +196,10 @@ def test_single_experts(lab: Lab, tmp_path: Path, name: str) -> None:
         loaded = peft.PeftModel.from_pretrained(test_experts.open_base(fused), tmp_path / "fixed")
     got = test_experts.logits(loaded.eval())
     assert (got - want).abs().max() <= 1e-5 * want.abs().max()
+    for out, source in (("from-one", adapter), ("from-other", tmp_path / "fixed")):
+        test_experts.weft_merge(fused, source, tmp_path / out)
+    one, two = (load_tensors(tmp_path / out) for out in ("from-one", "from-other"))
+    assert all(torch.allclose(one[n], two[n], rtol=1e-5, atol=1e-6) for n in one)
     with pytest.raises(WeftError, match="in one tensor, and these are one by one") as error:
         weft.doctor(adapter, hub, fix=tmp_path / "other")
     assert "save_original_format=False" in str(error.value.hint)

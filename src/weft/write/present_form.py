@@ -164,11 +164,15 @@ def _lokr(form: Form) -> None:
     form.config |= {"exclude_modules": None, **alphas}
 
 
-def _oft_series(form: Form) -> None:
-    """The series of PEFT 0.16 and 0.17 counts its last power twice."""
-    if form.config["peft_type"] != "OFT" or not form.config.get("use_cayley_neumann"):
+def _oft(form: Form) -> None:
+    """Up to 0.13 it rotated the outputs; the series of 0.16 and 0.17 has twice the last power."""
+    config = form.config
+    if config["peft_type"] != "OFT":
         return
-    if not form.config.get("peft_version") and form.config["num_cayley_neumann_terms"] > 2:
+    if "use_cayley_neumann" not in config:
+        raise form.cannot("PEFT from 0.14 on rotates the inputs, and this rotates the outputs")
+    series = config["use_cayley_neumann"] and config["num_cayley_neumann_terms"] > 2
+    if series and not config.get("peft_version"):
         raise form.cannot("PEFT from 0.18 on computes another Neumann series than it trained with")
 
 
@@ -183,6 +187,6 @@ def _fields(form: Form) -> None:
 
 
 RULES: tuple[Callable[[Form], None], ...] = (
-    *(_parts_of_fused, _trained_in_place, _tied_factors, _biases, _bone, _lokr, _oft_series),
+    *(_parts_of_fused, _trained_in_place, _tied_factors, _biases, _bone, _lokr, _oft),
     *(turned_experts, single_experts, fused_by_peft, _fields),
 )
