@@ -10,6 +10,7 @@ import torch
 
 from weft.core.errors import NumericsError
 from weft.core.specs import AddDeltas, Load, Merge, Rows, TensorJob, leaves
+from weft.core.sums import dot
 from weft.execute._expressions import Evaluator
 from weft.plan.layout import layout
 
@@ -147,8 +148,8 @@ class Kernel:
         changed = not torch.equal(written, weight)
         # Not against W + ΔW as computed: that is rounded itself, by much of a small ΔW.
         error = written.sub_(weight).sub_(delta)
-        update = 0.0 if self._square is not None else _square(delta)
-        sums = Sums(_square(weight), update, _square(error), changed)
+        update = 0.0 if self._square is not None else dot(delta, delta)
+        sums = Sums(dot(weight, weight), update, dot(error, error), changed)
         if math.isfinite(sums.base + sums.delta + sums.error):
             return sums
         if not weight.isfinite().all():
@@ -163,19 +164,24 @@ class Kernel:
         # Finite, but too large for the squares of this dtype: rare enough to do again in float64.
         wide = weight.double(), delta.double(), rounded.double()
         error = wide[2] - wide[0] - wide[1]
-        update = 0.0 if self._square is not None else _square(wide[1])
-        return Sums(_square(wide[0]), update, _square(error), changed)
+        update = 0.0 if self._square is not None else dot(wide[1], wide[1])
+        return Sums(dot(wide[0], wide[0]), update, dot(error, error), changed)
 
     def _check_finite(self, value: Tensor, rounded: Tensor) -> None:
-        if math.isfinite(float(value.sum())) or value.isfinite().all():
-            self._check_cast(value, rounded)
+        if self._check_cast(value, rounded) or value.isfinite().all():
             return
         raise NumericsError(
             f"{self.job.name} comes out as NaN or infinity",
             "check the models' files, and that no weights of the recipe add up to zero",
         )
 
-    def _check_cast(self, exact: Tensor, rounded: Tensor) -> None:
+    def _check_cast(self, exact: Tensor, rounded: Tensor) -> bool:
+        """No number became infinite; whether all are finite, as far as one pass tells."""
+        if not exact.numel() or not rounded.is_floating_point():
+            return True
+        low, high = torch.aminmax(exact)  # NaN, where there is one
+        if max(-float(low), float(high)) < torch.finfo(rounded.dtype).max:
+            return True
         new = rounded.isinf() & ~exact.isinf()
         if new.any():
             largest = exact[new].abs().max().item()
@@ -183,8 +189,4 @@ class Kernel:
                 f"{self.job.name} overflows {self.job.dtype}: it reaches {largest:.4g}",
                 "write --dtype bfloat16 or --dtype float32",
             )
-
-
-def _square(values: Tensor) -> float:
-    flat = values.reshape(-1)
-    return float(torch.dot(flat, flat))
+        return False
