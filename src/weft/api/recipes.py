@@ -33,6 +33,9 @@ if TYPE_CHECKING:
     from weft.recipes.records import Recipe
 
 
+_WEIGHTS = {".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".gguf"}
+
+
 @dataclass(frozen=True, slots=True)
 class RunPlan:
     """What `run` would do.
@@ -177,6 +180,9 @@ def _extraction(path: str | Path, seed: int, max_shard_size: str | int | None) -
 
 
 def _text(path: Path) -> str:
+    if path.suffix in _WEIGHTS and path.is_file():
+        hint = "name it under `models:` of a recipe, a YAML file; weft inspect says what it holds"
+        raise WeftError(f"{path} is a file of weights, not a recipe", hint)
     try:
         return path.read_text(encoding="utf-8")
     except FileNotFoundError:
@@ -185,8 +191,13 @@ def _text(path: Path) -> str:
         found = path / "mergekit_config.yml"
         hint = f"give the recipe in it: {found}" if found.is_file() else "give a YAML file"
         raise WeftError(f"{path} is a folder, not a recipe", hint) from None
-    except (OSError, UnicodeDecodeError) as error:
-        raise WeftError(f"cannot read {path}: {error}", "give a YAML file") from None
+    except UnicodeDecodeError as error:
+        what = f"{path} is no text, and so no recipe: byte {error.start} is not UTF-8"
+        raise WeftError(what, "give a YAML file") from None
+    except OSError as error:
+        raise WeftError(
+            f"cannot read {path}: {error.strerror or error}", "give a YAML file"
+        ) from None
 
 
 def _plan(
@@ -241,7 +252,10 @@ def _located(problems: Sequence[Problem], recipe: Recipe) -> list[Problem]:
     found = []
     for problem in problems:
         fact, _, where = problem.what.partition("  @ ")
-        line, column = recipe.positions.get(where, (0, 0))
+        known = where
+        while known and known not in recipe.positions:  # old spellings say it elsewhere
+            known = known.rpartition(".")[0]
+        line, column = recipe.positions.get(known, (0, 0))
         at = f"  @ {where}, line {line}, column {column}" if line else f"  @ {where}"
         found.append(Problem(fact + (at if where else ""), problem.hint))
     return found

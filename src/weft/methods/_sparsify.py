@@ -186,8 +186,12 @@ def _mask(kept: Array, like: Tensor) -> Tensor:
 
 # ------------------------------------------------------------------- of all task vectors of a task
 
-GAMMA = Parameter("share of the largest elements that is dropped", float, 0.01, each=True)
-EPSILON = Parameter("how far a probability is from the density, at most", float, 0.15, each=True)
+GAMMA = Parameter(
+    "share of the largest elements that is dropped", float, 0.01, each=True, low=0, high=1
+)
+EPSILON = Parameter(
+    "how far a probability is from the density, at most", float, 0.15, each=True, low=0, high=0.5
+)
 
 
 def largest(task: Task, blocks: Blocks) -> list[Keep]:

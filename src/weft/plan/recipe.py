@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from weft import methods
 from weft.core.dtypes import WEIGHTS, promote
-from weft.core.errors import PlanError, Problem
+from weft.core.errors import PlanError, Problem, WeftError
 from weft.core.names import nearest
 from weft.core.specs import Expression, Input, Load, Merge, Plan, TensorJob, job_bytes
 from weft.formats.checkpoint import same_bytes
@@ -20,9 +20,10 @@ from weft.plan._slices import Planned, planned
 from weft.plan._tables import arranged, is_table, vocabulary_of
 from weft.plan.merge import reshard
 from weft.plan.preflight import dominant_dtype
-from weft.recipes.parameters import resolve
+from weft.recipes.parameters import MissingParameter, place_of, resolve
 
 if TYPE_CHECKING:
+    from weft.core.specs import Params
     from weft.plan._views import View
     from weft.plan._vocabulary import Vocabulary
     from weft.recipes.records import ModelName, Module, Recipe, Source
@@ -45,6 +46,9 @@ class _Draft:
     notes: list[str] = field(default_factory=list)
     jobs: list[TensorJob] = field(default_factory=list)
     computed: dict[str, ModelName] = field(default_factory=dict)
+    uncovered: dict[tuple[str, str, ModelName | None], list[MissingParameter]] = field(
+        default_factory=dict
+    )
 
 
 def plan_recipe(
@@ -74,6 +78,7 @@ def plan_recipe(
     for module, belongs in modules_of(recipe, donor, views, draft.problems):
         for each in planned(module, belongs, views, donor, draft.problems):
             _add(draft, module, each)
+    draft.problems += _uncovered(draft)
     unmatched = _unmatched(draft)
     if draft.problems:
         raise PlanError(recipe.name or "the recipe", draft.problems)
@@ -131,18 +136,10 @@ def _add(draft: _Draft, module: Module, each: Planned) -> None:
     sources = [s for s in each.slice.sources if s.model != base_name]
     base = next((t for s, t in tensors if s.model == base_name), None)
     inputs = [t for s, t in tensors if s.model != base_name]
-    shared, per_input = resolve(
-        recipe,
-        module,
-        each.slice,
-        own.PARAMETERS,
-        sources,
-        input_names=[
-            n for s, n in zip(each.slice.sources, each.inputs, strict=True) if s in sources
-        ],
-        output_name=each.name,
-        t=each.t,
-    )
+    found = _parameters(draft, module, each, own, sources)
+    if found is None:
+        return
+    shared, per_input = found
     key = f"{draft.seed}:{recipe.method}:{each.name}"
     asked = tuple(dict(params) for params in per_input)
     task = methods.Task(tensors[0][1].shape, 1, len(inputs), dict(shared), asked, key)
@@ -175,6 +172,51 @@ def _add(draft: _Draft, module: Module, each: Planned) -> None:
     else:
         expression = jobs[0].expression
     draft.jobs.append(TensorJob(each.name, dtype, jobs[0].shape, jobs[0].shard, expression))
+
+
+def _parameters(
+    draft: _Draft, module: Module, each: Planned, own: methods.Method, sources: list[Source]
+) -> tuple[Params, tuple[Params, ...]] | None:
+    """The parameters of the tensor: those that all share, and those of every input."""
+    names = {s.model: n for s, n in zip(each.slice.sources, each.inputs, strict=True)}
+
+    def ask(some: list[Source]) -> tuple[Params, tuple[Params, ...]]:
+        return resolve(
+            draft.recipe,
+            module,
+            each.slice,
+            own.PARAMETERS,
+            some,
+            input_names=[names[source.model] for source in some],
+            output_name=each.name,
+            t=each.t,
+        )
+
+    try:
+        return ask(sources)
+    except WeftError as error:
+        if not isinstance(error, MissingParameter):
+            draft.problems.append(Problem(f"{error}  @ {each.slice.where}", error.hint))
+            return None
+    for source in sources:
+        try:
+            ask([source])
+        except MissingParameter as error:
+            where = place_of(draft.recipe, module, each.slice, error.name, error.model)
+            draft.uncovered.setdefault((where, error.name, error.model), []).append(error)
+    return None
+
+
+def _uncovered(draft: _Draft) -> list[Problem]:
+    """Parameters that the recipe has for other tensors only: once for all that they miss."""
+    problems = []
+    for (where, name, model), errors in draft.uncovered.items():
+        whose = f" of {model}" if model else ""
+        what = f'no "{name}"{whose} for {errors[0].tensor}'
+        what += f" and {len(errors) - 1} tensors more" if len(errors) > 1 else ""
+        filters = ": the filters of the recipe are of others"
+        problems.append(Problem(f"{what}{filters}  @ {where}", errors[0].hint))
+    return problems
 
 
 def _tensors(draft: _Draft, each: Planned) -> list[tuple[Source, TensorJob]] | None:
