@@ -3,20 +3,27 @@
 from __future__ import annotations
 
 import os
+import re
 from typing import TYPE_CHECKING
 
 import pytest
-from running import checkpoint, llama, lora
+from running import MATRIX, checkpoint, llama, load, lora, run
 from safetensors.torch import save_file
 
 import weft
+from weft import methods
 from weft.cli.app import main
-from weft.core.errors import WeftError
+from weft.core.errors import NumericsError, WeftError
 
 if TYPE_CHECKING:
     from pathlib import Path
 
 LINEAR = "merge_method: linear\nmodels: [model: a, model: b]\nparameters: {weight: 1}\n"
+SCALED = """\
+merge_method: passthrough
+models: [model: a]
+parameters: {scale: [{filter: q_proj, value: 0.5}, {value: 1}]}
+"""
 TIES = "merge_method: ties\nbase_model: base\nmodels: [model: a, model: b]\n"
 
 
@@ -148,3 +155,98 @@ def test_only_files_that_are_there_are_said_to_be_taken(root: Path) -> None:
     for name in ("a", "b"):
         save_file(llama(1), root / f"{name}.safetensors")
     assert taken(LINEAR.replace("a,", "a.safetensors,").replace("b]", "b.safetensors]")) == []
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        (LINEAR, "7 of 7 tensors merged"),
+        (f"{TIES}parameters: {{weight: 1}}\n", "7 of 7 tensors changed"),
+        (f"{TIES}parameters: {{weight: 1, lambda: 0}}\n", "0 of 7 tensors changed"),
+        ("merge_method: passthrough\nmodels: [model: a]\n", "7 of 7 tensors copied"),
+        ("merge_method: passthrough\nmodels: [model: base+adapter]\n", "2 of 7 tensors changed"),
+        (
+            SCALED,
+            "2 of 7 tensors merged",
+        ),
+        (
+            "modules:\n  model: {models: [model: a]}\nmerge_method: passthrough\n",
+            "7 of 7 tensors copied",
+        ),
+    ],
+)
+def test_what_became_of_the_tensors(
+    text: str, said: str, root: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Of what a method without a base makes nobody knows whether it changed, and from what."""
+    lora(root / "adapter", 1, rms=1e-2)
+    (root / "recipe.yml").write_text(text)
+    with pytest.raises(SystemExit) as end:
+        main(["run", "recipe.yml", "-o", "out"])
+    assert not end.value.code
+    assert capsys.readouterr().out.startswith(f"{said}, ")
+    assert f"\n{said}, " in (root / "out/README.md").read_text()
+
+
+# ------------------------------------------------------------------------------ NaN and infinity
+
+SETTINGS = {
+    "slerp": "t: 0.3",
+    "nearswap": "t: 0.01",
+    "sce": "select_topk: 0.5",
+    "linear": "weight: 1",
+    "nuslerp": "weight: 1",
+    "multislerp": "weight: 1",
+    "passthrough": "scale: 0.5",
+    **dict.fromkeys(("ties", "breadcrumbs", "breadcrumbs_ties"), "weight: 1, density: 0.5"),
+    **dict.fromkeys(("dare_ties", "dare_linear", "della"), "weight: 1, density: 0.5"),
+    **dict.fromkeys(("della_linear", "task_arithmetic"), "weight: 1, density: 0.5"),
+}
+
+
+def recipe_of(method: str) -> str:
+    own = methods.method(method)
+    most = own.INPUTS[1] or 2
+    names = ["a", "b"][:most]
+    base = "base_model: base\n" if own.BASE != "none" else ""
+    models = ", ".join(f"model: {name}" for name in names)
+    parameters = SETTINGS.get(method, "")
+    return f"merge_method: {method}\n{base}models: [{models}]\nparameters: {{{parameters}}}\n"
+
+
+@pytest.mark.parametrize("value", ["nan", "inf"])
+@pytest.mark.parametrize("method", methods.names())
+def test_the_file_that_holds_nan_is_named(method: str, value: str, root: Path) -> None:
+    """In the last of several models, or in the base, whatever the method does with it."""
+    text = recipe_of(method)
+    name = f"{MATRIX.format(1)}.weight"
+    asked = re.findall(r"model: (\w+)", text)
+    for model in dict.fromkeys((asked[0], asked[-1])):
+        tensors = llama({"base": None, "a": 1, "b": 2}[model])
+        tensors[name][3, 5] = float(value)
+        sound = (root / model / "model.safetensors").read_bytes()
+        save_file(tensors, root / model / "model.safetensors", {"format": "pt"})
+        with pytest.raises(NumericsError) as error:
+            run(root, text)
+        assert str(error.value).startswith(f"{name} in {root}/{model}/model.safetensors holds NaN")
+        assert not (root / "out").exists()
+        (root / model / "model.safetensors").write_bytes(sound)
+
+
+def test_nan_of_what_is_only_cast_is_warned_of(root: Path) -> None:
+    """A mask may hold infinity. What is not even cast the kernel copies, and nobody looks at it."""
+    tensors = llama(1)
+    tensors["lm_head.weight"][0, 0] = float("nan")
+    tensors["model.norm.weight"][0] = float("-inf")
+    save_file(tensors, root / "a/model.safetensors", {"format": "pt"})
+    (root / "recipe.yml").write_text("merge_method: passthrough\nmodels: [model: a]\n")
+    copied = weft.run("recipe.yml", output="copied")
+    assert not any("NaN" in warning for warning in copied.warnings)
+    with (root / "recipe.yml").open("a") as file:
+        file.write("dtype: float32\n")
+    found = weft.run("recipe.yml", output="cast")
+    assert found.warnings == (
+        "NaN or infinity in lm_head.weight and 1 more, taken over as they were",
+    )
+    assert found.manifest["warnings"] == list(found.warnings)
+    assert load(root / "cast")["lm_head.weight"][0, 0].isnan()

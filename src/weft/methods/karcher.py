@@ -41,6 +41,8 @@ def prepare(task: Task, blocks: Blocks) -> list[float]:
     import numpy as np
 
     products = _gram.gram(blocks)
+    if not np.isfinite(products).all():
+        return [math.nan] * task.count  # the output shows it, and it is looked for there
     norms = np.sqrt(np.diag(products))
     tol = float(task.params["tol"])
     seen = np.flatnonzero(norms > tol)
