@@ -16,7 +16,7 @@ from weft.plan._replicated import NUMBERS, per_layer, told_by_number
 from weft.plan._side_files import patched
 from weft.plan._slices import sequence
 from weft.plan._stacks import DEPTHS
-from weft.plan._views import folders
+from weft.plan._views import folders, lasting
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Mapping, Sequence
@@ -92,7 +92,7 @@ def recipe_files(
     if "README.md" in files:
         del files["README.md"]
     files[RECIPE] = SideFile(RECIPE, text=recipe.text)
-    return [files[name] for name in sorted(files)], notes
+    return lasting([files[name] for name in sorted(files)], views.values()), notes
 
 
 def _kinds(files: Collection[str], tokenizer: bool, template: bool) -> str:
