@@ -30,6 +30,7 @@ if TYPE_CHECKING:
 
 Views = Mapping["ModelName", "View"]
 ALONE = "model.safetensors"  # whatever the one file of the first model is called
+SAME, UNION, INTERSECTION = "same", "union", "intersection"  # tensors of the models
 SHARD = 5_000_000_000  # bytes, where no input's shards fit the output
 
 
@@ -42,10 +43,12 @@ class _Draft:
     donor: View
     vocabulary: Vocabulary | None
     seed: int
+    tensors: str
     problems: list[Problem] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
     jobs: list[TensorJob] = field(default_factory=list)
     computed: dict[str, ModelName] = field(default_factory=dict)
+    lacking: dict[ModelName, list[str]] = field(default_factory=dict)
     uncovered: dict[tuple[str, str, ModelName | None], list[MissingParameter]] = field(
         default_factory=dict
     )
@@ -57,6 +60,7 @@ def plan_recipe(
     *,
     seed: int = 0,
     max_shard_size: int | None = None,
+    tensors: str = SAME,
 ) -> Plan:
     """Say what every tensor of the output is.
 
@@ -66,13 +70,15 @@ def plan_recipe(
         seed: Of the methods that draw at random.
         max_shard_size: Bytes per shard; None keeps the shards of the first model (the base, if
             there is one) where the output has the same tensors, and else fills shards of 5 GB.
+        tensors: `same`, all models have the same; `union`, what one lacks is made of the others;
+            `intersection`, what one lacks is left out.
 
     Raises:
         PlanError: The models do not fit the recipe or each other; every reason found.
     """
     donor = views[recipe.base_model or recipe.models()[0]]
     vocabulary, problems = vocabulary_of(recipe, views)
-    draft = _Draft(recipe, views, donor, vocabulary, seed, problems)
+    draft = _Draft(recipe, views, donor, vocabulary, seed, tensors, problems)
     if other := _other_architectures(recipe, views):
         raise PlanError(recipe.name or "the recipe", other)  # of which all else would follow
     for module, belongs in modules_of(recipe, donor, views, draft.problems):
@@ -93,7 +99,7 @@ def plan_recipe(
         side_files=tuple(files),
         inputs=tuple(_inputs(recipe, views)),
         notes=tuple(
-            dict.fromkeys([*recipe.notes, *_computed(draft), *(n for p in plans for n in p.notes)])
+            dict.fromkeys([*recipe.notes, *_left_out(draft), *(n for p in plans for n in p.notes)])
         ),
         beside=tuple(beside),
         warnings=tuple(
@@ -133,9 +139,13 @@ def _add(draft: _Draft, module: Module, each: Planned) -> None:
     if tensors is None:
         return
     base_name = (each.slice.base_model or recipe.base_model) if own.BASE != "none" else None
-    sources = [s for s in each.slice.sources if s.model != base_name]
+    sources = [s for s, _ in tensors if s.model != base_name]
     base = next((t for s, t in tensors if s.model == base_name), None)
     inputs = [t for s, t in tensors if s.model != base_name]
+    lacking = base_name if base is None else None
+    if few := _too_few(draft, each, own, lacking, len(inputs)):
+        draft.problems.append(few)
+        return
     found = _parameters(draft, module, each, own, sources)
     if found is None:
         return
@@ -225,6 +235,11 @@ def _tensors(draft: _Draft, each: Planned) -> list[tuple[Source, TensorJob]] | N
     for source, name in zip(each.slice.sources, each.inputs, strict=True):
         view = draft.views[source.model]
         job = view.tensor(name)
+        if job is None and draft.tensors != SAME:
+            draft.lacking.setdefault(source.model, []).append(each.name)
+            if draft.tensors == INTERSECTION:
+                return None
+            continue
         if job is None and is_computed(name):
             draft.computed[re.sub(r"\.\d+\.", ".*.", each.name)] = source.model
             return None
@@ -263,6 +278,21 @@ def _tensors(draft: _Draft, each: Planned) -> list[tuple[Source, TensorJob]] | N
     return found
 
 
+def _too_few(
+    draft: _Draft, each: Planned, own: methods.Method, lacking: ModelName | None, count: int
+) -> Problem | None:
+    """Why the method cannot do without the models that lack the tensor, if it cannot."""
+    hint = "--tensor-intersection leaves such tensors out"
+    at = f"@ {each.slice.where}"
+    if lacking is not None:
+        return Problem(f"the base {lacking} has no {each.name}, which others have  {at}", hint)
+    if draft.tensors == UNION and count < own.INPUTS[0]:
+        least = f"{own.INPUTS[0]} model{'s' if own.INPUTS[0] > 1 else ''}"
+        what = f"{draft.recipe.method} takes {least}, and of those that have {each.name} there are"
+        return Problem(f"{what} {count}  {at}", hint)
+    return None
+
+
 def _simplified(expression: Merge, own: methods.Method) -> Expression:
     """The same without a method, where that changes no bit."""
     if expression.method == "passthrough" and dict(expression.each[0]).get("scale") in (None, 1):
@@ -289,12 +319,17 @@ def _list(sources: Sequence[Source]) -> str:
     return ", ".join(str(source.model) for source in sources)
 
 
-def _computed(draft: _Draft) -> list[str]:
-    """What is left out, since not all models hold it and none needs it."""
-    return [
+def _left_out(draft: _Draft) -> list[str]:
+    """What not all models hold, and so is left out, or made of those that do."""
+    notes = [
         f"left out: {name}, which {model} lacks; models compute it"
         for name, model in draft.computed.items()
     ]
+    became = "left out" if draft.tensors == INTERSECTION else "made of the others"
+    for model, names in draft.lacking.items():
+        more = f" and {len(names) - 1} tensors more" if len(names) > 1 else ""
+        notes.append(f"{became}: {names[0]}{more}, which {model} lacks")
+    return notes
 
 
 def _unmatched(draft: _Draft) -> list[str]:
