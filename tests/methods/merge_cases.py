@@ -296,5 +296,7 @@ RANDOM = [
     *_arithmetic("dare_linear", {"random": HALF}),
     *_arithmetic("della", {"random": HALF, "random no rescale": AS_DROPPED}),
     *_arithmetic("della_linear", {"random": HALF, "random vector": {**HALF, "shape": (15,)}}),
+    *_arithmetic("della", {"random stack": {**HALF, "shape": (2, 9, 4)}}),
+    *_arithmetic("della_linear", {"random filters": {**HALF, "shape": (3, 6, 2, 2)}}),
 ]
 DRAWS = 200

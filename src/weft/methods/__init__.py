@@ -145,6 +145,9 @@ class Method(Protocol):
     # Also, where there is something to be known of the whole tensor first:
     #     def prepare(task: Task, blocks: Blocks) -> Any
     #
+    # Where whole rows are not enough, of how many elements a block must hold all or none:
+    #     def together(shape: Shape) -> int
+    #
     # And where some values of the parameters make no sense, what is wrong with them, if anything:
     #     def check(task: Task) -> str | None
 
@@ -167,6 +170,12 @@ def check(own: Method, task: Task) -> str | None:
     """What is wrong with the parameters of `task`, if anything; nothing is read for it."""
     ask = getattr(own, "check", None)
     return ask(task) if ask else None
+
+
+def together(own: Method, shape: Shape) -> int:
+    """Of how many elements that follow each other a block must hold all or none."""
+    ask = getattr(own, "together", None)
+    return ask(shape) if ask else 1
 
 
 def prepare(own: Method, task: Task, blocks: Blocks) -> Any:
