@@ -119,7 +119,7 @@ def sample(run: Run, folder: Path) -> Sample:
 
 
 def clean(folder: Path) -> None:
-    for name in ("out", "cache"):
+    for name in ("out", "out.partial", "cache"):
         shutil.rmtree(folder / name, ignore_errors=True)
 
 

@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from weft import api
 from weft.core.errors import FormatError, PlanError, Unsupported, WeftError, as_problems
 from weft.core.names import match
+from weft.core.specs import Repair
 from weft.core.units import some
 from weft.formats.adapters import describe_adapter
 from weft.formats.adapters._peft_config import matching
 from weft.formats.adapters._repairs import PREFIX
 from weft.formats.hub import resolve
 from weft.plan._coverage import unnamed
+from weft.plan._in_memory import in_memory
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -50,6 +52,7 @@ class Diagnosis:
         base: What the user wrote for the base.
         findings: In the order in which they matter: problems first.
         fits: The base, where the adapter fits it.
+        rewritten: What `fix` wrote otherwise than it is in the file, so that PEFT reads it right.
     """
 
     given: str
@@ -58,6 +61,7 @@ class Diagnosis:
     base: str | None
     findings: tuple[Finding, ...]
     fits: Checkpoint | None = field(default=None, repr=False)
+    rewritten: tuple[str, ...] = ()
 
     @property
     def verdict(self) -> Literal["sound", "problems", "unusable"]:
@@ -102,7 +106,7 @@ def doctor(
     else:
         found = _examine(opened, path, base, revision=revision, cache_dir=cache_dir)
     if fix is not None:
-        _fix(found, Path(fix), force=force)
+        found = replace(found, rewritten=_fix(found, Path(fix), force=force))
     return found
 
 
@@ -127,6 +131,7 @@ def _examine(
             plan, fits = made.plan, made.inputs.base
             warnings = list(made.warnings)
             findings += [Finding("repaired", str(repair)) for repair in plan.repairs]
+            findings += _named_as_before(adapter, plan, fits)
         except PlanError as error:
             findings = _problems(error.problems)
     if plan is None:
@@ -165,6 +170,19 @@ def _without_base(adapter: Adapter) -> list[Finding]:
     return found
 
 
+def _named_as_before(adapter: Adapter, plan: Plan, base: Checkpoint) -> list[Finding]:
+    """Names that the base's files have to this day, and the model has no more."""
+    names = {job.name for job in plan.jobs}
+    old = [e.target for e in adapter.entries if e.target in names]
+    new = [in_memory(name, base) for name in old]
+    if old == new:
+        return []
+    first = next(pair for pair in zip(old, new, strict=True) if pair[0] != pair[1])
+    what = "modules named as transformers before 4.52 did, and as the base's files are; since then "
+    repair = Repair(what + "PEFT may find none of them", *first, len(old))
+    return [Finding("repaired", str(repair))]
+
+
 def _caught_more(adapter: Adapter) -> list[Finding]:
     """PEFT takes every module whose name ends in one of `modules_to_save`, dot or no dot."""
     named = adapter.config.get("modules_to_save") or []
@@ -183,9 +201,11 @@ def _caught_more(adapter: Adapter) -> list[Finding]:
 # -------------------------------------------------------------------------------------------- fix
 
 
-def _fix(found: Diagnosis, output: Path, *, force: bool) -> None:
+def _fix(found: Diagnosis, output: Path, *, force: bool) -> tuple[str, ...]:
+    """Write the copy; -> what is otherwise in it than in the file."""
     from weft.write.adapter import Piece, write_adapter
     from weft.write.peft_form import peft_form
+    from weft.write.present_form import Form, bring_up_to_date
 
     if found.adapter is None or found.verdict == "unusable":
         first = next(f for f in found.findings if f.level == "problem")
@@ -196,32 +216,37 @@ def _fix(found: Diagnosis, output: Path, *, force: bool) -> None:
     adapter = found.adapter
     beside = {name: Path(adapter.folder, name) for name in adapter.side_files}
     if adapter.keys:
-        moved = _moved(adapter, found.plan)
+        moved = _moved(adapter, found.plan, found.fits)
         refs = {_renamed(key, moved): adapter.tensors[old] for key, old in adapter.keys.items()}
-        tensors = {key: Piece(ref, ref.shape) for key, ref in refs.items()}
-        config = _config(adapter, moved)
-    elif found.plan is None or found.fits is None:
+        pieces = {key: Piece(ref, ref.shape) for key, ref in refs.items()}
+        form = Form(adapter, dict(pieces), _config(adapter, moved), found.fits, found.plan)
+        bring_up_to_date(form)
+        write_adapter(output, form.tensors, form.config, beside, force=force)
+        return tuple(form.done)
+    if found.plan is None or found.fits is None:
         raise WeftError(
             f"{found.given} is an adapter of {adapter.format}, and what its modules are called in "
             "PEFT and how they lie there a base says",
             "weft doctor ADAPTER --base BASE --fix -o FIXED",
         )
-    else:
-        tensors, config = peft_form(found.fits, adapter, found.plan)
+    tensors, config = peft_form(found.fits, adapter, found.plan)
     write_adapter(output, tensors, config, beside, force=force)
+    return ()
 
 
-def _moved(adapter: Adapter, plan: Plan | None) -> dict[str, str]:
-    """Modules that the base calls otherwise, and what it calls them."""
-    if plan is None:
+def _moved(adapter: Adapter, plan: Plan | None, base: Checkpoint | None) -> dict[str, str]:
+    """Modules that the model has under other names in memory, which PEFT goes by, and these."""
+    if plan is None or base is None:
         return {}
     found = match([e.target for e in adapter.entries], {job.name for job in plan.jobs})
-    names = {want: found.names[want] for wants in found.moves.values() for want in wants}
-    return {
-        entry.module: names[entry.target].removesuffix(f".{entry.parameter}")
-        for entry in adapter.entries
-        if entry.target in names
-    }
+    strayed = {want for wants in found.moves.values() for want in wants}
+    moved = {}
+    for entry in adapter.entries:
+        there = found.names.get(entry.target, entry.target)
+        name = in_memory(there, base)
+        if name != entry.target and (entry.target in strayed or name != there):
+            moved[entry.module] = name.removesuffix(f".{entry.parameter}")
+    return moved
 
 
 def _config(adapter: Adapter, moved: dict[str, str]) -> dict[str, Any]:

@@ -147,9 +147,9 @@ def test_a_difference_that_is_read_again_for_every_product(
     two, streamed = extract(tmp_path, "streamed", rank=8)
     a, b = pairs.delta_of(one), pairs.delta_of(two)
     norm = pairs.distance(a, {name: 0 * dW for name, dW in a.items()})
-    assert pairs.distance(a, b) < 1e-3 * norm
+    assert pairs.distance(a, b) < 1e-2 * norm
     assert held["totals"]["relative_error"] == pytest.approx(
-        streamed["totals"]["relative_error"], rel=1e-6
+        streamed["totals"]["relative_error"], rel=2e-3
     )
 
 

@@ -703,9 +703,9 @@ QUANTISED = {
     "weight_scale_inv": ("model.layers.0.mlp.up_proj.weight_scale_inv", torch.float32, "FP8"),
     "weight_scale": ("model.layers.0.mlp.up_proj.weight_scale", torch.float32, "FP8"),
     "weight_packed": ("model.layers.0.mlp.up_proj.weight_packed", torch.int32, "compressed"),
-    "SCB": ("model.layers.0.mlp.up_proj.SCB", torch.float32, "bitsandbytes 8-bit"),
-    "weight.absmax": ("model.layers.0.mlp.up_proj.weight.absmax", torch.uint8, "4-bit"),
-    "weight.quant_map": ("model.layers.0.mlp.up_proj.weight.quant_map", torch.float32, "4-bit"),
+    "SCB": ("model.layers.0.mlp.up_proj.SCB", torch.float32, "bitsandbytes, 8 bits"),
+    "weight.absmax": ("model.layers.0.mlp.up_proj.weight.absmax", torch.uint8, "4 bits"),
+    "weight.quant_map": ("model.layers.0.mlp.up_proj.weight.quant_map", torch.float32, "4 bits"),
 }
 
 
@@ -740,13 +740,16 @@ def test_quantised_as_gpt_oss_is(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("config", "kind"),
     [
-        ({"quant_method": "gptq", "bits": 4}, "gptq"),
-        ({"quant_method": "awq"}, "awq"),
-        ({"quant_method": "fp8"}, "fp8"),
-        ({"quant_method": "mxfp4"}, "mxfp4"),
+        ({"quant_method": "gptq", "bits": 4}, "GPTQ"),
+        ({"quant_method": "awq"}, "AWQ"),
+        ({"quant_method": "fp8"}, "FP8"),
+        ({"quant_method": "mxfp4"}, "MXFP4"),
+        ({"quant_method": "hqq"}, "hqq"),
+        ({"quant_method": "torchao"}, "torchao"),
         ({"quant_method": "compressed-tensors"}, "compressed-tensors"),
-        ({"load_in_4bit": True}, "bitsandbytes"),
-        ({"bits": 3}, r"\?"),
+        ({"load_in_4bit": True}, "bitsandbytes, 4 bits"),
+        ({"quant_method": "bitsandbytes", "load_in_8bit": True}, "bitsandbytes, 8 bits"),
+        ({"bits": 3}, "by a method that it does not name"),
     ],
 )
 @pytest.mark.parametrize("inner", [False, True])

@@ -160,7 +160,6 @@ REFUSED = [
     Rule("init-loftq", "was initialised with LoftQ, which moved the base weights"),
     Rule("llama-alora", "aLoRA, which is active after some tokens only: no merged weight"),
     Rule("conv-boft", "rotates other axes of a convolution than later ones", before="0.14"),
-    Rule("oft-old* conv-oft-old", "OFT of PEFT before 0.16 trained another parametrisation"),
     Rule("conv-oft", "in training PEFT adds up the overlapping patches of a convolution"),
     # The new rows of the head, which no adapter is on, are in no file.
     Rule("llama-resized-embedding", "the adapter resizes the vocabulary of some tensors and not",
@@ -182,14 +181,16 @@ LOST = [
     Rule("bias-lora-only", "trained biases are not saved", since="0.8", before="0.21"),
     Rule("boft-bias", "trained biases are not saved", before="0.21"),
     Rule("tied-embedding-saved", "the head is trained along with what it is tied to, and not saved",
-         since="0.3", before="0.7"),
+         since="0.3", before="0.6"),
 ]  # fmt: skip
 RESIZED = Rule("*-resized", "new rows are not saved", before="0.11")
 
 # Weft merges these, and warns.
 DOUBTED = [
     Rule("bias-lora-only", "none is in the file", since="0.7", before="0.21"),
-]
+    Rule("tied-embedding-saved", "trained lm_head.weight along with model.embed_tokens.weight",
+         since="0.3", before="0.6"),
+]  # fmt: skip
 
 # Weft merges these, and says how.
 NOTED = [
@@ -198,8 +199,6 @@ NOTED = [
 
 # Weft merges these into something else than what was trained.
 WRONG = [
-    Rule("tied-embedding-saved", "PEFT before 0.3 trains both ends, which are one weight",
-         before="0.3"),
     Rule("mha-lora", "the ΔW of out_proj is added twice in training: see test_attention"),
 ]  # fmt: skip
 
@@ -208,6 +207,7 @@ SINGLE = [
     Rule("c3a", "Fourier transforms in float32"),
     Rule("fourierft gpt2-fourierft", "the inverse transform is in float32", since="0.14"),
     Rule("oft-coft", "the projection's eps is added in float32"),
+    Rule("oft-old-coft", "the projection's divisor is a tensor of float32"),
     Rule("vblora-topk", "the saved weights are of float32"),
     Rule("loha-patterns", "alpha / r is a tensor of float32"),
     Rule("deft*", "the decomposition is in float32"),
@@ -235,7 +235,7 @@ BITS = [
          tensors=_ENDS),
     Rule("mha-lora", "the ΔW of out_proj is added twice", tensors="mha.out_proj.weight"),
     # It computes in float32, and in another order.
-    Rule("boft* conv-boft oft-* c3a hra* conv-hra vblora-topk gpt2-fourierft",
+    Rule("boft* conv-boft oft-* conv-oft-old c3a hra* conv-hra vblora-topk gpt2-fourierft",
          "sums in another order", tensors="*.weight", dtype="float32"),
     Rule("gpt2-dora", "the norm of columns is a sum in float32", dtype="float32"),
     Rule("fourierft waveft", "sums in another order"),

@@ -1,316 +1,43 @@
-"""The rows of the table in `docs/reference/adapters.md`: an adapter each, and what becomes of it.
-
-A scene is a base, an adapter that real PEFT trained (or another tool's, or a damaged one), and what
-base and adapter together computed in training: the truth of both columns.
-"""
+"""The rows of the table in `docs/reference/adapters.md`, and the scene that each of them is."""
 
 from __future__ import annotations
 
-import json
-import shutil
-import warnings
-from dataclasses import dataclass, field
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-import helpers
 import peft
-import torch
 from peft.tuners.lora.config import BdLoraConfig, KasaConfig, MontecloraConfig, VeloraConfig
-from safetensors.torch import load_file, save_file
 
-import weft
-from tests.oracle import (
-    methods,
-    test_experts,
-    test_lora_layers,
-    test_merged_lora,
-    test_moved_base,
-    test_peft_form,
-)
+from tests.oracle import methods, test_peft_form
+from tests.oracle import other_scenes as other
 from tests.oracle import test_all_methods as all_methods
-from tests.plan.test_repairs import DISTURBANCES, rename
-from weft.core.errors import WeftError
+from tests.oracle.scenes import (
+    attention,
+    changed,
+    disturbed,
+    edited,
+    experts,
+    llama,
+    lora,
+    moved,
+    of_kind,
+    of_old_attention,
+    of_one_process,
+    on_another_base,
+    other_tool,
+    poisoned,
+    silenced,
+    toy,
+    trained_in_full,
+    two_patterns,
+    without,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Callable
     from pathlib import Path
 
-    from torch import Tensor, nn
-
-AUTO = "AutoModelForCausalLM"
-P = "base_model.model."
-
-
-@dataclass
-class Scene:
-    """A base and an adapter in folders of those names.
-
-    Attributes:
-        folder: That holds them.
-        open: A model with the weights of a folder.
-        run: What such a model gives.
-        want: What base and adapter gave when they were trained.
-        options: For `weft.merge`.
-    """
-
-    folder: Path
-    open: Callable[[Path], nn.Module]
-    run: Callable[[nn.Module], Tensor]
-    want: Tensor | None
-    options: dict[str, Any] = field(default_factory=dict)
-
-    def weft(self) -> str:
-        """Merged, repaired, warned of, refused: the first column."""
-        try:
-            report = weft.merge(
-                self.folder / "base",
-                self.folder / "adapter",
-                output=self.folder / "merged",
-                **self.options,
-            )
-        except WeftError:
-            return "refused"
-        if self.want is not None:
-            got = self.run(self.open(self.folder / "merged"))
-            torch.testing.assert_close(got, self.want, rtol=1e-3, atol=2e-4)
-        if report.manifest["repairs"]:
-            return "merged, repaired"
-        # Layers as small as these, with random values, are changed more than training does.
-        warned = [w for w in report.warnings if "more than training does" not in w]
-        return "merged, with a warning" if warned else "merged"
-
-    def peft(self) -> str:
-        """What PEFT makes of it: the second column."""
-        model = self.open(self.folder / "base")
-        before = {name: value.clone() for name, value in model.state_dict().items()}
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            try:
-                loaded = peft.PeftModel.from_pretrained(model, self.folder / "adapter")
-            except Exception:  # of whatever kind
-                return "cannot load it"
-            try:
-                merged = loaded.eval().merge_and_unload()
-            except Exception:
-                return "cannot merge it"
-        after = merged.state_dict()
-        if all(torch.equal(after[name], value) for name, value in before.items() if name in after):
-            return "the base model"
-        if (self.folder / "merged").exists() and not set(after) ^ set(before):
-            ours = self.open(self.folder / "merged").state_dict()
-            pairs = [(value, after[name]) for name, value in ours.items() if name in after]
-            if all(a.shape == b.shape for a, b in pairs):
-                if all(torch.equal(a, b) for a, b in pairs):
-                    return "the same bits"
-                if all(torch.allclose(a, b, rtol=1e-4, atol=1e-5) for a, b in pairs):
-                    return "the same to rounding"
-        if self.want is not None and self.want.isfinite().all():
-            off = (self.run(merged) - self.want).abs().max()
-            return "what was trained" if off < 1e-3 else "another model"
-        return "another model"
-
-
-# ------------------------------------------------------------------------------------------ scenes
-
-
-def toy(config: Any, folder: Path, *, model: Any = methods.Toy, inputs: Any = None) -> Scene:
-    """Any method of PEFT on a few layers of every type."""
-    inputs = methods.TOKENS if inputs is None else inputs
-    torch.manual_seed(0)
-    base = model().eval()
-    (folder / "base").mkdir()
-    save_file(base.state_dict(), folder / "base" / "model.safetensors", {"format": "pt"})
-    (folder / "base" / "config.json").write_text('{"model_type": "toy"}')
-    trained = peft.get_peft_model(base, config() if callable(config) else config)
-    methods.noise(trained)
-    trained.save_pretrained(folder / "adapter")
-    with torch.no_grad():
-        want = trained.eval()(inputs)
-
-    def opened(path: Path) -> nn.Module:
-        torch.manual_seed(0)
-        made = model().eval()
-        made.load_state_dict(helpers.load(path))
-        return made  # type: ignore[no-any-return]
-
-    def run(made: nn.Module) -> Tensor:
-        with torch.no_grad():
-            return made(inputs)  # type: ignore[no-any-return]
-
-    return Scene(folder, opened, run, want)
-
-
-def lora(folder: Path, *, model: Any = methods.Toy, inputs: Any = None, **options: Any) -> Scene:
-    settings = {"r": 4, "lora_alpha": 6, "target_modules": ["linear", "square", "head"], **options}
-    return toy(partial(peft.LoraConfig, **settings), folder, model=model, inputs=inputs)
-
-
-def llama(
-    folder: Path, *, model: str = "llama", rows: int | None = None, tie: bool = True, **options: Any
-) -> Scene:
-    """LoRA on a language model of transformers."""
-    base = helpers.save_base(model, "float32", folder / "base")
-    config = {"target_modules": ["q_proj", "v_proj"], **options}
-    trained = helpers.train(base, AUTO, config, rows=rows, tie=tie)
-    trained.save_pretrained(folder / "adapter")
-    return Scene(folder, _open, helpers.logits, helpers.logits(trained))
-
-
-def _open(path: Path) -> nn.Module:
-    return helpers.open_model(path, AUTO)  # type: ignore[no-any-return]
-
-
-def attention(folder: Path) -> Scene:
-    """Truth is LoRA's formula: PEFT trains with something else."""
-    test_lora_layers.attention(folder)
-    (folder / "base" / "config.json").write_text('{"model_type": "toy"}')
-
-    def opened(path: Path) -> nn.Module:
-        made = test_lora_layers.Attention().eval()
-        made.load_state_dict(helpers.load(path))
-        return made
-
-    def run(made: nn.Module) -> Tensor:
-        with torch.no_grad():
-            return made(test_lora_layers.WORDS)  # type: ignore[no-any-return]
-
-    want = test_lora_layers.reference(folder, test_lora_layers.WORDS).float()
-    return Scene(folder, opened, run, want)
-
-
-def experts(folder: Path) -> Scene:
-    base = test_experts.save_base("mixtral", "fused", "float32", folder / "base")
-    trained = test_experts.train(base, target_parameters=test_experts.BOTH)
-    trained.save_pretrained(folder / "adapter")
-    return Scene(folder, test_experts.open_base, helpers.logits, helpers.logits(trained))
-
-
-def moved(folder: Path, *, init: str, given: str | None = "initial") -> Scene:
-    """An initialisation that took its factors off the base."""
-    _, trained = test_moved_base.train(folder, init)
-    (folder / "base" / "config.json").write_text('{"model_type": "toy"}')
-    options = {} if given is None else {"init_adapter": folder / given}
-    return Scene(folder, _filled, _on_tokens, _on_tokens(trained), options)
-
-
-def _filled(path: Path) -> nn.Module:
-    made = methods.Toy().eval()
-    made.load_state_dict(helpers.load(path))
-    return made
-
-
-def _on_tokens(made: nn.Module) -> Tensor:
-    with torch.no_grad():
-        return made(methods.TOKENS)  # type: ignore[no-any-return]
-
-
-# ------------------------------------------------------------------------------------------ damage
-
-
-def edited(folder: Path, make: Callable[..., Scene], **config: Any) -> Scene:
-    """The config says something else than in training."""
-    scene = make(folder)
-    test_moved_base.edit(folder / "adapter", **config)
-    return scene
-
-
-def changed(
-    folder: Path,
-    change: Callable[[dict[str, Tensor]], Any],
-    make: Callable[..., Scene] = llama,
-    *,
-    known: bool = True,
-) -> Scene:
-    """The file has other tensors than were saved; `known`: what it did can be told all the same."""
-    scene = make(folder)
-    scene.want = scene.want if known else None
-    file = folder / "adapter" / "adapter_model.safetensors"
-    tensors = load_file(file)
-    new = change(tensors)
-    save_file(tensors if new is None else new, file, {"format": "pt"})
-    return scene
-
-
-def disturbed(folder: Path, *, name: str) -> Scene:
-    scene = llama(folder)
-    rename(folder / "adapter", DISTURBANCES[name])
-    return scene
-
-
-def on_another_base(folder: Path) -> Scene:
-    """Of the same architecture, and twice as wide."""
-    scene = llama(folder)
-    config = json.loads((folder / "base" / "config.json").read_text())
-    wide = helpers.transformers.LlamaConfig(**config | {"hidden_size": 128, "head_dim": None})
-    shutil.rmtree(folder / "base")
-    helpers.transformers.LlamaForCausalLM(wide).save_pretrained(folder / "base")
-    return scene
-
-
-def first(tensors: dict[str, Tensor], ending: str) -> str:
-    return next(key for key in tensors if key.endswith(ending))
-
-
-def poisoned(tensors: dict[str, Tensor]) -> None:
-    tensors[first(tensors, "lora_B.weight")][0, 0] = torch.nan
-
-
-def silenced(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    return {key: value * (".lora_A." in key) for key, value in tensors.items()}
-
-
-def of_one_process(tensors: dict[str, Tensor]) -> None:
-    for key, value in tensors.items():
-        if ".lora_B." in key:
-            value[value.shape[0] // 4 :] = 0
-
-
-def trained_in_full(folder: Path) -> Scene:
-    return llama(folder, modules_to_save=["lm_head"])
-
-
-def without(ending: str) -> Callable[[dict[str, Tensor]], Any]:
-    return lambda tensors: {k: v for k, v in tensors.items() if not k.endswith(ending)}
-
-
-def two_patterns(folder: Path) -> Scene:
-    """Trained in an order that the save does not keep."""
-    return llama(folder, alpha_pattern={"self_attn.q_proj": 3, "q_proj": 40})
-
-
-def other_tool(folder: Path, *, make: Callable[[Path, Path], Path]) -> Scene:
-    """Its formulas are held against float64 where that tool's tests are; here it is read at all."""
-    base = helpers.save_base("llama", "float32", folder / "base")
-    made = make(base, folder / "made")
-    target = folder / "adapter"
-    shutil.copytree(made if made.is_dir() else made.parent, target)
-    return Scene(folder, _open, helpers.logits, None)
-
-
-def of_kind(folder: Path, *, config: Callable[[], Any], **options: Any) -> Scene:
-    """Of a kind that is not merged, as PEFT makes it on a language model."""
-    base = helpers.save_base("llama", "float32", folder / "base")
-    model = helpers.open_model(base, AUTO)
-    trained = peft.get_peft_model(model, config())
-    methods.noise(trained)
-    trained.save_pretrained(folder / "adapter")
-    return Scene(folder, _open, helpers.logits, None)
-
-
-def of_old_attention(folder: Path) -> Scene:
-    """PEFT 0.2's LoRA on parts of a fused matrix."""
-    base = helpers.save_base("gpt2", "float32", folder / "base")
-    flags = (True, False, True)
-    tensors = {}
-    for n in range(2):
-        module = f"transformer.h.{n}.attn.c_attn"
-        shape = helpers.load(base)[f"{module}.weight"].shape
-        saved, _, _ = test_merged_lora.train(*shape, flags, 2, n)
-        tensors |= {f"{module}.{name}": value for name, value in saved.items()}
-    test_merged_lora.write(folder / "adapter", tensors, flags)
-    return Scene(folder, _open, helpers.logits, None)
-
+    from tests.oracle.scenes import Scene
 
 _KEYS = {
     "adapter-name": "`lora_A.default.weight`",
@@ -363,10 +90,24 @@ _NOT_MERGED: dict[str, Callable[[], Any]] = {
 ROWS: dict[str, Callable[[Path], Scene]] = {
     "LoRA on Linear": lora,
     "LoRA on Conv1D of GPT-2": partial(lora, model=methods.Turned, target_modules=["c_fc"]),
+    "LoRA on Conv1d": partial(other.convolutions, layers=["one", "strided"]),
     "LoRA on Conv2d": partial(lora, target_modules=["conv2", "linear"]),
+    "LoRA on Conv3d": partial(other.convolutions, layers=["three"]),
+    "LoRA on a convolution with groups": other.grouped,
     "LoRA on Embedding": partial(lora, target_modules=["embed"]),
     "LoRA on nn.MultiheadAttention": attention,
     "LoRA on fused experts": experts,
+    "LoRA on fused experts, stored one by one": partial(other.fused, form="hub"),
+    "LoRA on fused experts of gpt-oss": partial(other.fused, model="gpt-oss"),
+    "LoRA on fused experts, PEFT 0.17": partial(
+        other.of_release, kind="experts-lora", release="0.17.1"
+    ),
+    "LoRA on fused experts, Unsloth's `grouped_by_expert`": other.grouped_by_expert,
+    "LoRA on single experts, base fused": other.single,
+    "LoRA on single experts, base fused, rsLoRA": partial(other.single, use_rslora=True),
+    "LoRA on single experts, stored one by one, rsLoRA": partial(
+        other.single, form="hub", use_rslora=True
+    ),
     "LoRA on parts of a fused matrix, PEFT 0.2": of_old_attention,
     "rsLoRA": partial(lora, use_rslora=True),
     "`rank_pattern`, `alpha_pattern`": partial(
@@ -381,6 +122,7 @@ ROWS: dict[str, Callable[[Path], Scene]] = {
             target_modules_bd_a=["linear"], target_modules_bd_b=["square"], nblocks=2
         ),
     ),
+    "QA-LoRA": other.pooled,
     "MonteCLoRA": partial(
         lora, target_modules=["linear", "square"], monteclora_config=MontecloraConfig()
     ),
@@ -390,7 +132,15 @@ ROWS: dict[str, Callable[[Path], Scene]] = {
     "MiCA": partial(lora, init_lora_weights="mica"),
     "`lora_bias`": partial(lora, target_modules=["linear", "head"], lora_bias=True),
     '`bias="all"`': partial(lora, bias="all"),
+    '`bias="lora_only"`': partial(lora, bias="lora_only"),
+    "biases of PEFT before 0.7": partial(other.of_release, kind="bias-all", release="0.3.0"),
+    "biases that PEFT 0.7 to 0.20 did not save": partial(
+        other.of_release, kind="bias-lora-only", release="0.13.2"
+    ),
     "`modules_to_save`": trained_in_full,
+    "`modules_to_save` that caught more than it names": partial(
+        other.of_release, kind="llama-norms-saved", release="0.21.2"
+    ),
     "`trainable_token_indices`": partial(llama, trainable_token_indices=[90, 3]),
     "LoRA on a tied embedding": partial(
         llama, model="llama-tied", target_modules=["embed_tokens", "o_proj"]
@@ -401,26 +151,69 @@ ROWS: dict[str, Callable[[Path], Scene]] = {
         target_modules=["embed_tokens", "o_proj"],
         ensure_weight_tying=True,
     ),
+    "a tied embedding in `modules_to_save`": partial(
+        llama, model="llama-tied", modules_to_save=["embed_tokens"]
+    ),
+    "the same, PEFT 0.2": partial(other.of_release, kind="tied-embedding-saved", release="0.2.0"),
+    "the same, PEFT 0.3 to 0.5": partial(
+        other.of_release, kind="tied-embedding-saved", release="0.5.0"
+    ),
     "a resized vocabulary": partial(llama, rows=121),
     "`layer_replication`": partial(llama, layer_replication=[[0, 2], [1, 2], [0, 1]]),
     "PiSSA with `--init-adapter`": partial(moved, init="pissa"),
     "OLoRA with `--init-adapter`": partial(moved, init="olora"),
     "CorDA with `--init-adapter`": partial(moved, init="corda"),
     "LoRA-GA with `--init-adapter`": partial(moved, init="lora_ga"),
+    "PiSSA on the base that it left": partial(other.on_what_was_left, init="pissa"),
+    "PiSSA without `--init-adapter`": partial(moved, init="pissa", given=None),
+    "OLoRA without `--init-adapter`": partial(moved, init="olora", given=None),
+    "CorDA without `--init-adapter`": partial(moved, init="corda", given=None),
     "LoRA-GA without `--init-adapter`": partial(moved, init="lora_ga", given=None),
+    "LoftQ on the base that it left": other.loftq,
+    "LoftQ without `--init-adapter`": partial(
+        other.of_release, kind="init-loftq", release="0.10.0"
+    ),
     **{
         f"`{name}`": partial(toy, config, model=model)
         for name, (config, model) in all_methods.METHODS.items()
         if " " not in name
     },
+    "`BONE`": partial(other.of_release, kind="bone", release="0.18.1"),
+    "`LOKR` of PEFT before 0.14": partial(other.of_release, kind="lokr", release="0.13.2"),
+    "`OFT` of PEFT 0.16 and 0.17": partial(other.of_release, kind="oft-size", release="0.17.1"),
+    "`OFT` of PEFT before 0.14": partial(other.of_release, kind="oft-old", release="0.13.2"),
+    "`OFT` on a convolution with a kernel above 1": partial(
+        other.of_release, kind="conv-oft", release="0.21.2"
+    ),
+    "`UNILORA` without its indices": partial(other.of_release, kind="unilora", release="0.21.2"),
+    "`TINYLORA` without its projections": partial(
+        other.of_release, kind="tinylora-drawn", release="0.21.2"
+    ),
     "mlx-lm": partial(other_tool, make=test_peft_form.mlx),
     "torchtune": partial(other_tool, make=test_peft_form.torchtune),
     "Kohya, LyCORIS": partial(other_tool, make=test_peft_form.kohya),
     **{name: partial(of_kind, config=config) for name, config in _NOT_MERGED.items()},
+    "X-LoRA": other.x_lora,
+    "Arrow": partial(edited, make=llama, arrow_config={"top_k": 2}),
+    "Megatron layers": partial(edited, make=llama, megatron_config={"hidden_size": 64}),
+    "a `use_…` flag that is not known": partial(edited, make=llama, use_newlora=True),
+    "a `…_config` that is not known": partial(edited, make=llama, newlora_config={"a": 1}),
+    "an `init_lora_weights` that is not known": partial(
+        edited, make=llama, init_lora_weights="brand_new"
+    ),
+    "a `peft_type` that is not known": partial(edited, make=llama, peft_type="BRAND_NEW"),
+    "AdaMSS": partial(other.of_release, kind="adamss", release="0.21.2"),
     "PSOFT": partial(
         toy, partial(peft.PsoftConfig, r=4, target_modules=["linear"]), model=methods.Toy
     ),
     **{row: partial(disturbed, name=name) for name, row in _KEYS.items()},
+    **{
+        f"{name}, names {when} transformers 4.52": partial(
+            other.vision, model=name.lower(), rename=rename
+        )
+        for name, old in other.BEFORE.items()
+        for when, rename in (("before", old), ("since", None))
+    },
     "`lora_B` lost": partial(changed, change=without("layers.0.self_attn.q_proj.lora_B.weight")),
     "a module lost": partial(
         changed,
@@ -445,9 +238,15 @@ ROWS: dict[str, Callable[[Path], Scene]] = {
     "no `lora_alpha`": partial(edited, make=llama, lora_alpha=None),
     "two `alpha_pattern` entries that match one module": two_patterns,
     "another base": on_another_base,
+    "a base of fewer layers": partial(on_another_base, num_hidden_layers=1),
+    "a base of another vocabulary": partial(
+        on_another_base, of=partial(llama, target_modules=["embed_tokens"]), vocab_size=90
+    ),
     "NaN in a factor": partial(changed, change=poisoned),
     "`lora_B` zero everywhere": partial(changed, change=silenced, known=False),
     "one process's shards of `lora_B`": partial(changed, change=of_one_process),
+    "empty tensors, of ZeRO-3": partial(changed, change=other.emptied),
+    "flat tensors, of FSDP": partial(changed, change=other.flattened),
     "magnitudes without `use_dora`": partial(
         edited, make=partial(llama, use_dora=True), use_dora=False
     ),
@@ -459,4 +258,8 @@ ROWS: dict[str, Callable[[Path], Scene]] = {
     "modules that `target_modules` does not name": partial(
         edited, make=llama, target_modules=["q_proj"]
     ),
+    **{
+        f"a base quantised by {kind}": partial(other.quantised, kind=kind)
+        for kind in other.QUANTISED
+    },
 }

@@ -126,6 +126,11 @@ def save_base(model: str, form: str, dtype: str, folder: Path) -> Path:
     return folder
 
 
+def save_base_as(model: str, form: str) -> Callable[[Path], Path]:
+    """For `Lab.make`."""
+    return lambda folder: save_base(model, form, "float32", folder)
+
+
 def open_base(folder: Path, dtype: str = "auto") -> Any:
     auto = transformers.AutoModelForCausalLM
     return auto.from_pretrained(folder, dtype=dtype, experts_implementation="eager")

@@ -94,13 +94,15 @@ def test_block_diagonal_of_another_number(tmp_path: Path) -> None:
 # ----------------------------------------------------------------------------------------- QA-LoRA
 
 
-@pytest.mark.parametrize("group", [2, 6])
-def test_pooled_inputs(tmp_path: Path, group: int) -> None:
-    """PEFT has it for layers of GPTQ alone; here its forward pass is put on plain ones."""
+def pooled(folder: Path, group: int) -> tuple[Toy, Any]:
+    """Folders `base` and `adapter`; -> the plain model and the trained one.
+
+    PEFT has QA-LoRA for layers of GPTQ alone; here its forward pass is put on plain ones.
+    """
     torch.manual_seed(0)
     base = Toy()
-    (tmp_path / "base").mkdir()
-    save_file(base.state_dict(), tmp_path / "base" / "model.safetensors", {"format": "pt"})
+    (folder / "base").mkdir()
+    save_file(base.state_dict(), folder / "base" / "model.safetensors", {"format": "pt"})
     # `wide` has A for all of its inputs, as a layer has that is not quantised.
     config = LoraConfig(
         r=4,
@@ -115,12 +117,18 @@ def test_pooled_inputs(tmp_path: Path, group: int) -> None:
         QALoraLinearVariant.init(layer, "default", config)
         layer.lora_variant["default"] = QALoraLinearVariant()
     noise(model)
-    model.save_pretrained(tmp_path / "adapter")
+    model.save_pretrained(folder / "adapter")
+    return base, model.eval()
+
+
+@pytest.mark.parametrize("group", [2, 6])
+def test_pooled_inputs(tmp_path: Path, group: int) -> None:
+    base, model = pooled(tmp_path, group)
     report = weft.merge(tmp_path / "base", tmp_path / "adapter", output=tmp_path / "merged")
     assert any("QA-LoRA is trained on a quantised base" in n for n in report.manifest["notes"])
     plain = copy.deepcopy(base).eval()
     with torch.no_grad():
-        want = model.eval()(TOKENS)
+        want = model(TOKENS)
         before = plain(TOKENS)
         plain.load_state_dict(load_file(tmp_path / "merged" / "model.safetensors"))
         torch.testing.assert_close(plain(TOKENS), want, rtol=1e-4, atol=1e-5)

@@ -168,21 +168,6 @@ def test_weights(tmp_path: Path) -> None:
         torch.testing.assert_close(merged[f"{name}.weight"].double(), want, rtol=0, atol=1e-6)
 
 
-def test_loftq(tmp_path: Path) -> None:
-    """Its base is quantised, and so only what it left can be merged into."""
-    plain, trained = train(tmp_path, "pissa")
-    edit(tmp_path / "adapter", init_lora_weights="loftq")
-    for given in (None, tmp_path / "initial"):
-        with pytest.raises(PlanError, match="LoftQ") as error:
-            weft.plan_merge(tmp_path / "base", tmp_path / "adapter", init_adapter=given)
-        assert "dequantised" in str(error.value.hint)
-        assert "--init-adapter none" in str(error.value.hint)
-    weft.merge(
-        tmp_path / "residual", tmp_path / "adapter", output=tmp_path / "merged", init_adapter="none"
-    )
-    check(tmp_path / "merged", plain, trained)
-
-
 # ----------------------------------------------------------------------------------------- refused
 
 

@@ -9,11 +9,12 @@ import peft
 import pytest
 import torch
 from peft import OFTConfig
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import nn
 
 import weft
 from tests.oracle.methods import Case, noise, refusal
+from weft.core.blocks import BLOCK, STRIP
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -131,10 +132,11 @@ def test_wrong_config(tmp_path: Path, change: dict[str, Any], message: str) -> N
     assert message in refusal(CONFIG, tmp_path, **change)
 
 
-def test_before_0_16(tmp_path: Path) -> None:
+def test_of_0_15(tmp_path: Path) -> None:
+    """What releases before it wrote is in `tests/corpus`."""
     Case(CONFIG).merge(tmp_path)
     without(tmp_path / "adapter", "use_cayley_neumann")
-    with pytest.raises(weft.core.errors.Unsupported, match=r"OFT of PEFT before 0\.16") as error:
+    with pytest.raises(weft.core.errors.Unsupported, match=r"OFT of PEFT 0\.14 and 0\.15") as error:
         weft.merge(tmp_path / "base", tmp_path / "adapter", output=tmp_path / "again")
     assert "0.15" in str(error.value.hint)
 
@@ -144,3 +146,37 @@ def test_nan(tmp_path: Path) -> None:
     error = refusal(CONFIG, tmp_path, lambda tensors: tensors[key].view(-1)[3].fill_(torch.nan))
     assert f"{key} in" in error
     assert "NaN or infinite" in error
+
+
+@pytest.mark.parametrize("rows", [36, 38])
+@pytest.mark.parametrize("options", [{}, {"coft": True, "eps": 1e-3}, {"block_share": True}])
+def test_of_outputs_in_pieces(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, rows: int, options: dict[str, Any]
+) -> None:
+    """PEFT up to 0.13: W′ = Dᵀ W, the last block of D being cut where 4 do not divide the rows."""
+    generator = torch.Generator().manual_seed(0)
+    size = -(-rows // 4)
+    W = torch.randn(rows, 24, generator=generator)
+    R = torch.randn(1 if options.get("block_share") else 4, size, size, generator=generator)
+    for name, file, tensors, config in (
+        ("base", "model", {"m.weight": W}, {"model_type": "toy"}),
+        ("adapter", "adapter_model", {"base_model.model.m.oft_r": R},
+         {"peft_type": "OFT", "r": 4, "target_modules": ["m"], "eps": 6e-5, **options}),
+    ):  # fmt: skip
+        (tmp_path / name).mkdir()
+        save_file(tensors, tmp_path / name / f"{file}.safetensors", {"format": "pt"})
+        path = "adapter_config.json" if name == "adapter" else "config.json"
+        (tmp_path / name / path).write_text(json.dumps(config))
+    if options.get("coft"):
+        limit = 1e-3 * size**2 / 2
+        R = R * (limit / R.flatten(1).norm(dim=1).clamp(min=limit))[:, None, None]
+    S = (R - R.mT).double() / 2
+    blocks = (torch.eye(size) - S) @ torch.linalg.inv(torch.eye(size) + S)
+    D = torch.block_diag(*blocks.expand(4, -1, -1))[:rows, :rows]
+    for out, block in (("whole", None), ("pieces", 1)):
+        if block:
+            monkeypatch.setitem(BLOCK, "cpu", block)
+            monkeypatch.setitem(STRIP, "cpu", block)
+        weft.merge(tmp_path / "base", tmp_path / "adapter", output=tmp_path / out, threads=2)
+        merged = load_file(tmp_path / out / "model.safetensors")["m.weight"]
+        torch.testing.assert_close(merged.double(), D.T @ W.double(), rtol=1e-5, atol=1e-5)

@@ -212,6 +212,8 @@ def doctor(
     if output is not None and not quiet:
         doubts = any(finding.level == "warning" for finding in found.findings)
         rest = "; the warnings above hold of it, too" if doubts else ""
+        for line in found.rewritten:
+            console.say("note", f"written: {line}")
         console.say("note", f"{output} holds the copy, as PEFT saves it{rest}")
     sys.exit(["sound", "problems", "unusable"].index(found.verdict))
 

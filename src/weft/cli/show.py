@@ -238,6 +238,7 @@ def diagnosis_as_dict(found: Diagnosis) -> dict[str, Any]:
         "base": found.base,
         "fits": True if found.plan is not None else None,
         "findings": [asdict(finding) for finding in found.findings],
+        "rewritten": list(found.rewritten),
         "adapter": None if found.adapter is None else inspection_as_dict(found.adapter),
     }
 

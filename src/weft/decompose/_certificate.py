@@ -33,6 +33,7 @@ if TYPE_CHECKING:
 _DOUBT = 1e-6
 _PROBES = 16
 _STEPS = 12
+_STEEP = 1e-5  # smaller singular values of β, to the largest, are rounding
 
 
 @dataclass(frozen=True, slots=True)
@@ -127,7 +128,8 @@ def probed_bound(
         products += 2 * _PROBES
         V, R = whitened(raw)
         ended = float(R.norm()) <= noise  # nothing of H₂ is out of the vectors' reach
-        if V.shape[1] < _PROBES and not ended:
+        steep = V.shape[1] < _PROBES or float(R[-1].norm()) < _STEEP * float(R[0].norm())
+        if steep and not ended:
             break  # a few eigenvalues alone: the recurrence would need β⁻¹
         lanczos.add(gram(image), None if ended else R)
         mu = lanczos.bound()
@@ -189,4 +191,6 @@ class _Lanczos:
                 after -= before @ self.betas[n - 1].T
             before, now = now, torch.linalg.solve(beta, after, left=False)
             total += now @ now.T
+        if not bool(total.isfinite().all()):
+            return 0.0  # nothing is proved
         return float(torch.linalg.eigvalsh(total)[0])

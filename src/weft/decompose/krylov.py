@@ -26,6 +26,8 @@ import torch
 from weft.decompose import _exact
 from weft.decompose._certificate import Basis, Bordered, free_bound, probed_bound
 from weft.decompose._orthogonal import gram, orthonormal, whitened
+from weft.decompose._rough import directions
+from weft.decompose._series import to_come
 from weft.decompose.matrices import Turned, residual
 
 if TYPE_CHECKING:
@@ -225,14 +227,16 @@ class _Iteration:
         width = min(width, matrix.shape[1])
         X = gaussian(matrix.shape[1], width, self.key, torch.float32)
         X = orthonormal(X, (), 0.0)
-        proofs = 0
+        rough, proofs = matrix.rough(), 0
+        if rough is not None:
+            X = orthonormal(directions(rough, X, self.rank, matrix.energy), (), 0.0)
         while True:
             Y = matrix.matmul(X)
             self.products += X.shape[1]
             self.X.append(X)
             self.Y.append(Y)
             square = gram(torch.cat(self.Y, 1))
-            likely = self._converged(square)
+            likely = self._converged(square) or (rough is not None and not proofs)
             Q, R = whitened(Y)
             Z = matrix.rmatmul(Q)
             self.products += Q.shape[1]
@@ -253,14 +257,10 @@ class _Iteration:
         """Whether what further blocks would add, as a geometric series, is within the slack."""
         values = torch.linalg.eigvalsh(square).flip(0)[: self.rank]
         self.captured.append(float(values.sum()))
-        if len(self.captured) < 3:
-            return False
-        first, second, last = self.captured[-3:]
-        error = self.matrix.energy - last
+        error = self.matrix.energy - self.captured[-1]
         # Of rounding noise each block adds about a third of the one before: less is not believed,
         # for the first blocks find what stands out of it, and that goes faster.
-        ratio = min(max((last - second) / max(second - first, 1e-300), 0.35), 0.7)
-        missing = (last - second) * ratio / (1 - ratio)
+        missing = to_come(self.captured, least=0.35)
         return (
             missing <= _CERTAIN * self._wanted(self.tolerance)
             or error <= ROUNDING**2 * self.matrix.energy

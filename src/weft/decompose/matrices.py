@@ -1,15 +1,19 @@
 """A matrix that is decomposed: it may be larger than memory, so it is only ever multiplied.
 
 Whoever has one in memory wraps it in `Dense`; whoever streams one from disk writes a class with the
-same five names.
+same names.
 """
 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import TYPE_CHECKING, Protocol
+
+import torch
+
+from weft.decompose._rough import Rough, multiplies_bfloat16
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -17,6 +21,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 _ROWS = 2**20  # elements of a block that is looked at in float64
+_CHUNK = 512  # rows; the product with a few columns takes up to twice as long for all at once
 
 
 class Matrix(Protocol):
@@ -36,15 +41,26 @@ class Matrix(Protocol):
     def rmatmul(self, Y: Tensor) -> Tensor:
         """Aᵀ @ Y (n, k), for Y (m, k)."""
 
+    def rough(self) -> Rough | None:
+        """The same in bfloat16, where that is at hand and multiplied faster."""
+
     def rows(self) -> Iterator[tuple[int, Tensor]]:
         """Blocks of rows with the number of their first row, in order; together they are A."""
 
 
 @dataclass(frozen=True)
 class Dense:
-    """A matrix in memory."""
+    """A matrix in memory, on the CPU or on a device that multiplies faster.
+
+    Attributes:
+        values: (m, n).
+        squares: ‖A‖², where it is known already.
+        scratch: (m, n) bfloat16, for a rough copy; memory that is new costs more than the copy.
+    """
 
     values: Tensor
+    squares: float | None = None
+    scratch: Tensor | None = None
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -53,19 +69,33 @@ class Dense:
 
     @cached_property
     def energy(self) -> float:
+        if self.squares is not None:
+            return self.squares
         return math.fsum(float(block.double().square().sum()) for _, block in self.rows())
 
     def matmul(self, X: Tensor) -> Tensor:
-        return self.values @ X
+        A = self.values
+        right = X.to(A.device, A.dtype)
+        step = len(A) if A.is_cuda else _CHUNK
+        parts = [A[start : start + step] @ right for start in range(0, len(A), step)]
+        return torch.cat(parts).cpu().to(X.dtype)
 
     def rmatmul(self, Y: Tensor) -> Tensor:
         # The product of Yᵀ and A as it lies is up to half as fast again as that of Aᵀ and Y.
-        return (Y.T @ self.values).T.contiguous()
+        left = Y.to(self.values.device, self.values.dtype)
+        return (left.T @ self.values).T.contiguous().cpu().to(Y.dtype)
+
+    def rough(self) -> Rough | None:
+        if not multiplies_bfloat16(self.values.device):
+            return None
+        if self.scratch is None:
+            return Rough(self.values.bfloat16())
+        return Rough(self.scratch.copy_(self.values))
 
     def rows(self) -> Iterator[tuple[int, Tensor]]:
         step = max(1, _ROWS // max(self.values.shape[1], 1))
         for start in range(0, self.values.shape[0], step):
-            yield start, self.values[start : start + step]
+            yield start, self.values[start : start + step].cpu()
 
 
 @dataclass(frozen=True)
@@ -88,6 +118,10 @@ class Turned:
 
     def rmatmul(self, Y: Tensor) -> Tensor:
         return self.matrix.matmul(Y)
+
+    def rough(self) -> Rough | None:
+        rough = self.matrix.rough()
+        return None if rough is None else replace(rough, turned=not rough.turned)
 
     def rows(self) -> Iterator[tuple[int, Tensor]]:
         raise NotImplementedError("a matrix is read as it lies")

@@ -10,7 +10,7 @@ import torch
 
 from weft.core.errors import NumericsError
 from weft.core.specs import Merge, leaves
-from weft.decompose.matrices import Dense
+from weft.core.sums import dot
 from weft.decompose.ranks import mean_square_ulp
 from weft.execute._expressions import Evaluator
 from weft.plan.extract import stored_as
@@ -23,12 +23,13 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from weft.core.specs import Expression
+    from weft.decompose._rough import Rough
     from weft.execute._blocks import Files, Workspace
     from weft.execute._expressions import Shared
     from weft.plan.extract import Change
 
 _SAMPLE = 2**17  # elements by which the size of an ulp is told
-_RUN = 64  # elements
+_TINY = 1e-28
 _SUMMED = 4  # ulps that a difference made of products is off, at most
 
 
@@ -82,15 +83,25 @@ class Difference:
             }
         return self._evaluators[number]
 
-    def blocks(self, start: int, stop: int) -> Iterator[tuple[int, Tensor, Tensor | None]]:
-        """(first row, tuned − base, base) of rows `start` to `stop`, in buffers that are reused."""
+    def blocks(
+        self, start: int, stop: int, into: Tensor | None = None
+    ) -> Iterator[tuple[int, Tensor, Tensor | None]]:
+        """(first row, tuned − base, base) of rows `start` to `stop`.
+
+        In buffers that are reused; the difference in the rows of `into`, if given.
+        """
         at = 0
         for number, (job, form) in enumerate(zip(self.change.jobs, self._layouts, strict=True)):
             low, high = max(start - at, 0), min(stop - at, form.rows)
             if low < high:
                 evaluator = self._evaluator(number)
                 for first, last in evaluator.cut(low, high):
-                    yield (at + first, *_block(evaluator, job.expression, first, last))
+                    if into is None:
+                        out = evaluator.buffer("delta", last - first)
+                    else:
+                        out = into[at + first - start : at + last - start]
+                    base = _difference(evaluator, job.expression, first, last, out)
+                    yield at + first, out, base
             at += form.rows
 
     def sums(self, start: int, stop: int, into: Tensor | None = None) -> Sums:
@@ -102,16 +113,12 @@ class Difference:
         tuned, energy, samples = [], [], []
         kept = stored_as(self.change)
         share = max(1, (stop - start) * self.columns // _SAMPLE)
-        for first, delta, base in self.blocks(start, stop):
-            energy.append(_energy(delta))
-            value = delta if base is None else base + delta
-            flat = value.reshape(-1)
-            tuned.append(float(torch.dot(flat, flat)))
-            if not math.isfinite(energy[-1] + tuned[-1]):
+        for _, delta, base in self.blocks(start, stop, into):
+            energy.append(squares(delta))
+            if not math.isfinite(energy[-1]):
                 self._check_finite(delta, base)
-                tuned[-1] = float(flat.double().square().sum())
-            if into is not None:
-                into[first - start : first - start + len(delta)].copy_(delta)
+            value = delta if base is None else base.add_(delta)
+            tuned.append(energy[-1] if base is None else squares(value))
             if base is not None:
                 rounded = (value if kept else delta).reshape(-1)
                 samples.append(rounded[::share].clone().cpu())  # and not a view of all of it
@@ -125,23 +132,23 @@ class Difference:
             raise NumericsError(f"the tuned {name} holds NaN or infinity", "check TUNED's files")
 
 
-def _energy(delta: Tensor) -> float:
-    """Σ d², in float64 but for runs of a few elements, which float32 adds as well."""
-    flat = delta.reshape(-1)
-    whole = flat[: len(flat) // _RUN * _RUN].view(-1, _RUN)
-    rest = flat[whole.numel() :].double().square().sum()
-    return float(whole.square().sum(1).double().sum() + rest)
+def squares(values: Tensor) -> float:
+    """Σ x², in float64 but for runs that float32 adds as well; infinite only where `values` are."""
+    total = dot(values, values)
+    if _TINY < total < math.inf or not bool(values.any()):
+        return total
+    # Squares of float32 numbers may be too large for it, or too small.
+    return float(values.double().square().sum())
 
 
-def _block(
-    evaluator: Evaluator, expression: Expression, first: int, last: int
-) -> tuple[Tensor, Tensor | None]:
+def _difference(
+    evaluator: Evaluator, expression: Expression, first: int, last: int, out: Tensor
+) -> Tensor | None:
+    """Rows of tuned − base into `out`; -> the base's."""
     if isinstance(expression, Merge):
-        block = evaluator.block(expression, first, last, "")
-        return block.inputs[0], block.base
-    out = evaluator.buffer("weight", last - first)
+        return evaluator.block(expression, first, last, "", out).base
     evaluator.evaluate(expression, first, last, out)
-    return out, None
+    return None
 
 
 def _ulp(samples: list[Tensor], dtype: str | None) -> float:
@@ -157,34 +164,6 @@ def _ulp(samples: list[Tensor], dtype: str | None) -> float:
     if dtype == "float32" and torch.equal(values.bfloat16().float(), values):
         dtype = "bfloat16"
     return mean_square_ulp(values, dtype)
-
-
-@dataclass(frozen=True)
-class Held:
-    """A matrix in memory, on the CPU or on a device that multiplies faster.
-
-    Attributes:
-        values: (m, n).
-        energy: ‖A‖².
-    """
-
-    values: Tensor
-    energy: float
-
-    @property
-    def shape(self) -> tuple[int, int]:
-        rows, columns = self.values.shape
-        return rows, columns
-
-    def matmul(self, X: Tensor) -> Tensor:
-        return (self.values @ X.to(self.values.device, self.values.dtype)).cpu().to(X.dtype)
-
-    def rmatmul(self, Y: Tensor) -> Tensor:
-        return (self.values.T @ Y.to(self.values.device, self.values.dtype)).cpu().to(Y.dtype)
-
-    def rows(self) -> Iterator[tuple[int, Tensor]]:
-        for start, block in Dense(self.values).rows():
-            yield start, block.cpu()
 
 
 @dataclass(frozen=True)
@@ -221,6 +200,9 @@ class Streamed:
             out = block.T @ rows if out is None else out.addmm_(block.T, rows)
         assert out is not None
         return out.cpu().to(Y.dtype)
+
+    def rough(self) -> Rough | None:
+        return None
 
     def rows(self) -> Iterator[tuple[int, Tensor]]:
         for first, block, _ in self.source.blocks(self.start, self.stop):

@@ -292,8 +292,10 @@ class Evaluator:
         merged = own.block(self._task(expression), self._states[id(expression)], block)
         return merged, block.base
 
-    def block(self, expression: Merge, start: int, stop: int, path: str) -> Block:
-        """The rows that a method sees."""
+    def block(
+        self, expression: Merge, start: int, stop: int, path: str, into: Tensor | None = None
+    ) -> Block:
+        """The rows that a method sees; those of the first input in `into`, if given."""
         base: Tensor | None = None
         loaded: Loaded = {}
         if expression.base:
@@ -304,7 +306,10 @@ class Evaluator:
         apart = methods.method(expression.method).TASK_VECTORS
         inputs = []
         for number, each in enumerate(expression.inputs):
-            out, inner = self.buffer(f"{path}{number}", stop - start), f"{path}{number}."
+            inner = f"{path}{number}."
+            out = into if number == 0 else None
+            if out is None:
+                out = self.buffer(f"{path}{number}", stop - start)
             if apart and base is not None and expression.base:
                 pair = (each, expression.base)
                 task_vector(self, *pair, base, start, stop, out, inner, loaded)

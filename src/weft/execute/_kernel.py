@@ -11,6 +11,7 @@ import torch
 
 from weft.core.errors import NumericsError
 from weft.core.specs import AddDeltas, Load, Merge, Rows, TensorJob, leaves
+from weft.core.sums import dot
 from weft.execute._expressions import Evaluator
 from weft.execute._soundness import culprit
 from weft.plan.layout import layout
@@ -109,8 +110,8 @@ class Kernel:
             case Load() | Rows():
                 value = self._evaluator.buffer("weight", rows)
                 self._evaluator.evaluate(expression, start, stop, value)
-                self._check_cast(value, self.workspace.narrow(value, out))
-                return Sums(compared=False, sound=_finite(value))
+                sound = self._is_sound(value, self.workspace.narrow(value, out))
+                return Sums(compared=False, sound=sound)
             case AddDeltas():
                 weight = self._evaluator.buffer("weight", rows)
                 delta = self._evaluator.buffer("delta", rows)
@@ -126,7 +127,8 @@ class Kernel:
                 value, base = self._evaluator.merge(expression, start, stop)
                 rounded = self.workspace.narrow(value, out)
                 if base is None:
-                    self._check_finite(value, rounded)
+                    if not self._is_sound(value, rounded):
+                        raise self._not_finite()
                     return Sums(compared=False)
                 delta = torch.sub(value, base, out=self._evaluator.buffer("delta", rows))
                 return self._sums(base, delta, value, rounded)
@@ -157,8 +159,8 @@ class Kernel:
         changed = not torch.equal(written, weight)
         # Not against W + ΔW as computed: that is rounded itself, by much of a small ΔW.
         error = written.sub_(weight).sub_(delta)
-        update = 0.0 if self._square is not None else _square(delta)
-        sums = Sums(_square(weight), update, _square(error), changed)
+        update = 0.0 if self._square is not None else dot(delta, delta)
+        sums = Sums(dot(weight, weight), update, dot(error, error), changed)
         if math.isfinite(sums.base + sums.delta + sums.error):
             return sums
         if isinstance(self.job.expression, Merge) and not value.isfinite().all():
@@ -175,13 +177,11 @@ class Kernel:
         # Finite, but too large for the squares of this dtype: rare enough to do again in float64.
         wide = weight.double(), delta.double(), rounded.double()
         error = wide[2] - wide[0] - wide[1]
-        update = 0.0 if self._square is not None else _square(wide[1])
-        return Sums(_square(wide[0]), update, _square(error), changed)
+        update = 0.0 if self._square is not None else dot(wide[1], wide[1])
+        return Sums(dot(wide[0], wide[0]), update, dot(error, error), changed)
 
-    def _check_finite(self, value: Tensor, rounded: Tensor) -> None:
-        if not _finite(value):
-            raise self._not_finite()
-        self._check_cast(value, rounded)
+    def _is_sound(self, value: Tensor, rounded: Tensor) -> bool:
+        return self._check_cast(value, rounded) or bool(value.isfinite().all())
 
     def _not_finite(self) -> NumericsError:
         """Of the tensor that a method has made: whose NaN or infinity it is."""
@@ -191,7 +191,13 @@ class Kernel:
             "check the parameters of the recipe: weights may be too large, or add up to zero",
         )
 
-    def _check_cast(self, exact: Tensor, rounded: Tensor) -> None:
+    def _check_cast(self, exact: Tensor, rounded: Tensor) -> bool:
+        """No number became infinite; whether all are finite, as far as one pass tells."""
+        if not exact.numel() or not rounded.is_floating_point():
+            return True
+        low, high = torch.aminmax(exact)  # NaN, where there is one
+        if max(-float(low), float(high)) < torch.finfo(rounded.dtype).max:
+            return True
         new = rounded.isinf() & ~exact.isinf()
         if new.any():
             largest = exact[new].abs().max().item()
@@ -199,13 +205,4 @@ class Kernel:
                 f"{self.job.name} overflows {self.job.dtype}: it reaches {largest:.4g}",
                 "write --dtype bfloat16 or --dtype float32",
             )
-
-
-def _finite(values: Tensor) -> bool:
-    """A sum is finite where all is, and cheaper to look at."""
-    return math.isfinite(float(values.sum())) or bool(values.isfinite().all())
-
-
-def _square(values: Tensor) -> float:
-    flat = values.reshape(-1)
-    return float(torch.dot(flat, flat))
+        return False

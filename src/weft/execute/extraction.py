@@ -18,9 +18,10 @@ from weft.core.events import Moved, OnEvent
 from weft.core.specs import Merge, Receipt, leaves
 from weft.decompose import ranks
 from weft.decompose.krylov import Svd, key_of, svd_until, truncated_svd
+from weft.decompose.matrices import Dense
 from weft.execute._blocks import Files, Workspace
 from weft.execute._decomposed import clear, stacked
-from weft.execute._differences import Difference, Held, Streamed, Sums
+from weft.execute._differences import Difference, Streamed, Sums
 from weft.execute._expressions import Shared
 from weft.execute.threads import one_torch_thread, stream
 from weft.plan.layout import shared_at_once
@@ -157,14 +158,15 @@ def _decompose(
 ) -> tuple[Svd, Sums]:
     """One matrix: rows `start` to `stop` of the difference."""
     form, columns = source.change.form, source.columns
-    matrix: Held | Streamed
+    matrix: Dense | Streamed
     if 4 * (stop - start) * columns <= HELD:
         # Reading overlaps with the arithmetic of the threads that hold the cores.
-        values = torch.empty(
-            stop - start, columns, dtype=source.dtype, device=state.workspace.device
-        )
+        size = (stop - start, columns)
+        values = state.workspace.compute("difference", *size, source.dtype)
         sums = source.sums(start, stop, values)
-        matrix = Held(values.view(form.rows, form.columns), sums.energy)
+        scratch = state.workspace.compute("rough", *size, torch.bfloat16)
+        shape = (form.rows, form.columns)
+        matrix = Dense(values.view(shape), sums.energy, scratch.view(shape))
     else:
         sums = source.sums(start, stop)
         matrix = Streamed(source, start, stop, sums.energy)
@@ -172,7 +174,7 @@ def _decompose(
         return _svd(state, source.change, matrix, sums, number), sums
 
 
-def _svd(state: _Run, change: Change, matrix: Held | Streamed, sums: Sums, number: int) -> Svd:
+def _svd(state: _Run, change: Change, matrix: Dense | Streamed, sums: Sums, number: int) -> Svd:
     """To the rank that was asked for, or that the rule finds enough."""
     name = change.name if change.form.count == 1 else f"{change.name}[{number}]"
     key = key_of(state.wishes.seed, name)

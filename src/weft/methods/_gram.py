@@ -9,6 +9,8 @@ from __future__ import annotations
 import math
 from typing import TYPE_CHECKING, Any
 
+from weft.core.sums import dot
+
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
@@ -18,8 +20,6 @@ if TYPE_CHECKING:
     from weft.methods import Block, Blocks
 
     Matrix = np.ndarray[Any, np.dtype[np.float64]]
-
-PART = 2**16  # elements whose products are added in the dtype of the blocks
 
 
 def gram(blocks: Blocks, *, base: bool = False) -> Matrix:
@@ -39,15 +39,6 @@ def gram(blocks: Blocks, *, base: bool = False) -> Matrix:
         for n, row in enumerate(part):
             total[n, : n + 1] += row
     return np.tril(total) + np.tril(total, -1).T
-
-
-def dot(one: Tensor, other: Tensor) -> float:
-    """⟨one, other⟩ of vectors of one dtype, in partial sums."""
-    import torch
-
-    step = PART if one.device.type == "cpu" else max(one.numel(), 1)
-    starts = range(0, one.numel(), step)
-    return sum(float(torch.dot(one[n : n + step], other[n : n + step])) for n in starts)
 
 
 def combine(weights: Sequence[float], inputs: Sequence[Tensor]) -> Tensor:

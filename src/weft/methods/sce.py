@@ -17,7 +17,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from weft.methods import Parameter, _gram, _select, _sparsify
+from weft.core.sums import dot
+from weft.methods import Parameter, _select, _sparsify
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -66,7 +67,7 @@ def prepare(task: Task, blocks: Blocks) -> State | None:
     def squares(block: Block) -> list[float]:
         _select_elements(cut, block)
         flat = [each.reshape(-1) for each in block.inputs]
-        return [_gram.dot(each, each) for each in flat]
+        return [dot(each, each) for each in flat]
 
     sums = [sum(each) / max(task.numel, 1) for each in zip(*blocks.map(squares), strict=True)]
     total = sum(sums)

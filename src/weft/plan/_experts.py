@@ -12,6 +12,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from weft.core.errors import Problem
+from weft.core.specs import Repair
 from weft.plan._converted import unconverted
 from weft.plan._moe import ONE_EXPERT, PARTS, RENAMED, TRANSPOSED, TURNED_ON_DISK, Base
 from weft.plan._stacked import fuse
@@ -88,13 +89,30 @@ def localise(
                 entries += made
     if used:
         notes.append(_layout_note(adapter, layout, stated))
+    if split := sum(entry.kind == "lora_expert" for entry in entries):
+        notes.append(
+            f"{adapter.given}: the experts, fused as transformers 5 has them, are split into the "
+            f"{split} matrices of the base"
+        )
     if rescaled:
         notes.append(
             f"{adapter.given}: PEFT fused its gate_up_proj from single experts, which made the "
             "scaling of rsLoRA √2 too large; taken is what it was trained with"
         )
-    entries, wrong = fuse(entries, known, adapter)
-    return replace(adapter, entries=tuple(entries), notes=tuple(notes)), [*problems, *wrong]
+    whole, wrong = fuse(entries, known, adapter)
+    repairs = (*adapter.repairs, *_fused(entries, whole))
+    adapter = replace(adapter, entries=tuple(whole), notes=tuple(notes), repairs=repairs)
+    return adapter, [*problems, *wrong]
+
+
+def _fused(single: Sequence[AdapterEntry], whole: Sequence[AdapterEntry]) -> list[Repair]:
+    """What is said of experts that the adapter has one by one, and the base in one tensor."""
+    stacks = [entry for entry in whole if entry.kind == "lora_stacked"]
+    if not stacks:
+        return []
+    gone = [entry for entry in single if entry not in whole]
+    what = "the experts, one by one as transformers 4 has them, put into the one tensor of the base"
+    return [Repair(what, gone[0].target, stacks[0].target, len(gone))]
 
 
 def _layout_note(adapter: Adapter, layout: str | None, stated: str | None) -> str:

@@ -24,6 +24,8 @@ def with_initial(
 ) -> tuple[list[Weighted], list[Problem]]:
     """The adapters, and behind them the initial one, if there is something to take it off.
 
+    LoftQ's base is W quantised, and B₀ A₀ the part of rank r of its error: only that base helps.
+
     Args:
         adapters: Each with its weight.
         initial: The adapter as it was before training.
@@ -76,7 +78,10 @@ def _not_given(adapter: Adapter) -> Problem:
 def _unlike(adapter: Adapter, initial: Adapter) -> list[Problem]:
     """Why `initial` is not what `adapter` was before training."""
     if adapter.moved_base == "LoftQ":
-        what = f"{adapter.given} was initialised with LoftQ, whose base is not W − s · B₀ A₀"
+        what = (
+            f"{adapter.given} was initialised with LoftQ, whose base is W quantised: the initial "
+            "adapter does not give it, being what rank r takes of the quantisation's error"
+        )
         hint = "give the model that LoftQ left (its weights, dequantised), and --init-adapter none"
         return [Problem(what, hint)]
     mine, theirs = _factors(adapter), _factors(initial)

@@ -14,6 +14,7 @@ from weft.core.names import Match, match, nearest
 from weft.core.specs import Adapter, AdapterEntry, Checkpoint, Delta, Repair, Shape, TensorRef
 from weft.formats.checkpoint import same_values
 from weft.plan._coverage import doubts
+from weft.plan._in_memory import in_memory
 from weft.plan.preflight import config_value
 
 if TYPE_CHECKING:
@@ -145,8 +146,13 @@ def _match(
         targets.notes.append(f"{adapter.given}: {_edit(edit)} to match the base ({count} tensors)")
     what = f"{adapter.given} names modules as another release of the model's code did"
     for moved in found.moves.values():
-        old = moved[0]
-        targets.repairs.append(Repair(what, old, found.names[old], len(moved)))
+        old, new = moved[0], found.names[moved[0]]
+        if all(in_memory(found.names[name], base) == name for name in moved):
+            targets.notes.append(
+                f"{adapter.given}: {old} is {new} in the base's files ({len(moved)} tensors)"
+            )
+        else:
+            targets.repairs.append(Repair(what, old, new, len(moved)))
     for want, several in found.ambiguous.items():
         targets.problems.append(
             Problem(

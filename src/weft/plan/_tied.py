@@ -13,6 +13,7 @@ import numpy as np
 
 from weft.core.dtypes import WEIGHTS
 from weft.core.errors import Problem
+from weft.formats.adapters._peft_config import trains_originals
 from weft.formats.checkpoint import same_bytes
 from weft.plan._targets import Change, Targets
 from weft.plan.preflight import config_value
@@ -22,8 +23,10 @@ if TYPE_CHECKING:
 
     from weft.core.specs import Adapter, Checkpoint, Delta, TensorRef
 
+    _Owned = tuple[int, Delta]  # with the number of the adapter that brings it
+
 # What output embeddings are called in transformers; a file says it where it holds one.
-_HEAD_MODULES = ("lm_head", "embed_out", "output_projection")
+HEADS = ("lm_head", "embed_out", "output_projection")
 _WITH_HEAD = ("ForCausalLM", "LMHeadModel", "ForConditionalGeneration")
 _HEAD_INSIDE = ("ForMaskedLM", "ForPreTraining")
 
@@ -54,7 +57,7 @@ def find_tie(base: Checkpoint, adapters: Sequence[tuple[Adapter, float]]) -> Tie
         for name, ref in base.tensors.items()
         if len(ref.shape) == 2 and ref.shape[0] == vocabulary and ref.dtype in WEIGHTS
     }
-    heads = [name for name in tables if _module(name) in _HEAD_MODULES]
+    heads = [name for name in tables if _module(name) in HEADS]
     others = [name for name in tables if name not in heads]
     if len(others) != 1 or len(heads) > 1:
         return None
@@ -68,7 +71,7 @@ def find_tie(base: Checkpoint, adapters: Sequence[tuple[Adapter, float]]) -> Tie
         entry.target
         for adapter, _ in adapters
         for entry in adapter.entries
-        if entry.parameter == "weight" and _module(entry.target) in _HEAD_MODULES
+        if entry.parameter == "weight" and _module(entry.target) in HEADS
     ]
     known = architecture.endswith((*_WITH_HEAD, *_HEAD_INSIDE))
     if named:
@@ -99,7 +102,9 @@ def _module(name: str) -> str:
     return name.removesuffix(".weight").rpartition(".")[2]
 
 
-def resolve(tie: Tie, targets: Targets, base: Checkpoint) -> bool:
+def resolve(
+    tie: Tie, targets: Targets, base: Checkpoint, adapters: Sequence[tuple[Adapter, float]]
+) -> bool:
     """Decide what becomes of the tie, and rewrite `targets.changes` of its two names accordingly.
 
     Returns:
@@ -107,6 +112,7 @@ def resolve(tie: Tie, targets: Targets, base: Checkpoint) -> bool:
     """
     embedding = targets.changes.pop(tie.embedding, Change())
     head = targets.changes.pop(tie.head, Change())
+    targets.warnings += _lost_end(tie, embedding, head, adapters)
     own_bases = [ref for ref in (embedding.base, head.base) if ref]
     if len(own_bases) == 2 and not same_bytes(*own_bases):
         # The adapter brings both, and they are not one weight any more.
@@ -114,31 +120,58 @@ def resolve(tie: Tie, targets: Targets, base: Checkpoint) -> bool:
         return _untie(tie, targets, base, "both are written")
     shared = own_bases[0] if own_bases else None
     own_rows = {n for n, delta in head.deltas if delta.kind == "trainable_tokens"}
-    # PEFT gives a tied head the trained rows of the embedding, unless it has its own; in MLX the
-    # head is the adapted embedding itself.
-    for_both = [
-        (n, delta)
-        for n, delta in embedding.deltas
-        if (delta.kind == "trainable_tokens" and n not in own_rows)
-        or delta.param("both_ends", False)
+    # PEFT gives a tied head the trained rows of the embedding, unless it has its own.
+    rows = [
+        item
+        for item in embedding.deltas
+        if item[1].kind == "trainable_tokens" and item[0] not in own_rows
     ]
-    for_head = head.deltas
-    head_deltas = sorted([*for_both, *for_head], key=lambda item: item[0])
-    if _alike(embedding.deltas, head_deltas):
-        if embedding.deltas or shared:
-            targets.changes[tie.embedding] = Change(shared, deltas=embedding.deltas)
+    here = _joined(embedding.deltas, _for_both(head.deltas))
+    there = _joined(head.deltas, [*_for_both(embedding.deltas), *rows])
+    only_head = [item for item in head.deltas if item not in here]
+    if _alike(here, there):
+        if here or shared:
+            targets.changes[tie.embedding] = Change(shared, deltas=here)
             if tie.stored:
-                targets.changes[tie.head] = Change(shared, deltas=embedding.deltas)
+                targets.changes[tie.head] = Change(shared, deltas=here)
         return False
-    if not for_head and not tie.known:
+    if not only_head and not tie.known:
         # An encoder has no head to keep as it was.
-        targets.changes[tie.embedding] = Change(shared, deltas=embedding.deltas)
+        targets.changes[tie.embedding] = Change(shared, deltas=here)
         return False
-    targets.changes[tie.embedding] = Change(shared, deltas=embedding.deltas)
-    targets.changes[tie.head] = Change(shared, deltas=head_deltas)
-    changed = tie.head if for_head else tie.embedding
-    both = "both are written" if for_head and embedding.deltas else f"only {changed} changes"
+    targets.changes[tie.embedding] = Change(shared, deltas=here)
+    targets.changes[tie.head] = Change(shared, deltas=there)
+    changed = tie.head if only_head else tie.embedding
+    both = "both are written" if only_head and here else f"only {changed} changes"
     return _untie(tie, targets, base, both)
+
+
+def _lost_end(
+    tie: Tie, embedding: Change, head: Change, adapters: Sequence[tuple[Adapter, float]]
+) -> list[str]:
+    """PEFT 0.3 to 0.5 trained a copy of one end, the other one as well, and saved the copy."""
+    owners = [
+        {n for n, delta in change.deltas if delta.kind == "replace"} for change in (embedding, head)
+    ]
+    return [
+        f"{adapter.given} was saved by PEFT 0.3 to 0.5 (its config has no rank_pattern), which "
+        f"trained {lost} along with {saved}, which it was tied to, and did not save it: the merged "
+        "model has the base's"
+        for n, (adapter, _) in enumerate(adapters)
+        if trains_originals(adapter.config) and sum(n in owner for owner in owners) == 1
+        for saved, lost in [(tie.embedding, tie.head)[:: 1 if n in owners[0] else -1]]
+    ]
+
+
+def _for_both(deltas: Sequence[_Owned]) -> list[_Owned]:
+    """What was done to the one weight that both ends are: by MLX, and by PEFT before 0.3."""
+    return [item for item in deltas if item[1].param("both_ends", False)]
+
+
+def _joined(own: Sequence[_Owned], others: Sequence[_Owned]) -> list[_Owned]:
+    """What an end has, and what the other has for both, if it was not saved once for each."""
+    saved_once = [item for item in others if not any(_alike([item], [mine]) for mine in own)]
+    return sorted([*own, *saved_once], key=lambda item: item[0])
 
 
 def _untie(tie: Tie, targets: Targets, base: Checkpoint, why: str) -> bool:
@@ -159,7 +192,7 @@ def _untie(tie: Tie, targets: Targets, base: Checkpoint, why: str) -> bool:
     return True
 
 
-def _alike(one: Sequence[tuple[int, Delta]], other: Sequence[tuple[int, Delta]]) -> bool:
+def _alike(one: Sequence[_Owned], other: Sequence[_Owned]) -> bool:
     """The same changes, if need be by tensors that were saved once for each side of the tie."""
     return len(one) == len(other) and all(
         n == m and (mine == yours or _twins(mine, yours))

@@ -74,7 +74,7 @@ def plan_merge(
     problems += found
     tie = find_tie(base, adapters)
     targets = collect(base, adapters, tie.head if tie else None, tie.embedding if tie else None)
-    untied = tie is not None and resolve(tie, targets, base)
+    untied = tie is not None and resolve(tie, targets, base, adapters)
     if tie is None:
         targets.problems += untold(base, targets)
     rows = _new_rows(base, targets)

@@ -22,12 +22,14 @@ _RUNTIME = 260_000_000
 _QUANTISED_NAMES = {
     "qweight": "GPTQ or AWQ",
     "weight_scale_inv": "FP8 with block scales",
-    "weight_scale": "FP8 or compressed-tensors",
     "weight_packed": "compressed-tensors",
-    "SCB": "bitsandbytes 8-bit",
-    "weight.absmax": "bitsandbytes 4-bit",
-    "weight.quant_map": "bitsandbytes 4-bit",
+    "weight_scale": "FP8 or compressed-tensors",
+    "SCB": "bitsandbytes, 8 bits",
+    "weight.absmax": "bitsandbytes, 4 bits",
+    "weight.quant_map": "bitsandbytes, 4 bits",
 }
+# What `quant_method` says in lower case.
+_SPELT = {"gptq": "GPTQ", "awq": "AWQ", "fp8": "FP8", "mxfp4": "MXFP4"}
 
 
 def quantised(base: Checkpoint) -> list[Problem]:
@@ -35,17 +37,36 @@ def quantised(base: Checkpoint) -> list[Problem]:
     hint = "merge into the 16-bit model that it was quantised from, and quantise the result"
     method = config_value(base.config, "quantization_config")
     if isinstance(method, dict):
-        name = method.get("quant_method") or ("bitsandbytes" if "load_in_4bit" in method else "?")
-        return [Problem(f"the base {base.given} is quantised ({name}, says its config.json)", hint)]
+        what = f"the base {base.given} is quantised ({_by_config(method)}, says its config.json)"
+        return [Problem(what, hint)]
     for name, ref in base.tensors.items():
         last = next((end for end in _QUANTISED_NAMES if name.endswith("." + end)), None)
         fused = name.endswith("_blocks") and name.removesuffix("blocks") + "scales" in base.tensors
         if last or fused:
             kind = _QUANTISED_NAMES[last] if last else "MXFP4"
+            kind = _packed(name, base) or kind if last == "qweight" else kind
             return [
                 Problem(f"the base {base.given} is quantised ({kind}: {name} in {ref.file})", hint)
             ]
     return []
+
+
+def _by_config(method: dict[str, Any]) -> str:
+    """The method by the name that its users know it by."""
+    named = str(method.get("quant_method") or "")
+    bits = next((b for b in (4, 8) if method.get(f"load_in_{b}bit")), None)
+    if bits and named in ("", "bitsandbytes"):
+        return f"bitsandbytes, {bits} bits"
+    return _SPELT.get(named, named) or "by a method that it does not name"
+
+
+def _packed(name: str, base: Checkpoint) -> str | None:
+    """GPTQ packs the inputs of W, (in / 8, out), and AWQ the outputs, (in, out / 8)."""
+    scales = base.tensors.get(name.removesuffix("qweight") + "scales")
+    columns = base.tensors[name].shape[-1]
+    if scales is None or scales.shape[-1] % columns:
+        return None
+    return "GPTQ" if scales.shape[-1] == columns else "AWQ"
 
 
 def config_value(config: dict[str, Any], key: str) -> Any:

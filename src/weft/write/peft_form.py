@@ -16,6 +16,7 @@ import numpy as np
 from weft.core.errors import WeftError
 from weft.core.specs import AddDeltas
 from weft.formats.adapters._repairs import PREFIX
+from weft.plan._in_memory import in_memory
 from weft.plan._layouts import fitted
 from weft.plan._targets import CONV1D_MODULES
 from weft.plan._tied import find_tie
@@ -107,7 +108,7 @@ def _placed(base: Checkpoint, adapter: Adapter, plan: Plan) -> list[Placed]:
         name, shape, delta = done[entry.tensors]
         if why := _no_form(entry, delta, tied=find_tie(base, [(adapter, 1)]) is not None):
             raise _cannot(adapter, why)
-        path = _path(adapter, entry, name)
+        path = _path(adapter, entry, in_memory(name, base))
         placed.append(Placed(path, delta, shape, _rank(delta)))
     return placed
 

@@ -56,6 +56,12 @@ _MOVED_INIT = {
     "corda": "CorDA",
     "lora_ga": "LoRA-GA",
 }
+# Fields of LoRA's configs that PEFT 0.21 has no more, or never had.
+FOREIGN = {
+    *("enable_lora", "merge_weights"),  # before 0.3
+    *("lora_dtype", "lorap_lr_ratio", "lorap_emb_lr", "swift_type"),  # of ms-swift, for training
+    "lora_B_layout",  # of Unsloth
+}
 KNOWN = {
     *("task_type", "peft_type", "auto_mapping", "peft_version", "base_model_name_or_path"),
     *("revision", "inference_mode", "r", "target_modules", "exclude_modules", "lora_alpha"),
@@ -63,10 +69,8 @@ KNOWN = {
     *("init_lora_weights", "layers_to_transform", "layers_pattern", "rank_pattern"),
     *("alpha_pattern", "megatron_core", "trainable_token_indices", "loftq_config", "eva_config"),
     *("corda_config", "lora_ga_config", "use_dora", "qalora_group_size", "runtime_config"),
-    *("lora_bias", "ensure_weight_tying", "target_parameters", "lora_B_layout", *VARIANTS),
+    *("lora_bias", "ensure_weight_tying", "target_parameters", *VARIANTS, *FOREIGN),
     "layer_replication",
-    *("enable_lora", "merge_weights"),  # before 0.3
-    *("lora_dtype", "lorap_lr_ratio", "lorap_emb_lr", "swift_type"),  # of ms-swift, for training
     *("use_qalora", "use_bdlora", "kasa_config", "monteclora_config", "velora_config"),
 }
 
@@ -216,6 +220,24 @@ def moved_base(config: Mapping[str, Any]) -> str | None:
     if not isinstance(init, str):
         return None
     return next((name for key, name in _MOVED_INIT.items() if init.lower().startswith(key)), None)
+
+
+def trains_in_place(config: Mapping[str, Any]) -> bool:
+    """Whether PEFT 0.1 or 0.2 wrote it, which trained `modules_to_save` in the model, not a copy.
+
+    No release says its number before 0.18; `merge_weights` went with 0.3, where
+    `init_lora_weights` came. (ms-swift has the former to this day, beside the latter.)
+    """
+    return "merge_weights" in config and "init_lora_weights" not in config
+
+
+def trains_originals(config: Mapping[str, Any]) -> bool:
+    """Whether PEFT 0.3 to 0.5 wrote it, which left what `modules_to_save` copies trainable.
+
+    `rank_pattern` came to LoRA's configs with 0.6, which freezes it.
+    """
+    lora = config.get("peft_type") == "LORA" and "init_lora_weights" in config
+    return lora and "rank_pattern" not in config
 
 
 def _owner(parameter: str) -> str:

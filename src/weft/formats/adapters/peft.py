@@ -24,6 +24,7 @@ from weft.formats.adapters._peft_config import (
     matching,
     moved_base,
     selection_of,
+    trains_in_place,
 )
 from weft.formats.adapters._peft_methods import Module, methods
 from weft.formats.adapters._repairs import PREFIX, repair
@@ -295,6 +296,8 @@ def _replacement(path: str, ref: TensorRef, config: dict[str, Any]) -> AdapterEn
     params: tuple[tuple[str, Param], ...] = ()
     if wrapper and parameter == "weight":
         params = (("own_base", True),)
+    elif saved and trains_in_place(config):
+        params = (("both_ends", True),)  # of a tied embedding: it was one weight all along
     return AdapterEntry(
         module, parameter, "replace", (("value", ref),), params=params, saved_as=saved
     )
@@ -341,7 +344,11 @@ def _saved_twice(replaced: Sequence[tuple[str, TensorRef]]) -> tuple[set[str], l
 
 def _lost_modules(entries: Sequence[AdapterEntry], config: dict[str, Any]) -> list[Problem]:
     """Modules that were trained in full, and of which only the untrained original was saved."""
-    saved = {entry.target for entry in entries if not entry.params and entry.kind == "replace"}
+    saved = {
+        entry.target
+        for entry in entries
+        if entry.kind == "replace" and not dict(entry.params).get("own_base")
+    }
     return [
         Problem(
             f"modules_to_save names {entry.module!r}, and {entry.tensors[0][1].file} has only "

@@ -1,0 +1,98 @@
+"""Where to begin: the largest directions of a matrix, found by products that are rounded.
+
+Processors that multiply bfloat16 do so two to four times as fast as float32. A block Krylov
+iteration (see `krylov`) on such products finds the directions to a few thousandths, from which one
+or two products in float32 go on to what is wanted. Nothing that is reported comes from here.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+
+from weft.decompose._orthogonal import orthonormal
+from weft.decompose._series import to_come
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from torch import Tensor
+
+_MOST_BLOCKS = 6
+# What bfloat16 products leave of a sum of squares is off by about this share of it.
+_ROUNDED = 1e-4
+# What is less than this share of a product is its rounding.
+_NOISE = 2**-9
+# What further blocks would take off the error that is left when no more are made, as a share of it.
+_SETTLED = 1e-3
+
+
+def multiplies_bfloat16(device: torch.device) -> bool:
+    """Whether products of bfloat16 are faster there than those of float32."""
+    if device.type != "cpu":
+        return device.type == "cuda"
+    # PyTorch before 2.10 does not say.
+    found: Mapping[str, object] = getattr(torch.cpu, "get_capabilities", dict)()
+    return bool(found.get("avx512_bf16") or found.get("amx_bf16"))
+
+
+@dataclass(frozen=True, slots=True)
+class Rough:
+    """A matrix that is only to show its directions.
+
+    Attributes:
+        values: A (m, n), bfloat16.
+        turned: It stands for Aᵀ.
+    """
+
+    values: Tensor
+    turned: bool = False
+
+    def matmul(self, X: Tensor) -> Tensor:
+        """A @ X, each result rounded to bfloat16, in float32."""
+        A = self.values.T if self.turned else self.values
+        return (A @ X.to(A.device, A.dtype)).cpu().float()
+
+    def rmatmul(self, Y: Tensor) -> Tensor:
+        """Aᵀ @ Y, the same."""
+        return Rough(self.values, not self.turned).matmul(Y)
+
+
+def directions(matrix: Rough, X: Tensor, rank: int, energy: float) -> Tensor:
+    """An orthonormal basis (n, k) of nearly the space of the k largest right singular vectors.
+
+    Args:
+        matrix: A (m, n).
+        X: (n, k) orthonormal columns to begin with.
+        rank: How many of the k directions matter.
+        energy: ‖A‖².
+    """
+    width = X.shape[1]
+    blocks, captured = [X], list[float]()
+    T = X.new_zeros(0, 0, dtype=torch.float64)
+    while True:
+        Q, R = torch.linalg.qr(matrix.matmul(X))
+        Z = matrix.rmatmul(Q)
+        found = torch.cat(blocks, 1)
+        T = _bordered(T, found.T @ (Z @ R))  # Xᵀ AᵀA Xⱼ
+        values, vectors = torch.linalg.eigh(T)
+        captured.append(float(values[-rank:].sum()))
+        settled = max(_SETTLED * (energy - captured[-1]), _ROUNDED * captured[-1])
+        X = orthonormal(Z, [found], _NOISE * float(Z.norm(dim=0).max()))
+        if to_come(captured) <= settled or len(blocks) >= _MOST_BLOCKS or not X.shape[1]:
+            best: Tensor = found @ vectors[:, -width:].float()
+            return best
+        blocks.append(X)
+
+
+def _bordered(T: Tensor, column: Tensor) -> Tensor:
+    """T with further columns, and the same as rows."""
+    old, size = len(T), len(column)
+    wider = T.new_zeros(size, size)
+    wider[:old, :old] = T
+    wider[:, old:] = column
+    wider[old:] = column.T
+    wider[old:, old:] = (column[old:] + column[old:].T) / 2
+    return wider
