@@ -222,6 +222,38 @@ def test_a_module_of_rounding_noise_alone_is_left_out_and_said(tmp_path: Path) -
     assert not any("o_proj" in key for key in load_file(adapter / "adapter_model.safetensors"))
 
 
+def test_a_model_tuned_in_full_by_less_than_an_ulp(tmp_path: Path) -> None:
+    """By the noise of larger updates nothing of it would stand out, and all would be left out."""
+
+    def delta(shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
+        change = pairs.falling(shape, generator)
+        return 1.5e-5 * change / change.square().mean().sqrt()  # an ulp of 0.02 is 1.2e-4
+
+    pairs.pair(tmp_path, torch.bfloat16, delta=delta, moved=lambda name: name.endswith("weight"))
+    adapter, manifest = extract(tmp_path, rank="auto")
+    wide = {name for name, shape in pairs.names().items() if min(shape) >= 192}
+    ranks = {name: module["rank"] for name, module in manifest["modules"].items()}
+    assert all(4 <= ranks[name] <= 64 for name in wide)
+    assert not wide & set(manifest["left_out"])
+    assert all(manifest["modules"][name]["noise"]["fits"] for name in wide)
+    # Each is nearer to the update that was rounded than the difference that was left of it is.
+    found, seen = pairs.delta_of(adapter), differences(tmp_path)
+    for number, (name, W) in enumerate(pairs.weights().items()):
+        if name in wide:
+            true = delta(tuple(W.shape), torch.Generator().manual_seed(100 + number)).double()
+            assert float((found[name] - true).norm()) < float((seen[name] - true).norm())
+
+
+def test_an_update_that_rounding_does_not_hide_is_said_to_have_large_factors(
+    tmp_path: Path,
+) -> None:
+    pairs.pair(tmp_path)  # in float32
+    _, manifest = extract(tmp_path, rank="auto")
+    assert any("factors are larger than the tensor" in said for said in manifest["warnings"])
+    _, manifest = extract(tmp_path, "small", rank=8)
+    assert not manifest["warnings"]
+
+
 def test_one_rank_for_all_and_nothing_in_full(tmp_path: Path) -> None:
     pairs.pair(tmp_path)
     adapter, manifest = extract(tmp_path, rank=128, uniform_rank=True)
@@ -324,6 +356,27 @@ def test_numbers_that_are_none_are_refused_by_name(tmp_path: Path, side: str, va
     pairs.write(tmp_path / "odd", tensors)
     with pytest.raises(NumericsError, match=rf"{side}.*layers\.1\.self_attn\.o_proj"):
         extract(tmp_path, **{side: tmp_path / "odd"})
+    assert not (tmp_path / "adapter.partial").exists()
+
+
+@pytest.mark.parametrize("side", ["tuned", "base"])
+@pytest.mark.parametrize("told", ["by its names", "by its config"])
+def test_float8_with_scales_is_refused_and_the_way_out_told(
+    tmp_path: Path, side: str, told: str
+) -> None:
+    pairs.pair(tmp_path)
+    tensors = load_file(tmp_path / side / "model.safetensors")
+    name = "model.layers.0.self_attn.o_proj.weight"
+    tensors[name] = tensors[name].to(torch.float8_e4m3fn)
+    config = {}
+    if told == "by its names":
+        tensors[f"{name}_scale_inv"] = torch.ones(2, 2)
+    else:
+        config = {"quantization_config": {"quant_method": "fp8", "weight_block_size": [128, 128]}}
+    pairs.write(tmp_path / "eight", tensors, **config)
+    with pytest.raises(PlanError, match="eight is quantised") as caught:
+        extract(tmp_path, **{side: tmp_path / "eight"})
+    assert "dequantize=True" in (caught.value.hint or "")
     assert not (tmp_path / "adapter.partial").exists()
 
 

@@ -110,7 +110,7 @@ class Kernel:
             case Load() | Rows():
                 value = self._evaluator.buffer("weight", rows)
                 self._evaluator.evaluate(expression, start, stop, value)
-                sound = self._is_sound(value, self.workspace.narrow(value, out))
+                sound = self._check_cast(value, self.workspace.narrow(value, out))
                 return Sums(compared=False, sound=sound)
             case AddDeltas():
                 weight = self._evaluator.buffer("weight", rows)
@@ -127,8 +127,7 @@ class Kernel:
                 value, base = self._evaluator.merge(expression, start, stop)
                 rounded = self.workspace.narrow(value, out)
                 if base is None:
-                    if not self._is_sound(value, rounded):
-                        raise self._not_finite()
+                    self._check_finite(value, rounded)
                     return Sums(compared=False)
                 delta = torch.sub(value, base, out=self._evaluator.buffer("delta", rows))
                 return self._sums(base, delta, value, rounded)
@@ -180,8 +179,9 @@ class Kernel:
         update = 0.0 if self._square is not None else dot(wide[1], wide[1])
         return Sums(dot(wide[0], wide[0]), update, dot(error, error), changed)
 
-    def _is_sound(self, value: Tensor, rounded: Tensor) -> bool:
-        return self._check_cast(value, rounded) or bool(value.isfinite().all())
+    def _check_finite(self, value: Tensor, rounded: Tensor) -> None:
+        if not self._check_cast(value, rounded):
+            raise self._not_finite()
 
     def _not_finite(self) -> NumericsError:
         """Of the tensor that a method has made: whose NaN or infinity it is."""
@@ -192,7 +192,7 @@ class Kernel:
         )
 
     def _check_cast(self, exact: Tensor, rounded: Tensor) -> bool:
-        """No number became infinite; whether all are finite, as far as one pass tells."""
+        """Whether all numbers are finite; none may have become infinite."""
         if not exact.numel() or not rounded.is_floating_point():
             return True
         low, high = torch.aminmax(exact)  # NaN, where there is one
@@ -205,4 +205,4 @@ class Kernel:
                 f"{self.job.name} overflows {self.job.dtype}: it reaches {largest:.4g}",
                 "write --dtype bfloat16 or --dtype float32",
             )
-        return False
+        return bool(exact.isfinite().all())
