@@ -145,8 +145,8 @@ def test_what_was_understood_of_old_spellings() -> None:
         "old-legacy": [
             [
                 (
-                    "`normalize` is a parameter of breadcrumbs, breadcrumbs_ties, dare_linear and 6 "
-                    "more; slerp does not read it, here as in MergeKit"
+                    "`normalize` is a parameter of breadcrumbs, breadcrumbs_ties, dare_linear and "
+                    "6 more; slerp does not read it, here as in MergeKit"
                 )
             ]
         ],
@@ -162,8 +162,8 @@ def test_what_was_understood_of_old_spellings() -> None:
                     "the sum"
                 ),
                 (
-                    "`embed_slerp` is no longer read by MergeKit either: embeddings are merged like "
-                    "all else"
+                    "`embed_slerp` is no longer read by MergeKit either: embeddings are merged "
+                    "like all else"
                 ),
             ],
         ],
