@@ -502,3 +502,19 @@ def test_a_run_asks_once(hub: Hub, tmp_path: Path) -> None:
     code, _, err = online(hub, "merge", "org/adapter", "-o", out, home=tmp_path / "home")
     assert code == 0, err
     assert hub.asked.count("org/adapter") == hub.asked.count("org/base") > 0
+
+
+def test_revisions_in_a_recipe(filled: Path, tmp_path: Path) -> None:
+    """Two revisions of one model are two models, and an adapter may have one, too."""
+    (tmp_path / "recipe.yml").write_text(
+        "merge_method: linear\nbase_model: org/base\nmodels:\n"
+        "  - {model: org/base@v1, parameters: {weight: 3}}\n"
+        "  - {model: org/base, parameters: {weight: 1}}\n"
+        f"  - {{model: org/base@v1+org/adapter@{NEW}:0.5, parameters: {{weight: 4}}}}\n"
+    )
+    weft.run(tmp_path / "recipe.yml", output=tmp_path / "out")
+    # The first is 1, the second 2, and the adapter adds half of 1 to 1.
+    assert value(tmp_path / "out") == (3 * 1 + 1 * 2 + 4 * 1.5) / 8
+    card = (tmp_path / "out/README.md").read_text()
+    for name in ("org/base@v1", "org/base", f"org/adapter@{NEW}"):
+        assert f"\n- {name}\n" in card

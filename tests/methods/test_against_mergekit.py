@@ -9,7 +9,7 @@ import pytest
 import torch
 from memory_blocks import merge_case
 from merge_cases import APART, DETERMINISTIC, DRAWS, RANDOM, Case, tensors
-from test_formulas import nuslerp
+from test_formulas import nuslerp, truth
 
 from weft import methods
 
@@ -71,6 +71,15 @@ def test_random_methods_have_mergekits_distribution(case: Case) -> None:
     assert float(off.max()) < 5.5
     assert float(off.square().mean().sqrt()) < 2
     assert float((drawn.std(0, correction=0) - std).abs().max()) < 0.25 * float(std.max())
+
+
+def test_opposite_changes() -> None:
+    """The angle is π: float64 sees it, and MergeKit's float32 divides by the sine of its error."""
+    for case in (case for case in DETERMINISTIC if case.name in NOISE):
+        expected = truth(case)
+        ours, theirs = merge_case(case).double().numpy(), GOLDENS[case.name].astype(np.float64)
+        assert np.linalg.norm(ours - expected) <= 1e-6 * np.linalg.norm(expected)
+        assert np.linalg.norm(theirs - expected) > 1e-3 * np.linalg.norm(expected)
 
 
 def test_columns_of_a_stack() -> None:

@@ -221,8 +221,20 @@ models:
 dtype: float32
 """
 
-# What other tools of MergeKit make, or its own fusing of experts.
-OTHERS = {"several": SEVERAL, "mixtral slerp, fused": of_method("slerp", "mixtral")}
+MORE_IN_THE_LAST = """
+merge_method: linear
+slices:
+  - sources:
+      - {model: llama-a, layer_range: [0, 2], parameters: {weight: 1}}
+  - sources:
+      - {model: llama-b, layer_range: [2, 3], parameters: {weight: 1}}
+      - {model: llama-c, layer_range: [2, 3], parameters: {weight: 3}}
+dtype: float32
+"""
+
+# What other tools of MergeKit make, or where Weft differs.
+OTHERS = {"several": SEVERAL, "more in the last": MORE_IN_THE_LAST}
+OTHERS |= {"mixtral slerp, fused": of_method("slerp", "mixtral")}
 RECIPES = {
     **{f"llama {case}": of_method(case, "llama") for case in METHODS},
     **{

@@ -82,6 +82,28 @@ def test_documents_equal_mergekit_multi(models: Path, tmp_path: Path) -> None:
         assert apart(found[tensor], expected) < 1e-6, tensor
 
 
+def test_sources_of_the_last_slice(models: Path, tmp_path: Path) -> None:
+    """Norm and head are of all of them; MergeKit takes as many as the first slice has."""
+    found = run(models, OTHERS["more in the last"], tmp_path / "out")
+    golden = GOLDENS["more in the last"]
+    b, c = (stored(models / f"llama-{name}") for name in "bc")
+    for name in ("model.norm.weight", "lm_head.weight", "model.layers.2.mlp.up_proj.weight"):
+        mean = (b[name] + 3 * c[name]) / 4
+        assert apart(found[name].astype(np.float64), fingerprint(mean)) < 1e-6
+        theirs = mean if "layers" in name else b[name]
+        assert apart(theirs, golden[name]) < 1e-6
+    for name in golden.keys() - {"model.norm.weight", "lm_head.weight"}:
+        assert apart(found[name], golden[name]) < 1e-6
+
+
+def stored(folder: Path) -> dict[str, np.ndarray[Any, Any]]:
+    """A model's tensors, in float64."""
+    found: dict[str, np.ndarray[Any, Any]] = {}
+    for file in folder.glob("*.safetensors"):
+        found |= {name: value.astype(np.float64) for name, value in load_file(file).items()}
+    return found
+
+
 def test_experts_are_merged_each_for_itself(models: Path, tmp_path: Path) -> None:
     """MergeKit fuses those of a layer first: one angle for all of them, in place of one for each.
 
@@ -89,12 +111,7 @@ def test_experts_are_merged_each_for_itself(models: Path, tmp_path: Path) -> Non
     """
     found = run(models, OTHERS["mixtral slerp, fused"], tmp_path / "out")
     golden = GOLDENS["mixtral slerp, fused"]
-    inputs: list[dict[str, np.ndarray[Any, Any]]] = []
-    for name in ("base", "a"):
-        inputs.append({})
-        for file in (models / f"mixtral-{name}").glob("*.safetensors"):
-            inputs[-1] |= {k: v.astype(np.float64) for k, v in load_file(file).items()}
-    base, other = inputs
+    base, other = (stored(models / f"mixtral-{name}") for name in ("base", "a"))
     each = {name: slerp(base[name], other[name], 0.3) for name in base}
     together = {name: slerp(value, fused(other)[name], 0.3) for name, value in fused(base).items()}
     assert found.keys() == each.keys()

@@ -128,6 +128,54 @@ def test_numbers_that_yaml_takes_for_text() -> None:
     assert recipe("dare-linear-lambda").parameters["rescale"] == (Condition(True),)
 
 
+def test_what_was_understood_of_old_spellings() -> None:
+    """One line about each; none of what means today what it always meant."""
+    said = {stem: [list(each.notes) for each in recipes(stem)] for stem in SAID if "old" in stem}
+    said |= {stem: [list(each.notes) for each in recipes(stem)] for stem in SEVERAL}
+    assert said == {
+        "old-by-model": [
+            [
+                (
+                    "`input_model_parameters` counts after a slice's own parameters and before the "
+                    "recipe's"
+                ),
+                "`pattern` is read as `filter` (1 of them)",
+            ]
+        ],
+        "old-legacy": [
+            [
+                (
+                    "`normalize` is a parameter of breadcrumbs, breadcrumbs_ties, dare_linear and "
+                    "6 more; slerp does not read it, here as in MergeKit"
+                )
+            ]
+        ],
+        "old-mega": [
+            [
+                "`out_path` is not written to: other documents may name the model by it",
+                "`dtype: fp16` is read as `dtype: float16`",
+            ],
+            [
+                "`tokenizer_source: model:org/a` is read as `org/a`",
+                (
+                    "`consensus_method` is no longer read by MergeKit either: signs are elected by "
+                    "the sum"
+                ),
+                (
+                    "`embed_slerp` is no longer read by MergeKit either: embeddings are merged "
+                    "like all else"
+                ),
+            ],
+        ],
+        "multi": [[], [], [], []],
+    }
+    text = "merge_method: linear\nmodel_parameters: {a: {weight: 1}, b: {weight: 2}}\n"
+    text += "slices: [{sources: [{model: a, layer_range: [0, 1]}, {model: b, layer_range: [0, 1]}]"
+    (found,) = read(f"{text}, residual_weight: 0.5}}]\n", "old.yml")
+    assert found.notes[0] == "`model_parameters` is read as `input_model_parameters`"
+    assert found.notes[2] == "`residual_weight` is used by nothing (slices[0], line 3)"
+
+
 def test_filters_and_gradients() -> None:
     assert recipe("slerp-gradient").parameters["t"] == (
         Condition((0.0, 0.5, 0.3, 0.7, 1.0), "self_attn"),

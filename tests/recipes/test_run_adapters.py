@@ -146,7 +146,7 @@ DRAWN = {
     "della": "weight: 0.7, density: 0.5",
     "della_linear": "weight: 0.7, density: 0.5",
 }
-# Not compared: the score of arcee_fusion is a softmax of the weights beside |d|, see tests/methods.
+# Its score is a softmax of the weights beside |d|, see below.
 OTHERS = {"arcee_fusion"}
 
 
@@ -212,6 +212,28 @@ def test_what_is_drawn_is_of_the_adapter(
         factor = 700 * float(d.abs().sum() / d[kept].abs().sum())
         off = (change - factor * d * kept).abs()
         assert float(off.max()) < 1e-6 * factor * float(d.abs().max()) + 1e-8
+
+
+def test_fusion_of_an_adapter(base: Path, tmp_path: Path) -> None:
+    """Every element is the base's, or has all of the adapter's change: those of the best scores.
+
+    A score is |d| times the divergence of its row's softmax, in which float32 sees less of a change
+    than float64: near the threshold one or the other may be taken.
+    """
+    deltas = lora(tmp_path / "a0", 3, rms=3e-4)
+    found = run(tmp_path, recipe("arcee_fusion", base, [tmp_path / "a0"], ""))
+    W = load_file(base / "model.safetensors")
+    for name, d in deltas.items():
+        b = W[name].double()
+        taken = found[name].double() != b
+        assert float((found[name].double() - b - d * taken).abs().max()) < 2.0**-23 * 0.1
+        p, q = (x.softmax(-1) + 1e-8 for x in (b + d, b))
+        score = d.abs() * (p * (p / q).log()).sum(-1, keepdim=True)
+        order = score.flatten().sort().values
+        low, middle, high = (float(order[k * (len(order) - 1) // 4]) for k in (1, 2, 3))
+        wanted = score >= middle + 1.5 * (high - low)
+        assert 0.01 < float(wanted.double().mean()) < 0.3
+        assert float((taken != wanted).double().mean()) < 0.01
 
 
 def test_what_mergekit_loses(base: Path, tmp_path: Path) -> None:

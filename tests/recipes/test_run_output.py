@@ -11,11 +11,11 @@ from typing import TYPE_CHECKING, Any
 import pytest
 import torch
 from running import HIDDEN, MATRIX, VOCABULARY, checkpoint, llama, load, lora, random, run
+from safetensors.torch import load_file
 
 import weft
 from weft.cli.app import main
 from weft.core.errors import WeftError
-from weft.formats import checkpoint as checkpoints
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -117,6 +117,37 @@ def test_a_run_can_be_run_again_from_its_output(root: Path) -> None:
     weft.run("again.yml", output="again")
     assert manifest(root)["plan"] == manifest(root, "again")["plan"]
     assert all(torch.equal(value, load(root / "again")[name]) for name, value in one.items())
+
+
+def test_shards_and_index(root: Path) -> None:
+    """Those of the base where the output has its tensors; else of the size that is asked for."""
+    from safetensors.torch import save_file
+
+    tensors = llama()
+    names = sorted(tensors)
+    weight_map = {}
+    for number, part in enumerate((names[:3], names[3:]), 1):
+        file = f"model-{number:05}-of-00002.safetensors"
+        save_file({name: tensors[name] for name in part}, root / "base" / file, {"format": "pt"})
+        weight_map |= dict.fromkeys(part, file)
+    (root / "base/model.safetensors").unlink()
+    index = {"metadata": {}, "weight_map": weight_map}
+    (root / "base/model.safetensors.index.json").write_text(json.dumps(index))
+    kept, sized = run(root, TIES, "kept"), run(root, TIES, "sized", max_shard_size="8KB")
+    for folder, found in (("kept", kept), ("sized", sized)):
+        told = json.loads((root / folder / "model.safetensors.index.json").read_text())
+        assert told["metadata"]["total_size"] == sum(2 * v.numel() for v in found.values())
+        assert told["weight_map"].keys() == tensors.keys() == found.keys()
+        for name, file in told["weight_map"].items():
+            assert torch.equal(load_file(root / folder / file)[name], found[name])
+            assert torch.equal(found[name], kept[name])
+        if folder == "kept":
+            assert told["weight_map"] == weight_map
+            continue
+        files = [load_file(path) for path in (root / folder).glob("*.safetensors")]
+        sizes = [sum(2 * v.numel() for v in each.values()) for each in files]
+        assert len(sizes) > 2
+        assert max(sizes) <= 8_000
 
 
 # ------------------------------------------------------------------------------- one rounding
@@ -224,7 +255,8 @@ def test_models_that_do_not_fit(case: str, root: Path, monkeypatch: pytest.Monke
     """Said before any weight is read, with the place in the YAML; nothing is written."""
     more, make, says = WRONG[case]
     make(root)
-    monkeypatch.setattr("weft.execute.threads.execute", _never, raising=False)
+    monkeypatch.setattr("weft.execute._files.Files.read", _never)
+    monkeypatch.setattr("weft.execute.copies.Copies.__init__", _never)
     text = MODELS + more
     for verb in (weft.run, weft.plan_run):
         (root / "recipe.yml").write_text(text)
@@ -311,7 +343,7 @@ def test_options_of_mergekit(
 def test_check_reads_no_weight(
     root: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(checkpoints, "_values", _never, raising=False)
+    monkeypatch.setattr("weft.execute._files.Files.read", _never)
     for name in ("base", "a", "b"):  # the header alone is left
         path = root / name / "model.safetensors"
         size = path.stat().st_size

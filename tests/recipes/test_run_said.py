@@ -188,6 +188,15 @@ def test_what_became_of_the_tensors(
     assert f"\n{said}, " in (root / "out/README.md").read_text()
 
 
+def test_filters_that_match_nothing(root: Path) -> None:
+    """MergeKit takes them without a word."""
+    text = f"{TIES}parameters:\n  weight: [{{filter: self_atn, value: 1}}, {{value: 2}}]\n"
+    (root / "recipe.yml").write_text(text)
+    (warning,) = weft.plan_run("recipe.yml").warnings
+    assert "the filter 'self_atn' of weight matches no tensor, and so does nothing" in warning
+    assert "@ parameters" in warning
+
+
 # ------------------------------------------------------------------------------ NaN and infinity
 
 SETTINGS = {
