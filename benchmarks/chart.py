@@ -11,12 +11,13 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
 WIDTH, HEIGHT = 720, 440
-LEFT, RIGHT, TOP, BOTTOM = 74, 84, 46, 56  # labels stand right of their points
+LEFT, RIGHT, TOP, BOTTOM = 74, 34, 46, 56
+_HALO = 'stroke="#fff" stroke-width="4" stroke-linejoin="round" paint-order="stroke"'
 
 
 @dataclass(frozen=True)
 class Series:
-    """Points (x, y, label) of one colour; joined by a line if `joined`."""
+    """Points (x, y, label) of one colour: joined by a line, or diamonds with labels at the left."""
 
     name: str
     colour: str
@@ -42,17 +43,34 @@ def chart(title: str, x: str, y: str, series: Sequence[Series], level: tuple[flo
         parts.append(_line(at, TOP, at, HEIGHT - BOTTOM, "#e4e4e4"))
         parts.append(_text(at, HEIGHT - BOTTOM + 18, f"{value:g}"))
     for value, at in rows.ticks():
-        parts.append(_line(LEFT, at, WIDTH - RIGHT, at, "#e4e4e4"))
-        parts.append(_text(LEFT - 8, at + 4, f"{value:g}", anchor="end"))
+        power = math.log10(value)
+        whole = abs(power - round(power)) < 1e-9
+        parts.append(_line(LEFT, at, WIDTH - RIGHT, at, "#ccc" if whole else "#f0f0f0"))
+        if whole:
+            parts.append(_text(LEFT - 8, at + 4, _power(round(power)), anchor="end"))
     height = rows.at(level[0])
     parts.append(_line(LEFT, height, WIDTH - RIGHT, height, "#888", 'stroke-dasharray="5 4"'))
     parts.append(_text(WIDTH - RIGHT - 4, height - 6, level[1], anchor="end"))
-    for number, one in enumerate(series):
+    for one in series:
         parts += _drawn(one, columns, rows)
-        legend = HEIGHT - BOTTOM - 14 - 18 * (len(series) - 1 - number)
-        parts.append(_mark(one, LEFT + 16, legend - 4))
-        parts.append(_text(LEFT + 27, legend, one.name, anchor="start"))
-    return "\n".join([*parts, "</svg>", ""])
+    return "\n".join([*parts, *_legend(series), "</svg>", ""])
+
+
+def _legend(series: Sequence[Series]) -> list[str]:
+    """At the lower left, on white, so that no line of the grid runs through it."""
+    top = HEIGHT - BOTTOM - 10 - 18 * len(series)
+    width = 44 + 7 * max(len(one.name) for one in series)
+    place = f'x="{LEFT + 6}" y="{top - 4}" width="{width}" height="{18 * len(series) + 8}"'
+    parts = [f'<rect {place} fill="#fff"/>']
+    for number, one in enumerate(series):
+        at = top + 14 + 18 * number
+        parts.append(_mark(one, LEFT + 18, at - 4))
+        parts.append(_text(LEFT + 32, at, one.name, anchor="start"))
+    return parts
+
+
+def _power(exponent: int) -> str:
+    return "10" + str(exponent).translate(str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹"))
 
 
 @dataclass(frozen=True)
@@ -81,21 +99,28 @@ def _axis(values: Sequence[float], begin: float, end: float) -> Axis:
 
 
 def _drawn(series: Series, columns: Axis, rows: Axis) -> list[str]:
-    places = [(columns.at(x), rows.at(y), label) for x, y, label in series.points]
+    places = [
+        (columns.at(x), rows.at(y), "" if series.hollow else label) for x, y, label in series.points
+    ]
     found = []
-    if series.joined:
+    if series.joined and not series.hollow:
         path = " ".join(f"{x},{y}" for x, y, _ in places)
         found.append(f'<polyline points="{path}" fill="none" stroke="{series.colour}"/>')
     for x, y, label in places:
         found.append(_mark(series, x, y))
-        if not series.hollow:
-            found.append(_text(x + 11, y + 4, label, anchor="start"))
+        if series.joined and label:
+            found.append(_text(x + 9, y - 6, label, anchor="start", more=_HALO))
+        elif label:
+            found.append(_text(x - 10, y + 4, label, anchor="end", more=_HALO))
     return found
 
 
 def _mark(series: Series, x: float, y: float) -> str:
     if series.hollow:
-        return f'<circle cx="{x}" cy="{y}" r="7" fill="none" stroke="{series.colour}"/>'
+        return f'<circle cx="{x}" cy="{y}" r="8" fill="none" stroke="{series.colour}"/>'
+    if not series.joined:
+        points = f"{x - 7},{y} {x},{y - 7} {x + 7},{y} {x},{y + 7}"
+        return f'<polygon points="{points}" fill="none" stroke="{series.colour}"/>'
     return f'<circle cx="{x}" cy="{y}" r="4" fill="{series.colour}"/>'
 
 
@@ -103,6 +128,8 @@ def _line(x1: float, y1: float, x2: float, y2: float, colour: str, more: str = "
     return f'<line x1="{x1}" y1="{y1}" x2="{x2}" y2="{y2}" stroke="{colour}" {more}/>'
 
 
-def _text(x: float, y: float, text: str, *, anchor: str = "middle", size: int = 12) -> str:
+def _text(
+    x: float, y: float, text: str, *, anchor: str = "middle", size: int = 12, more: str = ""
+) -> str:
     place = f'x="{x}" y="{y}" text-anchor="{anchor}" font-size="{size}"'
-    return f"<text {place}>{escape(text)}</text>"
+    return f"<text {place} {more}>{escape(text)}</text>"

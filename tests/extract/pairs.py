@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from safetensors.torch import load_file, save_file
 
+import weft
+
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
     from pathlib import Path
@@ -132,3 +134,29 @@ def distance(one: Mapping[str, Tensor], other: Mapping[str, Tensor]) -> float:
     assert one.keys() == other.keys()
     total = sum(float((one[n].double() - other[n].double()).square().sum()) for n in one)
     return float(total**0.5)
+
+
+def extract(root: Path, name: str = "adapter", **kwargs: Any) -> tuple[Path, dict[str, Any]]:
+    """From `root`/tuned and `root`/base; -> the folder and its manifest."""
+    report = weft.extract(
+        kwargs.pop("tuned", root / "tuned"),
+        base=kwargs.pop("base", root / "base"),
+        output=root / name,
+        **{"threads": 2, "dtype": "float32"} | kwargs,
+    )
+    assert json.loads((root / name / "weft.json").read_text()) == json.loads(
+        json.dumps(report.manifest)
+    )
+    assert not (root / f"{name}.partial").exists()
+    return root / name, report.manifest
+
+
+def differences(root: Path) -> dict[str, Tensor]:
+    tuned, base = (load_file(root / name / "model.safetensors") for name in ("tuned", "base"))
+    return {name: tuned[name].double() - base[name].double() for name in tuned}
+
+
+def merged(root: Path, adapter: Path, dtype: str = "float32") -> dict[str, Tensor]:
+    out = root / f"{adapter.name}-merged"
+    weft.merge(root / "base", str(adapter), output=out, dtype=dtype, threads=1)
+    return load_file(out / "model.safetensors")

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import json
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import pairs
 import pytest
+import torch
 from safetensors.torch import load_file
 
 import weft
@@ -59,6 +60,32 @@ def test_ranks_by_filter(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
     report = weft.run("e.yml", output="adapter")
     ranks = {n.split(".")[-2]: m["rank"] for n, m in report.manifest["modules"].items()}
     assert ranks == {"q_proj": 5, "down_proj": 3, "o_proj": 3, "k_proj": 3}
+
+
+@pytest.mark.parametrize(
+    ("lines", "options"),
+    [
+        ("rank: auto", {"rank": "auto"}),
+        ("energy: 0.5\ndtype: bfloat16\nexclude: {filter: o_proj}", {
+            "energy": 0.5, "dtype": "bfloat16", "exclude": "o_proj",
+        }),
+        ("size: 90kB\nseed: 3", {"size": "90kB", "seed": 3}),
+        ("rank: 4\nuniform_rank: true\nembed: skip", {
+            "rank": 4, "uniform_rank": True, "embed": "skip",
+        }),
+    ],
+)  # fmt: skip
+def test_every_key_is_its_flag(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, lines: str, options: dict[str, Any]
+) -> None:
+    pairs.pair(tmp_path, torch.bfloat16, delta=pairs.low_rank(3, 2e-3))
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "e.yml").write_text(f"finetune: tuned\nbase_model: base\n{lines}\n")
+    weft.run("e.yml", output="adapter")
+    weft.extract("tuned", base="base", output="same", **options)
+    for name in ("adapter_model.safetensors", "adapter_config.json"):
+        one, two = (tmp_path / folder / name for folder in ("adapter", "same"))
+        assert one.read_bytes() == two.read_bytes()
 
 
 @pytest.mark.parametrize(

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from merge_cases import DETERMINISTIC, DRAWS, RANDOM, Case, tensors
+from merge_cases import APART, DETERMINISTIC, DRAWS, RANDOM, Case, tensors
 from mergekit import merge_methods
 
 
@@ -31,7 +31,7 @@ def main() -> None:
     assert version("mergekit") == "0.1.5"
     torch.manual_seed(0)
     torch.set_num_threads(1)
-    found = {case.name: merged(case) for case in DETERMINISTIC}
+    found = {case.name: merged(case) for case in DETERMINISTIC + APART}
     for case in RANDOM:
         drawn = np.stack([merged(case).astype(np.float64) for _ in range(20 * DRAWS)])
         found[f"{case.name} mean"] = drawn.mean(0).astype(np.float32)

@@ -32,6 +32,8 @@ class MemoryBlocks:
     def edges(self) -> list[tuple[int, int]]:
         rows = math.prod(self.shape) // max(self.columns, 1)
         step = max(self.size // max(self.columns, 1), 1)
+        whole = max(methods.together(self.own, self.shape) // max(self.columns, 1), 1)
+        step = -(-step // whole) * whole
         return [(start, min(start + step, rows)) for start in range(0, rows, step)]
 
     @property

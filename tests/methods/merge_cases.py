@@ -288,6 +288,16 @@ DETERMINISTIC = [
     ),
 ]
 
+# Where Weft differs on purpose.
+APART = [
+    Case(
+        "nuslerp: columns of a stack",
+        "nuslerp",
+        params={"nuslerp_flatten": False, "nuslerp_row_wise": True},
+        shape=SHAPES["stack"],
+        **WEIGHTS,
+    )
+]
 # Drawn again and again: what is compared is the mean and the standard deviation of each element.
 HALF = {"each": {"density": [0.5, 0.8]}, "shape": (4, 12)}
 AS_DROPPED = {"params": {"rescale": False}, "each": {"density": [0.7, 0.4]}, "shape": (4, 12)}
@@ -296,5 +306,7 @@ RANDOM = [
     *_arithmetic("dare_linear", {"random": HALF}),
     *_arithmetic("della", {"random": HALF, "random no rescale": AS_DROPPED}),
     *_arithmetic("della_linear", {"random": HALF, "random vector": {**HALF, "shape": (15,)}}),
+    *_arithmetic("della", {"random stack": {**HALF, "shape": (2, 9, 4)}}),
+    *_arithmetic("della_linear", {"random filters": {**HALF, "shape": (3, 6, 2, 2)}}),
 ]
 DRAWS = 200

@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 import torch
 from memory_blocks import merge_case
-from merge_cases import DETERMINISTIC, DRAWS, RANDOM, Case, tensors
+from merge_cases import APART, DETERMINISTIC, DRAWS, RANDOM, Case, tensors
+from test_formulas import nuslerp
 
 from weft import methods
 
@@ -70,6 +71,23 @@ def test_random_methods_have_mergekits_distribution(case: Case) -> None:
     assert float(off.max()) < 5.5
     assert float(off.square().mean().sqrt()) < 2
     assert float((drawn.std(0, correction=0) - std).abs().max()) < 0.25 * float(std.max())
+
+
+def test_columns_of_a_stack() -> None:
+    """The columns of every expert, as where they lie apart; MergeKit's go across the experts."""
+    (case,) = APART
+    base, inputs = tensors(case)
+    assert base is not None
+    wide = base.astype(np.float64)
+    changes = [each - wide for each in inputs]
+    across = nuslerp(case, wide, changes)
+    apart = np.stack([nuslerp(case, wide[n], [d[n] for d in changes]) for n in range(3)])
+    assert (
+        np.abs(GOLDENS[case.name] - across).max() < 1e-4
+    )  # of three elements each, nearly parallel
+    for size in (10**6, 50):
+        assert np.abs(merge_case(case, size=size).numpy() - apart).max() < 1e-6
+    assert np.abs(across - apart).max() > 0.01
 
 
 def test_every_method_of_mergekit_is_here() -> None:

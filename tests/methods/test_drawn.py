@@ -109,6 +109,32 @@ def test_della_shares_ranks_between_equals() -> None:
     assert np.abs(rate - (0.4 + 0.4 * mean / 7)).max() < 5 * 0.5 / 80
 
 
+def test_della_ranks_along_dimension_1() -> None:
+    """Of a stack down the columns of each matrix, whatever the blocks and threads."""
+    shape = (3, 7, 5)
+    draw = torch.Generator().manual_seed(1)
+    base, change = torch.zeros(shape), 1 + torch.rand(shape, generator=draw)
+    rank = change.argsort(1).argsort(1).double()
+    each = {"weight": [1.0], "density": [0.6], "epsilon": [0.3]}
+    params = {"rescale": False, "normalize": False}
+    rate = torch.zeros(shape, dtype=torch.float64)
+    for trial in range(1500):
+        rate += merge("della_linear", base, [change], params, each, key=str(trial)) != 0
+    assert float((rate / 1500 - (0.3 + 0.6 * rank / 6)).abs().max()) < 5.5 * 0.5 / 1500**0.5
+    whole = merge("della_linear", base, [change], {}, each)
+    for size in (5, 35, 70):
+        assert torch.equal(merge("della_linear", base, [change], {}, each, size=size), whole)
+
+
+def test_della_of_a_number() -> None:
+    """MergeKit has no dimension to rank along, and fails."""
+    each = {"weight": [1.0], "density": [0.5]}
+    base, change = torch.tensor(0.0), torch.tensor(1.0)
+    keys = map(str, range(400))
+    kept = sum(int(merge("della", base, [change], {}, each, key=key)) for key in keys)
+    assert abs(kept - 200) < 5 * 10
+
+
 def test_a_row_of_one_is_kept_by_its_density() -> None:
     assert abs(ranks_kept(torch.ones(1), 100)[0] - 0.6) < 5 * 0.5 / 80
 

@@ -259,3 +259,15 @@ def test_experts_in_a_stack_are_merged_as_they_would_be_alone() -> None:
     for n in range(3):
         alone = merge("nuslerp", base[n], [x[n] for x in inputs], params, each)
         assert torch.allclose(together[n], alone, rtol=1e-6, atol=1e-7)
+
+
+@pytest.mark.parametrize(
+    ("method", "params"), [("karcher", {"tol": 0}), ("multislerp", {"eps": 0})]
+)
+def test_a_tolerance_of_nothing(method: str, params: dict[str, Any]) -> None:
+    """Where MergeKit divides 0 by 0: equal models are their own mean, and so are zeros."""
+    x = torch.randn(4, 8)
+    each = {"weight": [0.5, 0.5]} if method == "multislerp" else {}
+    base = torch.zeros(4, 8) if method == "multislerp" else None
+    assert torch.allclose(merge(method, base, [x, x.clone()], params, each), x, rtol=1e-6)
+    assert not merge(method, base, [0 * x, 0 * x], params, each).any()

@@ -14,7 +14,10 @@ TYPES = {"float": float, "int": int, "bool": bool, "str": str}
 BASES = {"required": "required", "optional": "optional", "ignored": "none"}
 
 
-def parameter(spec: dict[str, Any]) -> methods.Parameter:
+def parameter(method: str, name: str, spec: dict[str, Any]) -> methods.Parameter:
+    """With Weft's range, for MergeKit has none."""
+    known = methods.method(method).PARAMETERS if method in methods.names() else {}
+    own = known.get(name, methods.Parameter(""))
     return methods.Parameter(
         "as in MergeKit",
         TYPES[spec["type"]],
@@ -22,10 +25,12 @@ def parameter(spec: dict[str, Any]) -> methods.Parameter:
         each=spec["scope"] != "shared",
         base_too=spec["scope"] == "input",
         optional=not spec["required"],
+        low=own.low,
+        high=own.high,
     )
 
 
-def stand_in(spec: dict[str, Any]) -> SimpleNamespace:
+def stand_in(method: str, spec: dict[str, Any]) -> SimpleNamespace:
     """What a file of `weft.methods` says, made from MergeKit's own specification."""
     base = BASES[spec["base"]]
     least, most = spec["inputs"]
@@ -35,7 +40,9 @@ def stand_in(spec: dict[str, Any]) -> SimpleNamespace:
         least, most = spec["non_base"]
     return SimpleNamespace(
         USE_WHEN="never",
-        PARAMETERS={name: parameter(each) for name, each in spec["parameters"].items()},
+        PARAMETERS={
+            name: parameter(method, name, each) for name, each in spec["parameters"].items()
+        },
         BASE=base,
         INPUTS=(least, most),
     )
@@ -43,4 +50,4 @@ def stand_in(spec: dict[str, Any]) -> SimpleNamespace:
 
 def all_of_mergekit() -> dict[str, SimpleNamespace]:
     """Stand-ins for all of MergeKit's methods, by name."""
-    return {name: stand_in(spec) for name, spec in GOLDENS["specs"].items()}
+    return {name: stand_in(name, spec) for name, spec in GOLDENS["specs"].items()}

@@ -90,6 +90,7 @@ CHECKS: dict[str, Any] = {
     "required": _if(lambda want, data: not isinstance(data, dict) or set(want) <= set(data)),
     "minItems": _if(lambda want, data: not isinstance(data, list) or len(data) >= want),
     "maxItems": _if(lambda want, data: not isinstance(data, list) or len(data) <= want),
-    "minimum": _if(lambda want, data: not isinstance(data, int) or data >= want),
+    "minimum": _if(lambda want, data: not isinstance(data, int | float) or data >= want),
+    "maximum": _if(lambda want, data: not isinstance(data, int | float) or data <= want),
     "pattern": _if(lambda want, data: not isinstance(data, str) or re.search(want, data)),
 }

@@ -17,7 +17,7 @@ from importlib.metadata import version
 from pathlib import Path
 
 from parity_models import fingerprint, write_all
-from parity_recipes import RECIPES
+from parity_recipes import OTHERS, RECIPES
 from safetensors.numpy import load_file, save_file
 
 HERE = Path(__file__).absolute().parent
@@ -37,7 +37,8 @@ def whole(folder: Path) -> None:
 
 
 def main() -> None:
-    names = sys.argv[1:] or list(RECIPES)
+    recipes = RECIPES | OTHERS
+    names = sys.argv[1:] or list(recipes)
     kit = str(Path(sys.executable).with_name("mergekit-yaml"))
     path = HERE / "parity_goldens.json"
     goldens = json.loads(path.read_text())["recipes"] if sys.argv[1:] else {}
@@ -46,13 +47,16 @@ def main() -> None:
         root = Path(folder)
         write_all(root)
         for name in names:
-            text = RECIPES[name]
+            text = recipes[name]
             tool = [kit, "recipe.yml", "out", *options]
             if name in TENSOR_BY_TENSOR:
                 text = re.sub(r"(model: )(mixtral-\w+)", rf"\1{root}/\2.safetensors", text)
                 tool = [str(Path(kit).with_name("mergekit-pytorch")), "recipe.yml", "out"]
                 for letter in ("base", "a", "b"):
                     whole(root / f"mixtral-{letter}")
+            if name == "several":
+                tool = [str(Path(kit).with_name("mergekit-multi")), "recipe.yml", *options]
+                tool += ["--out-path", "out", "--intermediate-dir", "between"]
             (root / "recipe.yml").write_text(text)
             run = subprocess.run(
                 tool,

@@ -17,10 +17,12 @@ from typing import TYPE_CHECKING, Any
 
 from run_cases import (
     GOLDENS,
+    PARTLY,
     STATE_DICTS,
     WITH_TOKENIZERS,
     told,
     write_models,
+    write_partly,
     write_state_dicts,
 )
 from safetensors.numpy import load_file
@@ -29,7 +31,12 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
 
-def run(tool: str, cases: dict[str, str], write: Callable[[Path], None]) -> dict[str, Any]:
+def run(
+    tool: str,
+    cases: dict[str, str],
+    write: Callable[[Path], None],
+    options: dict[str, str] | None = None,
+) -> dict[str, Any]:
     goldens = {}
     with tempfile.TemporaryDirectory() as folder:
         root = Path(folder)
@@ -38,6 +45,7 @@ def run(tool: str, cases: dict[str, str], write: Callable[[Path], None]) -> dict
             (root / "recipe.yml").write_text(text)
             command = [str(Path(sys.executable).with_name(tool)), "recipe.yml", f"out{number}"]
             command += ["--no-write-model-card"] if tool == "mergekit-yaml" else []
+            command += [options[name]] if options else []
             done = subprocess.run(
                 command,
                 cwd=root,
@@ -59,6 +67,12 @@ def main() -> None:
     goldens = {
         "with tokenizers": run("mergekit-yaml", WITH_TOKENIZERS, write_models),
         "state dicts": run("mergekit-pytorch", STATE_DICTS, write_state_dicts),
+        "partly": run(
+            "mergekit-pytorch",
+            {name: text for name, (_, text) in PARTLY.items()},
+            write_partly,
+            {name: option for name, (option, _) in PARTLY.items()},
+        ),
     }
     parts = []
     for kind, cases in goldens.items():

@@ -198,6 +198,31 @@ models:
 dtype: float32
 """
 
+SEVERAL = """
+name: left
+merge_method: ties
+base_model: llama-base
+models:
+  - {model: llama-a, parameters: {weight: 0.7, density: 0.4}}
+  - {model: llama-b, parameters: {weight: 0.4, density: 0.6}}
+dtype: float32
+---
+merge_method: slerp
+base_model: left
+models: [model: left, model: mixed]
+parameters: {t: [0.2, 0.7]}
+dtype: float32
+---
+name: mixed
+merge_method: linear
+models:
+  - {model: left, parameters: {weight: 1}}
+  - {model: llama-c, parameters: {weight: 3}}
+dtype: float32
+"""
+
+# What other tools of MergeKit make, or its own fusing of experts.
+OTHERS = {"several": SEVERAL, "mixtral slerp, fused": of_method("slerp", "mixtral")}
 RECIPES = {
     **{f"llama {case}": of_method(case, "llama") for case in METHODS},
     **{

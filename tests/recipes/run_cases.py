@@ -62,6 +62,18 @@ STATE_DICTS = {
     "model_stock": "merge_method: model_stock\nbase_model: c.pth\n"
     "models: [model: a.safetensors, model: b.bin]\n",
 }
+_SOME = "dtype: float32\nmodels:\n  - {model: a.safetensors, parameters: {weight: 0.7}}\n"
+_SOME += "  - {model: b.bin, parameters: {weight: 0.4}}\n"
+# What not all of the state dicts have: left out, or made of those that have it.
+PARTLY = {
+    "intersection": ("--tensor-intersection", f"merge_method: linear\n{_SOME}"),
+    "union": ("--tensor-union", f"merge_method: linear\n{_SOME}"),
+    "intersection on a base": (
+        "--tensor-intersection",
+        f"merge_method: ties\nbase_model: c.pth\n{_SOME}",
+    ),
+    "union on a base": ("--tensor-union", f"merge_method: ties\nbase_model: c.pth\n{_SOME}"),
+}
 _SHAPES = {
     "encoder.conv_in.weight": (6, 3, 4, 4),
     "encoder.conv_in.bias": (6,),
@@ -82,6 +94,18 @@ def write_state_dicts(root: Path) -> None:
             tensors[key] = torch.from_numpy(np.asarray(values, np.float32)).reshape(shape)
         tensors["encoder.down.0.block.1.norm.num_batches_tracked"] = torch.tensor(17)
         tensors["decoder.mask"] = torch.ones(4, 4).tril().bool()
+        file = root / f"{name}.{suffix}"
+        save_file(tensors, file) if suffix == "safetensors" else torch.save(tensors, file)
+
+
+def write_partly(root: Path) -> None:
+    """Each of `a` and `b` lacks a tensor, and has one that the other lacks; `c` has all."""
+    for number, (name, suffix) in enumerate((("a", "safetensors"), ("b", "bin"), ("c", "pth"))):
+        tensors = {
+            key: torch.from_numpy(numbers(f"{number} {key}", (4, 6), 0.02).astype(np.float32))
+            for key in ("both.weight", "only_a.weight", "only_b.weight")
+            if name == "c" or key in ("both.weight", f"only_{name}.weight")
+        }
         file = root / f"{name}.{suffix}"
         save_file(tensors, file) if suffix == "safetensors" else torch.save(tensors, file)
 

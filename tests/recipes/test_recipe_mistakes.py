@@ -158,6 +158,27 @@ MISTAKES = {
         "merge_method: slerp\nbase_model: a\nmodels: [{model: a}, {model: b}]\n",
         ['slerp needs "t"', "parameters:\n        t: 0.5"],
     ),
+    "a list of no weights": (
+        (
+            "merge_method: linear\nmodels:\n  - {model: a, parameters: {weight: 1}}\n"
+            "  - model: b\n    parameters: {weight: []}\n"
+        ),
+        [
+            'b has no "weight", and linear needs one of every model: the list under it is empty',
+            "@ models[1], line 4",
+            "write under the `parameters` of b:\n        weight: 0.5",
+        ],
+    ),
+    "parameters in parameters": (
+        (
+            "merge_method: linear\nmodels:\n  - {model: a, parameters: {weight: 1}}\n"
+            "  - model: b\n    parameters:\n      parameters: {weight: 1}\n"
+        ),
+        [
+            '"parameters" stands within `parameters`  @ models[1].parameters, line 6, column 7',
+            "parameters:\n        weight: 1",
+        ],
+    ),
     "one model, no weight": (
         "merge_method: linear\nmodels: [{model: org/a}]\n",
         ['org/a has no "weight"', "`merge_method: passthrough`"],
@@ -209,11 +230,32 @@ MISTAKES = {
     ),
     "layers backwards": (
         "merge_method: passthrough\nslices: [{sources: [{model: a, layer_range: [8, 0]}]}]\n",
-        ["layers 8 to 0 are none"],
+        ["layers 8 to 0 go backwards", "layer_range: [0, 8]"],
     ),
-    "layers in one number": (
-        "merge_method: passthrough\nslices: [{sources: [{model: a, layer_range: 8}]}]\n",
-        ['"layer_range" should be', "layer_range: [0, 32]"],
+    **{
+        f"layers as {layers}": (
+            (
+                "merge_method: passthrough\n"
+                f"slices: [{{sources: [{{model: a, layer_range: {layers}}}]}}]\n"
+            ),
+            [
+                '"layer_range" should be two whole numbers, the first layer and the one after',
+                "@ slices[0].sources[0].layer_range, line 2",
+                cure,
+            ],
+        )
+        for layers, cure in {
+            "8": "layer_range: [0, 8]",
+            "4-8": "layer_range: [4, 8]",
+            "[8]": "layer_range: [0, 8]",
+            "[0, 4, 8]": "layer_range: [0, 32]",
+            "[0, last]": "layer_range: [0, 32]",
+            "[0, 1.5]": "layer_range: [0, 32]",
+        }.items()
+    },
+    "layers from the end": (
+        "merge_method: passthrough\nslices: [{sources: [{model: a, layer_range: [0, -1]}]}]\n",
+        ["layer -1 is none: layers are counted from 0 on", "write their number for the end"],
     ),
     "no layers": (
         "merge_method: passthrough\nslices: [{sources: [{model: a}]}]\n",
@@ -234,7 +276,46 @@ MISTAKES = {
             "merge_method: ties\nbase_model: a\nmodels: [{model: a}, {model: b}]\n"
             "parameters: {weight: 1, density: [0.5, 50]}\n"
         ),
-        ['"density" is a share from 0 to 1, not 50  @ parameters.density[1], line 4'],
+        ['"density" should be from 0 to 1, not 50  @ parameters.density[1], line 4', "density: 1"],
+    ),
+    "outliers of more than all": (
+        (
+            "merge_method: breadcrumbs\nbase_model: a\n"
+            "models: [{model: b, parameters: {weight: 1, gamma: 1.5}}]\n"
+        ),
+        [
+            '"gamma" should be from 0 to 1, not 1.5  @ models[0].parameters.gamma, line 3',
+            "such as gamma: 0.01",
+        ],
+    ),
+    "a selection of more than all": (
+        (
+            "merge_method: sce\nbase_model: a\nmodels: [{model: b}]\n"
+            "parameters:\n  select_topk: [{filter: mlp, value: [0.5, 2]}, {value: 1}]\n"
+        ),
+        [
+            '"select_topk" should be from 0 to 1, not 2',
+            "@ parameters.select_topk[0].value[1], line 5",
+        ],
+    ),
+    "a step back": (
+        "merge_method: nearswap\nbase_model: a\nmodels: [{model: b}]\nparameters: {t: -0.1}\n",
+        ['"t" should be 0 or more, not -0.1  @ parameters.t, line 4', "such as t: 0.001"],
+    ),
+    "iterations below none": (
+        "merge_method: karcher\nmodels: [{model: a}, {model: b}]\nparameters: {max_iter: -1}\n",
+        ['"max_iter" should be 0 or more, not -1  @ parameters.max_iter', "max_iter: 10"],
+    ),
+    "a tolerance below none": (
+        "merge_method: karcher\nmodels: [{model: a}, {model: b}]\nparameters: {tol: -1.0e-5}\n",
+        ['"tol" should be 0 or more, not -1e-05  @ parameters.tol', "tol: 1e-05"],
+    ),
+    "an epsilon below none": (
+        (
+            "merge_method: della\nbase_model: a\n"
+            "models: [{model: b, parameters: {weight: 1, density: 0.5, epsilon: -0.1}}]\n"
+        ),
+        ['"epsilon" should be from 0 to 0.5, not -0.1  @ models[0].parameters.epsilon, line 3'],
     ),
     "epsilon too wide": (
         (
@@ -272,6 +353,29 @@ MISTAKES = {
         "merge_method: passthrough\nmodels: [{model: a+}]\n",
         ['"a+" lacks a path'],
     ),
+    "a weight that is a word": (
+        "merge_method: passthrough\nmodels: [{model: a+all:abc}]\n",
+        [
+            '"a+all:abc" gives all the weight "abc", which is no number  @ models[0].model, line 2',
+            "write +all:0.5",
+            "lora: {path: 'all:abc'}",
+        ],
+    ),
+    "a weight that is none": (
+        "merge_method: passthrough\nmodels: [{model: 'a+b:nan'}]\n",
+        ['gives b the weight "nan", which is no number'],
+    ),
+    "a weight without an end": (
+        "merge_method: passthrough\nmodels: [{model: 'a+b:1e999'}]\n",
+        ['gives b the weight "1e999", which is no number'],
+    ),
+    "a weight written out that is none": (
+        (
+            "merge_method: passthrough\n"
+            "models: [{model: {model: a, lora: {path: b, weight: .nan}}}]\n"
+        ),
+        ['"weight" should be a finite number, not nan  @ models[0].model.lora.weight, line 2'],
+    ),
     "a revision without a name": (
         "merge_method: passthrough\nmodels: [{model: a@}]\n",
         ['"a@" lacks a revision after the @'],
@@ -287,6 +391,14 @@ MISTAKES = {
     "a key that is a number": (LINEAR + "7: 8\n", ["the key 7 is no text"]),
     "a tag": (LINEAR + "dtype: !!binary aGk=\n", ["has no place in a recipe  @ dtype, line 3"]),
     "a merge of nothing": (LINEAR + "<<: 3\n", ["`<<` takes a mapping"]),
+    "an extraction and a merge": (
+        "merge_method: linear\nfinetune: a\nbase_model: b\n",
+        [
+            '"finetune" asks for an adapter, and "merge_method" for a merge of models  @ line 2',
+            "for an adapter leave `merge_method` out",
+        ],
+    ),
+    "a rank in a merge": (LINEAR + "rank: 16\n", ['"rank" asks for an adapter']),
     "no mapping": ("- merge_method: linear\n", ["a recipe is a mapping"]),
     "an unknown model of input_model_parameters": (
         LINEAR + "input_model_parameters: {c: {weight: 1}}\n",
@@ -457,3 +569,29 @@ def test_the_json_schema_sees_it_too(what: str) -> None:
 def test_no_mistake_of_the_user_is_a_defect_of_weft() -> None:
     assert issubclass(RecipeError, WeftError)
     assert RecipeError.exit_code == 2
+
+
+def test_a_circle_is_said_of_its_own_documents_only() -> None:
+    """Not of the last one, which has no name and only uses them."""
+    message = refused(f"name: a\n{ONE}b}}]\n---\nname: b\n{ONE}a}}]\n---\n{ONE}a}}]\n")
+    assert message.startswith("2 problems in")
+    assert "None" not in message
+
+
+def test_a_colon_may_belong_to_a_path() -> None:
+    (found,) = read(f"{ONE}{{model: a, lora: {{path: 'run:b', weight: 0.5}}}}}}]\n", "merge.yml")
+    assert found.models()[0].adapters == (("run:b", None, 0.5),)
+    (found,) = read(f"{ONE}'a+C:/adapters/b:0.5'}}]\n", "merge.yml")
+    assert found.models()[0].adapters == (("C:/adapters/b", None, 0.5),)
+
+
+def test_an_empty_list_is_said_to_say_nothing() -> None:
+    """As in MergeKit, where the default counts then."""
+    text = "merge_method: ties\nbase_model: a\nmodels: [{model: b, parameters: {density: []}}]\n"
+    (found,) = read(text + "parameters: {weight: 1}\n", "merge.yml")
+    assert found.notes == (
+        (
+            "`density` is an empty list, which says nothing, as in MergeKit "
+            "(models[0].parameters.density, line 3)"
+        ),
+    )

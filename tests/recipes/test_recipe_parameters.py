@@ -120,7 +120,7 @@ def test_the_catalogue_has_mergekits_parameters(name: str) -> None:
     spec, own = GOLDENS["specs"][name], methods.method(name)
     assert BASES[spec["base"]] == own.BASE
     for key, each in spec["parameters"].items():
-        found, expected = own.PARAMETERS[key], parameter(each)
+        found, expected = own.PARAMETERS[key], parameter(name, key, each)
         assert (found.type, found.each, found.required) == (
             expected.type,
             expected.each,

@@ -14,15 +14,18 @@ import pytest
 import torch
 from run_cases import (
     GOLDENS,
+    PARTLY,
     STATE_DICTS,
     WITH_TOKENIZERS,
     told,
     write_models,
+    write_partly,
     write_state_dicts,
 )
-from running import run
+from running import load, run
 
 import weft
+from weft.cli.app import main
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -98,3 +101,71 @@ def test_counters_that_differ_are_said(state_dicts: Path, tmp_path: Path) -> Non
     )
     with pytest.raises(weft.WeftError, match="num_batches_tracked holds int64 and differs"):
         run(tmp_path, f"{text}\nparameters: {{weight: 1}}\n")
+
+
+@pytest.fixture(scope="module")
+def partly(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    root = tmp_path_factory.mktemp("partly")
+    write_partly(root)
+    return root
+
+
+@pytest.mark.parametrize("name", PARTLY)
+def test_tensors_that_some_models_lack_as_mergekit(
+    name: str, partly: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """`--tensor-union` and `--tensor-intersection` of mergekit-pytorch, and the notes."""
+    monkeypatch.chdir(partly)
+    option, text = PARTLY[name]
+    (tmp_path / "recipe.yml").write_text(text)
+    with pytest.raises(SystemExit) as end:
+        main(["run", str(tmp_path / "recipe.yml"), "-o", str(tmp_path / "out"), option])
+    assert not end.value.code
+    found = {key: value.numpy() for key, value in load(tmp_path / "out").items()}
+    compare(told(found, tmp_path / "out"), GOLDEN["partly"][name])
+    notes = json.loads((tmp_path / "out/weft.json").read_text())["notes"]
+    became = "made of the others" if option == "--tensor-union" else "left out"
+    assert f"{became}: only_b.weight, which a.safetensors lacks" in notes
+    assert f"{became}: only_a.weight, which b.bin lacks" in notes
+
+
+def test_without_the_option_they_are_an_error(
+    partly: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(partly)
+    (partly / "recipe.yml").write_text(PARTLY["union"][1])
+    with pytest.raises(weft.WeftError) as error:
+        weft.plan_run("recipe.yml")
+    assert "b.bin has no only_a.weight, which a.safetensors has  @ models[1]" in str(error.value)
+    assert "a.safetensors has no only_b.weight" in str(error.value)
+
+
+_WITH = "models: [model: b.bin, model: c.pth]\n"
+_SLERP = "merge_method: slerp\nparameters: {t: 1}\nbase_model: c.pth\n"
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        (
+            f"{_WITH}merge_method: ties\nbase_model: a.safetensors\nparameters: {{weight: 1}}\n",
+            "the base a.safetensors has no only_b.weight, which others have",
+        ),
+        (
+            "models: [model: a.safetensors]\n" + _SLERP,
+            "slerp takes 1 model, and of those that have only_b.weight there are 0",
+        ),
+    ],
+    ids=["no base", "too few"],
+)
+def test_what_no_method_can_make(
+    text: str, said: str, partly: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """MergeKit ends here while it merges."""
+    monkeypatch.chdir(partly)
+    (partly / "recipe.yml").write_text(text)
+    with pytest.raises(weft.WeftError) as error:
+        weft.plan_run("recipe.yml", tensors="union")
+    assert said in str(error.value)
+    assert "--tensor-intersection leaves such tensors out" in str(error.value)
+    weft.plan_run("recipe.yml", tensors="intersection")

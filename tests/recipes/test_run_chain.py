@@ -9,9 +9,6 @@ import pytest
 import torch
 from running import MATRIX, checkpoint, llama, load, lora, run
 
-import weft
-from weft.core.errors import WeftError
-
 if TYPE_CHECKING:
     from pathlib import Path
 
@@ -115,24 +112,38 @@ def test_a_folder_is_meant_by_its_path(root: Path) -> None:
     assert torch.equal(found[NAME], load(root / "left")[NAME])
 
 
-def test_tokenizers_of_documents_are_not_mixed(root: Path) -> None:
-    """A tokenizer that lies nowhere cannot be merged with another: said, not guessed."""
+LAST_WITH = {
+    "kept": "merge_method: passthrough\nmodels: [model: left]\n",
+    "merged again": "merge_method: slerp\nbase_model: left\nmodels: [model: left, model: c]\n"
+    "parameters: {t: 0.3}\ntokenizer: {source: union, pad_to_multiple_of: 8}\n",
+    "given to another": "merge_method: slerp\nbase_model: c\nmodels: [model: left, model: c]\n"
+    "parameters: {t: 0.3}\ntokenizer:\n  source: left\n"
+    "  tokens: {t5: {source: {kind: model_token, model: left, token: b}, force: true}}\n",
+    "the template alone": "merge_method: linear\nmodels: [model: left, model: c]\n"
+    "parameters: {weight: 1}\ntokenizer_source: union\nchat_template: auto\n",
+}
+
+
+@pytest.mark.parametrize("last", LAST_WITH)
+def test_tokenizers_that_a_document_makes(last: str, root: Path) -> None:
+    """They are merged again by those after it, as if they lay on the disk."""
     _tokenizers(root)
-    text = f"name: left\ntokenizer: {{source: union}}\n{LEFT}---\n"
-    last = "merge_method: passthrough\nmodels: [model: left]\n"
-    run(root, text + last)
-    vocabulary = json.loads((root / "out/tokenizer.json").read_text())["model"]["vocab"]
+    first = f"tokenizer: {{source: union}}\nchat_template: chatml\n{LEFT}"
+    run(root, first, "left")
+    one_by_one = run(root, LAST_WITH[last], "last")
+    (root / "left").rename(root / "left-done")
+    chained = run(root, f"name: left\n{first}---\n{LAST_WITH[last]}")
+    assert chained.keys() == one_by_one.keys()
+    for name, value in chained.items():
+        assert torch.equal(value, one_by_one[name]), name
+    assert "b" in (root / "out/tokenizer.json").read_text()
     config = json.loads((root / "out/config.json").read_text())
-    assert "b" in vocabulary or "b" in (root / "out/tokenizer.json").read_text()
-    assert config["vocab_size"] == load(root / "out")["model.embed_tokens.weight"].shape[0]
-    with pytest.raises(WeftError, match="left has a tokenizer that") as error:
-        weft.run(_write(root, f"{text}{last}tokenizer_source: base\n"), output="never")
-    assert "line" in str(error.value)
-
-
-def _write(root: Path, text: str) -> Path:
-    (root / "recipe.yml").write_text(text)
-    return root / "recipe.yml"
+    assert config["vocab_size"] == chained["model.embed_tokens.weight"].shape[0]
+    for file in (root / "last").iterdir():
+        if file.name not in ("model.safetensors", "README.md", "weft.json", "mergekit_config.yml"):
+            assert (root / "out" / file.name).read_bytes() == file.read_bytes(), file.name
+            assert not (root / "out" / file.name).is_symlink()
+    assert "chat_template.jinja" in {file.name for file in (root / "out").iterdir()}
 
 
 def _tokenizers(root: Path) -> None:

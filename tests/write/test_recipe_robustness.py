@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import json
+import os
 import random
 import shutil
 import time
@@ -44,7 +45,8 @@ def make(folder: Path, layers: int, width: int) -> Path:
         shared = torch.Generator().manual_seed(99)
         tensors = {}
         for n in range(layers):
-            for part, shape in (("proj.weight", (width, width)), ("norm.weight", (width,))):
+            shapes = {"proj.weight": (width, width), "norm.weight": (width,)}
+            for part, shape in (shapes | {"experts.weight": (3, 20, 16)}).items():
                 values = torch.randn(shape, generator=shared)
                 change = torch.randn(shape, generator=generator)
                 tensors[f"layers.{n}.{part}"] = (values + 0.1 * number * change).bfloat16()
@@ -149,6 +151,68 @@ def test_disk_full(small: Path, nursery: Nursery, tmp_path: Path) -> None:
     assert not out.exists()
     assert nursery.run(command(small, out, "--resume")) == 0, nursery.stderr
     assert differences(out, whole) == []
+
+
+def _cut(models: Path) -> None:
+    shard = models / "b/model-00002-of-00002.safetensors"
+    os.truncate(shard, shard.stat().st_size - 100)
+
+
+def _gone(models: Path) -> None:
+    (models / "c/model-00001-of-00002.safetensors").unlink()
+
+
+def _garbled(models: Path) -> None:
+    shard = models / "a/model-00001-of-00002.safetensors"
+    shard.write_bytes(b"\xff" * 8 + shard.read_bytes()[8:])
+
+
+def _no_config(models: Path) -> None:
+    (models / "base/config.json").write_text("{")
+
+
+def _not_a_number(models: Path) -> None:
+    shard = models / "c/model-00002-of-00002.safetensors"
+    tensors = load_file(shard)
+    tensors["layers.3.proj.weight"][95, 95] = float("nan")
+    save_file(tensors, shard, {"format": "pt"})
+
+
+BAD = {
+    "a shard cut off": (_cut, "b/model-00002-of-00002.safetensors"),
+    "a shard that is not there": (_gone, "c lacks model-00001-of-00002.safetensors"),
+    "a header of noise": (_garbled, "a/model-00001-of-00002.safetensors"),
+    "half a config": (_no_config, "base/config.json"),
+    "not a number": (_not_a_number, "layers.3.proj.weight in"),
+}
+
+
+@pytest.mark.parametrize("what", BAD)
+def test_bad_input(what: str, small: Path, tmp_path: Path) -> None:
+    """Nothing is left that looks like a model, and the file is named."""
+    models, out = tmp_path / "models", tmp_path / "out"
+    shutil.copytree(small, models)
+    recipe = models / "ties.yml"
+    recipe.write_text(recipe.read_text().replace(str(small), str(models)))
+    spoil, named = BAD[what]
+    spoil(models)
+    with pytest.raises(weft.WeftError) as error:
+        weft.run(recipe, output=out)
+    assert named in str(error.value)
+    assert error.value.hint or "\n      " in str(error.value)  # what to do next
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["models"]
+
+
+def test_an_output_that_is_there(small: Path, tmp_path: Path) -> None:
+    """It is kept, unless --force replaces it; then by a whole model."""
+    for method in ("dare_ties", "ties"):
+        weft.run(small / f"{method}.yml", output=tmp_path / method)
+    before = _files(tmp_path / "dare_ties")
+    with pytest.raises(weft.WeftError, match="dare_ties"):
+        weft.run(small / "ties.yml", output=tmp_path / "dare_ties")
+    assert _files(tmp_path / "dare_ties") == before
+    weft.run(small / "ties.yml", output=tmp_path / "dare_ties", force=True)
+    assert _files(tmp_path / "dare_ties") == _files(tmp_path / "ties")
 
 
 @pytest.mark.parametrize("other", ["seed", "recipe"])

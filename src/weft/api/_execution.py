@@ -158,12 +158,15 @@ def _doubtful(sums: Totals, plan: Plan, receipts: Mapping[str, Receipt]) -> list
     moved = any(
         isinstance(j.expression, Load) and j.expression.ref.name != j.name for j in plan.jobs
     )
-    equal = len(models) == 1 and not moved and not sums.changed
+    equal = len(models) == 1 and not moved and not sums.changed and not sums.merged
     if equal and not any(job.operation == "cast" for job in plan.jobs):
         warnings.append("the output equals the base: no element of any tensor changed")
     elif _updates_nothing(receipts):
         warnings.append("ΔW is zero in every tensor: the output is the base, in another dtype")
     warnings += _too_large(plan, receipts)
+    if unsound := [receipt.name for receipt in receipts.values() if not receipt.sound]:
+        more = f" and {len(unsound) - 1} more" if len(unsound) > 1 else ""
+        warnings.append(f"NaN or infinity in {min(unsound)}{more}, taken over as they were")
     narrow = ", ".join(sorted({job.dtype for job in plan.jobs if not job.is_copy}))
     if sums.survival is not None and sums.survival < 0:
         warnings.append(

@@ -156,16 +156,34 @@ class Extracted:
                 f"{some([c.path for c in self.left], 'changed tensor')} left as in the base, "
                 f"{show_share(lost / whole if whole else 0.0)} of ‖ΔW‖²: {reasons}"
             )
+        if self.plan.wishes.rule.kind == "auto":
+            found += self._doubts()
+        return found
+
+    def _doubts(self) -> list[str]:
+        """About what auto took for noise."""
+        found = []
         odd = [c.path for c in self.low if _unfit(self.spectra[c.name], c)]
         if odd:
             found.append(
-                f"the noise of rounding is not where {self.plan.wishes.rule.kind} expects it in "
-                f"{some(odd, 'tensor')}: TUNED may have been rounded otherwise than it is stored"
+                f"what auto takes for noise is not as large as that of rounding in "
+                f"{some(odd, 'tensor')}: weak parts of the update are in it, or TUNED or BASE was "
+                "rounded otherwise than it is stored; --rank and --energy do not depend on it"
+            )
+        large = [c.path for c in self.low if c.form.numbers(self.form.ranks[c.name]) > _count(c)]
+        if large:
+            found.append(
+                f"rounding hides so little of {some(large, 'tensor')} that the factors are larger "
+                "than the tensor: --rank or --energy makes them smaller, --save keeps it in full"
             )
         return found
 
 
 _SMALLER = "it is smaller in full than as factors"
+
+
+def _count(change: Change) -> int:
+    return math.prod(change.job.shape)
 
 
 def _unfit(spectrum: Spectrum, change: Change) -> bool:

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from weft.api import names_adapter
-from weft.core.errors import PlanError, Problem, WeftError
+from weft.core.errors import NotFound, PlanError, Problem, WeftError
 from weft.formats import checkpoint as checkpoints
 from weft.formats.adapters import open_adapter
 from weft.formats.hub import resolve
@@ -64,13 +64,27 @@ class Models:
         if names_adapter(path, revision=revision, cache_dir=self._cache_dir):
             first = self._adapter(path, revision)
             if first.base_model is None:
-                raise WeftError(f"{path} is an adapter, and does not say of which base model")
+                what = f"{path} is an adapter, and does not say of which base model"
+                raise WeftError(what, f"write where its base is: path/of/the/base+{path}")
             adapters.insert(0, (first, 1.0))
-            path, revision = first.base_model, first.revision
-        base = self.base(path, revision)
+            base = self._base_of(first, path)
+        else:
+            base = self.base(path, revision)
         plan = plan_merge(base, adapters)
         given = (base.given, *(adapter.given for adapter, _ in adapters))
         return view(str(name), plan, base, given, name.override_architecture)
+
+    def _base_of(self, adapter: Adapter, path: str) -> Checkpoint:
+        """What an adapter stands on that stands where a model should."""
+        named = adapter.base_model or ""
+        try:
+            resolve(named, revision=adapter.revision, cache_dir=self._cache_dir)
+        except WeftError as error:
+            raise NotFound(
+                f"{path} is an adapter, whose config names the base {named}: {error}",
+                f"write where its base is: path/of/the/base+{path}",
+            ) from None
+        return self.base(named, adapter.revision)
 
     def examine(self) -> list[str]:
         """Warnings that the adapters' numbers give rise to.

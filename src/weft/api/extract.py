@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import time
 from dataclasses import dataclass, field
 from functools import partial
@@ -162,7 +163,21 @@ def plan_extraction(
     plan = _plan(models, tuned, base, wishes)
     if output is not None:
         check_output(output, plan.reads, force=force, resume=resume)
-    return ExtractPlanned(plan, count, (*models.examine(), *plan.warnings))
+    tight = _tight(plan, output) if output is not None and not resume else ()
+    return ExtractPlanned(plan, count, (*models.examine(), *plan.warnings, *tight))
+
+
+def _tight(plan: ExtractPlan, output: Path) -> tuple[str, ...]:
+    """A warning, if the disk may be too small; what changed is not known before all is read."""
+    from weft.execute.choose import most_bytes
+    from weft.write.checkpoint import existing
+
+    above = existing(output.absolute().parent)
+    free, most = shutil.disk_usage(above).free, most_bytes(plan.changes, plan.wishes)
+    if most <= free:
+        return ()
+    what = f"if every tensor changed, this takes {units.show_size(most)} while it is made"
+    return (f"{above} has {units.show_size(free)} free; {what}",)
 
 
 def _plan(models: Models, tuned: str, base: str, wishes: Wishes) -> ExtractPlan:
@@ -195,7 +210,7 @@ def run_extraction(
     count = check_place(device, threads)
     models = Models(cache_dir)
     plan = _plan(models, tuned, base, wishes)
-    warnings = (*models.examine(), *plan.warnings)
+    warnings = (*models.examine(), *plan.warnings, *(() if resume else _tight(plan, output)))
     for note in plan.notes:
         on_event(events.Noted(note))
     setting = f"weft {version('weft')}, torch {version('torch')}, {device.partition(':')[0]}"

@@ -33,6 +33,9 @@ if TYPE_CHECKING:
     from weft.recipes.records import Recipe
 
 
+_WEIGHTS = {".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".gguf"}
+
+
 @dataclass(frozen=True, slots=True)
 class RunPlan:
     """What `run` would do.
@@ -58,6 +61,7 @@ def run(
     output: str | Path,
     seed: int = 0,
     max_shard_size: str | int | None = None,
+    tensors: str = "same",
     threads: int | None = None,
     device: str = "cpu",
     force: bool = False,
@@ -75,6 +79,8 @@ def run(
         output: Folder to create.
         seed: Of the methods that draw at random (DARE, DELLA).
         max_shard_size: Such as `5GB`; None keeps the shards of the base, or else fills 5 GB.
+        tensors: `same`, all models must have the same; `union`, what one lacks is made of the
+            others; `intersection`, what one lacks is left out.
         threads: None takes what affinity and cgroup allow.
         device: `cpu`, `cuda` or `cuda:1`, where the arithmetic is done.
         force: Replace an output that is there already.
@@ -90,7 +96,7 @@ def run(
 
     begin = time.perf_counter()
     command = command or f"weft.run({str(recipe)!r}, output={str(output)!r}, seed={seed})"
-    if extraction := _extraction(recipe, seed, max_shard_size):
+    if extraction := _extraction(recipe, seed, max_shard_size, tensors):
         return run_extraction(
             extraction.tuned, extraction.base, extraction.wishes, output=Path(output),
             threads=threads, device=device, force=force, resume=resume, cache_dir=cache_dir,
@@ -98,7 +104,7 @@ def run(
         )  # fmt: skip
     count = check_place(device, threads)
     opened = Models(cache_dir)
-    last, plan = _plan(recipe, opened, seed, max_shard_size)
+    last, plan = _plan(recipe, opened, seed, max_shard_size, tensors)
     credits = opened.credits()
     weft = version("weft")
     return execute(
@@ -123,6 +129,7 @@ def plan_run(
     output: str | Path | None = None,
     seed: int = 0,
     max_shard_size: str | int | None = None,
+    tensors: str = "same",
     threads: int | None = None,
     device: str = "cpu",
     force: bool = False,
@@ -137,7 +144,7 @@ def plan_run(
     from weft.plan.preflight import measure
     from weft.write.checkpoint import check_output
 
-    if extraction := _extraction(recipe, seed, max_shard_size):
+    if extraction := _extraction(recipe, seed, max_shard_size, tensors):
         return plan_extraction(
             extraction.tuned, extraction.base, extraction.wishes,
             output=None if output is None else Path(output), threads=threads, device=device,
@@ -145,7 +152,7 @@ def plan_run(
         )  # fmt: skip
     threads = check_place(device, threads)
     opened = Models(cache_dir)
-    last, plan = _plan(recipe, opened, seed, max_shard_size)
+    last, plan = _plan(recipe, opened, seed, max_shard_size, tensors)
     if output is not None:
         check_output(Path(output), plan, force=force, resume=resume)
     warnings = (*opened.examine(), *plan.warnings)
@@ -161,7 +168,9 @@ def read_recipe(path: str | Path) -> list[Recipe]:
     return read(_text(Path(path)), Path(path).name)
 
 
-def _extraction(path: str | Path, seed: int, max_shard_size: str | int | None) -> Extraction | None:
+def _extraction(
+    path: str | Path, seed: int, max_shard_size: str | int | None, tensors: str
+) -> Extraction | None:
     """What the file asks for, if it is an extraction recipe."""
     from weft.recipes import extraction
 
@@ -171,12 +180,18 @@ def _extraction(path: str | Path, seed: int, max_shard_size: str | int | None) -
         return None
     if max_shard_size is not None:
         raise WeftError(f"{name} makes an adapter, which has one file", "no --max-shard-size")
+    if tensors != "same":
+        what = f"{name} makes an adapter, of the tensors that both models have"
+        raise WeftError(what, f"no --tensor-{tensors}")
     found = extraction.read(document, name)
     wishes = found.wishes
     return replace(found, wishes=replace(wishes, seed=wishes.seed or seed))
 
 
 def _text(path: Path) -> str:
+    if path.suffix in _WEIGHTS and path.is_file():
+        hint = "name it under `models:` of a recipe, a YAML file; weft inspect says what it holds"
+        raise WeftError(f"{path} is a file of weights, not a recipe", hint)
     try:
         return path.read_text(encoding="utf-8")
     except FileNotFoundError:
@@ -185,18 +200,25 @@ def _text(path: Path) -> str:
         found = path / "mergekit_config.yml"
         hint = f"give the recipe in it: {found}" if found.is_file() else "give a YAML file"
         raise WeftError(f"{path} is a folder, not a recipe", hint) from None
-    except (OSError, UnicodeDecodeError) as error:
-        raise WeftError(f"cannot read {path}: {error}", "give a YAML file") from None
+    except UnicodeDecodeError as error:
+        what = f"{path} is no text, and so no recipe: byte {error.start} is not UTF-8"
+        raise WeftError(what, "give a YAML file") from None
+    except OSError as error:
+        raise WeftError(
+            f"cannot read {path}: {error.strerror or error}", "give a YAML file"
+        ) from None
 
 
 def _plan(
-    path: str | Path, opened: Models, seed: int, size: str | int | None
+    path: str | Path, opened: Models, seed: int, size: str | int | None, tensors: str
 ) -> tuple[Recipe, Plan]:
     """Plan every document; each but the last becomes a model of those after it."""
     limit = None if size is None else units.parse_size(str(size))
     from weft.plan._views import outcome
-    from weft.plan.recipe import plan_recipe
+    from weft.plan.recipe import INTERSECTION, SAME, UNION, plan_recipe
 
+    if tensors not in (SAME, UNION, INTERSECTION):
+        raise WeftError(f"tensors={tensors!r}", f"one of {SAME}, {UNION}, {INTERSECTION}")
     made: dict[str, View] = {}
     recipes = read_recipe(path)
     used = {name.path for recipe in recipes for name in recipe.models()}
@@ -214,7 +236,7 @@ def _plan(
         try:
             if problems:
                 raise PlanError("", problems)
-            plan = plan_recipe(recipe, views, seed=seed, max_shard_size=limit)
+            plan = plan_recipe(recipe, views, seed=seed, max_shard_size=limit, tensors=tensors)
         except PlanError as error:
             raise RecipeError(Path(path).name, _located(error.problems, recipe)) from None
         donor = views[recipe.base_model or recipe.models()[0]]
@@ -241,7 +263,10 @@ def _located(problems: Sequence[Problem], recipe: Recipe) -> list[Problem]:
     found = []
     for problem in problems:
         fact, _, where = problem.what.partition("  @ ")
-        line, column = recipe.positions.get(where, (0, 0))
+        known = where
+        while known and known not in recipe.positions:  # old spellings say it elsewhere
+            known = known.rpartition(".")[0]
+        line, column = recipe.positions.get(known, (0, 0))
         at = f"  @ {where}, line {line}, column {column}" if line else f"  @ {where}"
         found.append(Problem(fact + (at if where else ""), problem.hint))
     return found

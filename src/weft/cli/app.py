@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import gc
 import io
+import itertools
 import os
 import sys
 import traceback
@@ -89,7 +90,7 @@ def main(arguments: list[str] | None = None) -> None:
         with asked_once():
             app(arguments, exit_on_error=False, print_error=False)
     except CycloptsError as error:
-        _say("error", _in_words(error))
+        _say("error", _in_words(error, arguments))
         command = [name for name in arguments[:1] if name in _COMMANDS]
         known = mergekit_options.hints(arguments[1:]) if command == ["run"] else []
         _say("hint", "\n".join(known) or " ".join(["weft", *command, "--help"]))
@@ -116,15 +117,24 @@ def main(arguments: list[str] | None = None) -> None:
         sys.exit(3)
 
 
-def _in_words(error: CycloptsError) -> str:
+def _in_words(error: CycloptsError, arguments: list[str]) -> str:
     if isinstance(error, UnusedCliTokensError):
         return f"too many arguments: {' '.join(error.unused_tokens or [])}"
     if isinstance(error, MissingArgumentError) and error.argument is not None:
+        negative = _negative(error.keyword, arguments)
+        if error.keyword and negative:
+            return f"{error.keyword} {negative}: there is no such value below zero"
         if error.keyword:
             return f"{error.keyword} needs a value behind it"
         name = error.argument.name
         return f"{name if error.argument.index is None else name.lstrip('-').upper()} is missing"
     return str(error).replace("\n", " ")
+
+
+def _negative(option: str | None, arguments: list[str]) -> str | None:
+    """What stands behind `option`, if it is a number and not the next option."""
+    following = [b for a, b in itertools.pairwise(arguments) if a == option]
+    return next((each for each in following if each[:1] == "-" and each[1:2].isdigit()), None)
 
 
 def _say(kind: str, text: str) -> None:

@@ -40,8 +40,6 @@ _OPTIONS = {
     "-I": _IN_ONE_PASS,
     "--out-path": "-o OUT says where the output goes",
     "--lazy": "--resume goes on with an interrupted run",
-    "--tensor-union": "all models must have the same tensors: leave out the ones that do not",
-    "--tensor-intersection": "all models must have the same tensors",
     "--verbose": f"{_NOT_NEEDED}notes and warnings are always said, but with -q",
     "-v": f"{_NOT_NEEDED}notes and warnings are always said, but with -q",
 }

@@ -25,6 +25,10 @@ def run(
     threads: int | None = None,
     device: str = "cpu",
     cache_dir: str | None = None,
+    tensor_union: Annotated[bool, Parameter(("--tensor-union", "-u"), negative=())] = False,
+    tensor_intersection: Annotated[
+        bool, Parameter(("--tensor-intersection", "-i"), negative=())
+    ] = False,
     check: Flag = False,
     dry_run: Flag = False,
     force: Flag = False,
@@ -63,6 +67,10 @@ def run(
         cpu, cuda or cuda:N, where the arithmetic is done.
     cache_dir
         The hub's cache, in place of the one under HF_HOME.
+    tensor_union
+        A tensor that one of the models lacks is made of the others.
+    tensor_intersection
+        A tensor that one of the models lacks is left out; without either it is an error.
     check
         Say whether the recipe and its models are sound; read no weight, write nothing.
     dry_run
@@ -81,12 +89,16 @@ def run(
     from weft.core.errors import WeftError
 
     _ignored(lora_merge_cache, lora_merge_dtype)
+    if tensor_union and tensor_intersection:
+        raise WeftError("--tensor-union and --tensor-intersection", "one of them")
+    tensors = "union" if tensor_union else "intersection" if tensor_intersection else "same"
     if check or dry_run:
         made = recipes.plan_run(
             recipe,
             output=None if check else output,
             seed=seed,
             max_shard_size=max_shard_size,
+            tensors=tensors,
             threads=threads,
             device=device,
             force=force,
@@ -113,6 +125,7 @@ def run(
             output=output,
             seed=seed,
             max_shard_size=max_shard_size,
+            tensors=tensors,
             threads=threads,
             device=device,
             force=force,

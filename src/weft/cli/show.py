@@ -29,10 +29,9 @@ def report_as_text(report: Report) -> str:
     sums = report.totals
     read = sum(e["bytes"] for e in report.manifest["inputs"] if "adapter" not in e["role"])
     rate = read / report.seconds / 1e9 if report.seconds else 0.0
-    changed = f"{sums.changed} of {sums.tensors} tensors changed"
     resumed = f", {report.resumed} tensors were there already" if report.resumed else ""
     lines = [
-        f"{changed}, {show_size(sums.nbytes)} in {report.output}",
+        f"{sums}, {show_size(sums.nbytes)} in {report.output}",
         f"{show_time(report.seconds)}, {rate:.2f} GB/s of the input{resumed}",
     ]
     if sums.survival is not None and sums.worst:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import inspect
 import re
 from collections import Counter
@@ -11,7 +12,6 @@ from weft import methods
 from weft.cli import show
 from weft.cli.show import SCHEMA, columns, count_of, report_as_dict, report_as_text
 from weft.core.errors import WeftError
-from weft.core.names import nearest
 from weft.core.specs import Merge, job_bytes
 from weft.core.units import show_size
 
@@ -133,6 +133,7 @@ def methods_as_dict(name: str | None) -> dict[str, Any]:
                         "default": own.default,
                         "required": own.required,
                         "per_model": own.each,
+                        "range": own.range,
                     }
                     for key, own in _method(each).PARAMETERS.items()
                 },
@@ -144,8 +145,9 @@ def methods_as_dict(name: str | None) -> dict[str, Any]:
 
 def _method(name: str) -> methods.Method:
     if name not in methods.names():
-        near = nearest(name, methods.names())
-        hint = f"did you mean {near[0]}?" if near else "weft methods lists them"
+        near = difflib.get_close_matches(name.lower().replace("-", "_"), methods.names(), 1, 0.6)
+        hint = f"did you mean {near[0]}? " if near else ""
+        hint += f"there are: {', '.join(methods.names())}"
         raise WeftError(f"there is no merge method {name!r}", hint)
     return methods.method(name)
 
@@ -153,4 +155,5 @@ def _method(name: str) -> methods.Method:
 def _parameter(name: str, own: methods.Parameter) -> str:
     kind = "per model" if own.each else "one for all"
     default = "must be given" if own.required else f"default {_plain(own.default)}"
-    return f"{name} ({own.type.__name__}, {kind}, {default}): {own.what}"
+    within = f", {own.range}" if own.range else ""
+    return f"{name} ({own.type.__name__}{within}, {kind}, {default}): {own.what}"

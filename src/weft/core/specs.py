@@ -502,6 +502,7 @@ class Receipt:
         delta: ‖ΔW‖².
         error: ‖(W′ − W) − ΔW‖², W′ being what was written.
         changed: Some element is not the base's.
+        sound: No NaN or infinity was seen in it; what is only copied is not looked at.
     """
 
     name: str
@@ -509,6 +510,7 @@ class Receipt:
     delta: float | None = None
     error: float | None = None
     changed: bool = False
+    sound: bool = True
 
     @property
     def relative(self) -> float | None:

@@ -9,14 +9,11 @@ RUN = 2**12  # elements that BLAS adds in their own dtype; the sums of runs are 
 
 def dot(one: Any, other: Any) -> float:
     """Σ xᵢ yᵢ of contiguous torch tensors of one shape and dtype; infinite where that overflows."""
+    if one.device.type != "cpu":
+        return float((one * other).double().sum())
     import numpy as np
 
-    x, y = one.reshape(-1), other.reshape(-1)
+    x, y = one.numpy().reshape(-1), other.numpy().reshape(-1)
     even = len(x) // RUN * RUN
-    a, b = x[:even].view(-1, RUN), y[:even].view(-1, RUN)
-    if one.device.type == "cpu":
-        runs = np.matmul(a.numpy()[:, None, :], b.numpy()[:, :, None])
-        total = float(runs.sum(dtype=np.float64))
-    else:
-        total = float((a * b).sum(1).double().sum())
-    return total + float((x[even:] * y[even:]).double().sum())
+    runs = np.matmul(x[:even].reshape(-1, 1, RUN), y[:even].reshape(-1, RUN, 1))
+    return float(runs.sum(dtype=np.float64)) + float(np.dot(x[even:], y[even:]))

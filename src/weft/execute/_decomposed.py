@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from weft.decompose import ranks
+from weft.decompose import noise
 from weft.decompose.factors import split
 
 if TYPE_CHECKING:
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from weft.decompose.krylov import Svd
-    from weft.decompose.ranks import Signal
+    from weft.decompose.noise import Noise, Signal
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,7 +32,7 @@ class Spectrum:
         energy: ‖ΔW‖² (E).
         error: ‖ΔW − U Σ Vᵀ‖² (E), of all k.
         excess: (E, k) how much more of it the optimum of each rank may have, at most.
-        ulp: The mean of ulp² of what the tuned tensor was rounded to (E); 0 if it was not.
+        noise: What rounding put into it (E, 2): `Noise.uniform` and `Noise.variance`.
     """
 
     shape: tuple[int, int]
@@ -40,7 +40,7 @@ class Spectrum:
     energy: Tensor
     error: Tensor
     excess: Tensor
-    ulp: Tensor
+    noise: Tensor
 
     @property
     def rank(self) -> int:
@@ -69,13 +69,15 @@ class Spectrum:
 
     def signal(self, matrix: int = 0) -> Signal:
         """What of a matrix stands above the noise of rounding."""
-        floor = ranks.noise_floor(self.shape, [float(self.ulp[matrix])])
         values = clear(self.values[matrix].tolist())
-        return ranks.signal(values, floor, self.shape, float(self.energy[matrix]))
+        return noise.signal(values, self._noise(matrix), self.shape, float(self.energy[matrix]))
 
     def edge(self, matrix: int = 0) -> float:
         """Where the singular values of the noise end."""
-        return ranks.noise_floor(self.shape, [float(self.ulp[matrix])]).edge
+        return self._noise(matrix).edge(self.shape)
+
+    def _noise(self, matrix: int) -> Noise:
+        return noise.Noise(*self.noise[matrix].tolist())
 
 
 @dataclass(frozen=True, slots=True)
@@ -115,7 +117,7 @@ def clear(values: Sequence[float]) -> list[float]:
 
 
 _CLEAR = 1e-6
-_KEPT = ("values", "energy", "error", "excess", "ulp")
+_KEPT = ("values", "energy", "error", "excess", "noise")
 SMALL = ("shape", *_KEPT)  # the names that a spectrum takes
 
 
@@ -135,7 +137,7 @@ def _padded(values: Tensor, rank: int) -> Tensor:
     return torch.nn.functional.pad(values, (0, rank - values.shape[1]))
 
 
-def stacked(svds: Sequence[Svd], ulps: Sequence[float]) -> Decomposed:
+def stacked(svds: Sequence[Svd], noises: Sequence[Noise]) -> Decomposed:
     """The factorisations of a tensor's matrices, brought to one rank by zeros."""
     rank = max(svd.rank for svd in svds)
     return Decomposed(
@@ -145,7 +147,7 @@ def stacked(svds: Sequence[Svd], ulps: Sequence[float]) -> Decomposed:
             energy=torch.tensor([svd.energy for svd in svds], dtype=torch.float64),
             error=torch.tensor([svd.error for svd in svds], dtype=torch.float64),
             excess=torch.stack([_held(svd.excess.double(), rank) for svd in svds]),
-            ulp=torch.tensor(list(ulps), dtype=torch.float64),
+            noise=torch.tensor([[n.uniform, n.variance] for n in noises], dtype=torch.float64),
         ),
         left=torch.stack([_padded(svd.left.float(), rank) for svd in svds]),
         right=torch.stack([_padded(svd.right.float(), rank) for svd in svds]),

@@ -11,7 +11,7 @@ import torch
 from weft.core.errors import NumericsError
 from weft.core.specs import Merge, leaves
 from weft.core.sums import dot
-from weft.decompose.ranks import mean_square_ulp
+from weft.decompose.noise import Noise, rounding, ulps
 from weft.execute._expressions import Evaluator
 from weft.plan.extract import stored_as
 from weft.plan.layout import layout
@@ -40,13 +40,16 @@ class Alone:
         return [task() for task in tasks]
 
 
+_NONE = Noise()
+
+
 @dataclass(frozen=True, slots=True)
 class Sums:
-    """Of some rows: ‖tuned‖², ‖tuned − base‖²; and the mean of ulp² of the tuned, if sampled."""
+    """Of some rows: ‖tuned‖², ‖tuned − base‖², and what rounding put into the difference."""
 
     tuned: float
     energy: float
-    ulp: float
+    noise: Noise = _NONE
 
 
 class Difference:
@@ -110,19 +113,23 @@ class Difference:
         Raises:
             NumericsError: NaN or infinity.
         """
-        tuned, energy, samples = [], [], []
+        tuned, energy, samples, bases = [], [], [], []
         kept = stored_as(self.change)
         share = max(1, (stop - start) * self.columns // _SAMPLE)
         for _, delta, base in self.blocks(start, stop, into):
             energy.append(squares(delta))
             if not math.isfinite(energy[-1]):
                 self._check_finite(delta, base)
+            if base is not None:
+                bases.append(base.reshape(-1)[::share].clone().cpu())
             value = delta if base is None else base.add_(delta)
             tuned.append(energy[-1] if base is None else squares(value))
             if base is not None:
                 rounded = (value if kept else delta).reshape(-1)
                 samples.append(rounded[::share].clone().cpu())  # and not a view of all of it
-        return Sums(math.fsum(tuned), math.fsum(energy), _ulp(samples, kept))
+        whole = math.fsum(energy)
+        mean_square = whole / max(1, (stop - start) * self.columns)
+        return Sums(math.fsum(tuned), whole, _noise(samples, bases, kept, mean_square))
 
     def _check_finite(self, delta: Tensor, base: Tensor | None) -> None:
         name = self.change.name
@@ -151,19 +158,23 @@ def _difference(
     return None
 
 
-def _ulp(samples: list[Tensor], dtype: str | None) -> float:
-    """The mean of ulp² for what lies in `dtype`, or in a wider one that it was copied to.
+def _noise(
+    samples: list[Tensor], bases: list[Tensor], dtype: str | None, mean_square: float
+) -> Noise:
+    """Of what lies in `dtype`, or in a wider one that it was copied to.
 
     What lies nowhere (None) was computed in float32, as a sum: some ulps of the difference itself.
     """
     if not samples or dtype == "float64":
-        return 0.0
-    values = torch.cat(samples).float()
+        return _NONE
+    values, base = torch.cat(samples).float(), torch.cat(bases).float()
     if dtype is None:
-        return _SUMMED**2 * mean_square_ulp(values, "float32")
+        whole = _SUMMED**2 * ulps(values, "float32").mean_square / 12
+        return Noise(whole, whole)
     if dtype == "float32" and torch.equal(values.bfloat16().float(), values):
         dtype = "bfloat16"
-    return mean_square_ulp(values, dtype)
+    on_grid = torch.equal(base.to(getattr(torch, dtype)).float(), base)
+    return rounding(ulps(values, dtype), mean_square, on_grid=on_grid)
 
 
 @dataclass(frozen=True)

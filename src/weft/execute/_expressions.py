@@ -6,13 +6,21 @@ import threading
 from collections import OrderedDict
 from dataclasses import dataclass, field
 from functools import partial
-from typing import TYPE_CHECKING, Any, Protocol, TypeGuard
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 
 from weft import deltas, methods
 from weft.core.blocks import BLOCK, cut, rows_and_columns
 from weft.core.specs import AddDeltas, Delta, Expression, Load, Merge, Rows, shape_of
+from weft.execute._task_vectors import (
+    add_update,
+    by_rows,
+    in_one_pass,
+    rows_apart,
+    task_vector,
+    turned,
+)
 from weft.methods import Block, Task
 
 if TYPE_CHECKING:
@@ -20,11 +28,9 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
-    from weft.core.specs import TensorRef
     from weft.deltas import DeltaKind
     from weft.execute._blocks import Files, Workspace
-
-    Loaded = dict[TensorRef, Tensor]
+    from weft.execute._task_vectors import Loaded
 
 
 class Helpers(Protocol):
@@ -67,7 +73,7 @@ class _Source:
     """The tensors of one delta, read and widened on demand (see `weft.deltas.Source`)."""
 
     def __init__(self, evaluator: Evaluator, delta: Delta, base: Expression) -> None:
-        self.shape = shape_of(base)[:: -1 if _turned(delta) else 1]
+        self.shape = shape_of(base)[:: -1 if turned(delta) else 1]
         self.dtype = _first(base).ref.dtype
         self._evaluator = evaluator
         self._refs = dict(delta.tensors)
@@ -131,6 +137,7 @@ class Evaluator:
         self._helpers = helpers
         self._kept: list[Tensor] = []
         self._states: dict[int, Any] = {}
+        self._apart: dict[tuple[int, int], Tensor] = {}
         self._prepare(expression, "")
         self.synchronise()  # the factors are read on other threads' streams
         self._kept.clear()
@@ -169,6 +176,7 @@ class Evaluator:
                     self._prepare(expression.base, f"{path}b")
                 for number, each in enumerate(expression.inputs):
                     self._prepare(each, f"{path}{number}.")
+                self._prepare_padding(expression, path)
                 own, task = methods.method(expression.method), self._task(expression)
                 blocks = _Blocks(self, expression, self._helpers, path)
                 self._states[id(expression)] = methods.prepare(own, task, blocks)
@@ -190,7 +198,7 @@ class Evaluator:
         for delta in expression.deltas:
             source = _Source(self, delta, expression.base)
             kind = deltas.kind(delta.kind)
-            self._states[id(delta)] = kind.prepare(delta, source, partial(blocks, _turned(delta)))
+            self._states[id(delta)] = kind.prepare(delta, source, partial(blocks, turned(delta)))
 
     def _task(self, expression: Merge) -> Task:
         return Task(
@@ -207,10 +215,29 @@ class Evaluator:
         if not expression.padding:
             return None
         count = sum(run.count for run in expression.runs)
+        return self._mean_row(count, partial(self._rows, expression, path=path), path)
+
+    def _prepare_padding(self, expression: Merge, path: str) -> None:
+        """The mean of all rows of each task vector, where rows are to hold it."""
+        base = expression.base
+        if not isinstance(base, Rows) or not base.padding:
+            return
+        count = sum(run.count for run in base.runs)
+        for number, each in enumerate(expression.inputs):
+            if by_rows(each, base):
+                rows = partial(rows_apart, self, each, base, path=f"{path}{number}.")
+                mean = self._mean_row(count, rows, f"{path}{number}.mean")
+                self._apart[id(each), id(base)] = mean
+
+    def padding_apart(self, tuned: Expression, base: Expression) -> Tensor:
+        """What the rows of padding of a task vector hold."""
+        return self._apart[id(tuned), id(base)]
+
+    def _mean_row(self, count: int, rows: Callable[[int, int, Tensor], None], path: str) -> Tensor:
         total = torch.zeros(self.columns, dtype=torch.float64, device=self.workspace.device)
         for first, last in self.cut(0, count):
             out = self.buffer(f"{path}weight", last - first)
-            self._rows(expression, first, last, out, path)
+            rows(first, last, out)
             total += out.sum(0, dtype=torch.float64)
         return (total / max(count, 1)).to(self.dtype)
 
@@ -233,9 +260,9 @@ class Evaluator:
             case Load():
                 self.workspace.load(self.files, expression.ref, start, stop, out)
             case AddDeltas():
-                weight = self._weight(expression.base, start, stop, path, loaded)
-                if _in_one_pass(expression):
-                    self._add_update(expression, start, weight, out.copy_(weight), 1, path)
+                weight = self.weight(expression.base, start, stop, path, loaded)
+                if in_one_pass(expression):
+                    add_update(self, expression, start, weight, out.copy_(weight), 1, path)
                     return
                 delta = self.buffer(f"{path}delta", stop - start)
                 self.add_deltas(expression, start, weight, delta, out)
@@ -244,7 +271,7 @@ class Evaluator:
             case Rows():
                 self._rows(expression, start, stop, out, path)
 
-    def _weight(
+    def weight(
         self, base: Expression, start: int, stop: int, path: str, loaded: Loaded | None
     ) -> Tensor:
         """Rows of what deltas are added to; several models may stand on the same weights."""
@@ -285,62 +312,11 @@ class Evaluator:
                 out = self.buffer(f"{path}{number}", stop - start)
             if apart and base is not None and expression.base:
                 pair = (each, expression.base)
-                self._task_vector(*pair, base, start, stop, out, inner, loaded)
+                task_vector(self, *pair, base, start, stop, out, inner, loaded)
             else:
                 self.evaluate(each, start, stop, out, inner, loaded)
             inputs.append(out)
         return Block(start * self.columns, base, inputs)
-
-    def _task_vector(
-        self,
-        tuned: Expression,
-        base: Expression,
-        values: Tensor,
-        start: int,
-        stop: int,
-        out: Tensor,
-        path: str,
-        loaded: Loaded,
-    ) -> None:
-        """Rows of tuned − base into `out`.
-
-        Where both are deltas on the same weights, it is the difference of the deltas: it is not
-        added to a weight that would swallow part of it.
-        """
-        if tuned == base:
-            out.zero_()
-            return
-        ours, theirs = _core(tuned), _core(base)
-        if ours is tuned and theirs is base:
-            self.evaluate(tuned, start, stop, out, path)
-            out.sub_(values)
-            return
-        below = values if theirs is base else self._weight(theirs, start, stop, path, loaded)
-        if ours == theirs:
-            out.zero_()
-        else:
-            self.evaluate(ours, start, stop, out, f"{path}c")
-        above = below
-        if ours != theirs and isinstance(tuned, AddDeltas):
-            above = self.buffer(f"{path}above", stop - start)
-            above.copy_(out)
-        if ours != theirs:
-            out.sub_(below)
-        self._add_update(base, start, below, out, -1, path)
-        self._add_update(tuned, start, above, out, 1, path)
-
-    def _add_update(
-        self, expression: Expression, start: int, weight: Tensor, out: Tensor, sign: int, path: str
-    ) -> None:
-        """`out` += sign · ΣwᵢΔWᵢ, if the expression has deltas; `weight` is what they change."""
-        if _in_one_pass(expression):
-            for each in expression.deltas:
-                kind, state = self.state(each)
-                kind.add(state, sign * each.weight, start, out)  # type: ignore[attr-defined]
-        elif isinstance(expression, AddDeltas):
-            delta = self.buffer(f"{path}delta", len(out))
-            self._update(expression, start, weight, delta, self.buffer(f"{path}value", len(out)))
-            out.add_(delta, alpha=sign)
 
     def _rows(self, expression: Rows, start: int, stop: int, out: Tensor, path: str) -> None:
         at = 0
@@ -378,10 +354,10 @@ class Evaluator:
         self, expression: AddDeltas, start: int, weight: Tensor, delta: Tensor, value: Tensor
     ) -> None:
         """`value` = W + ΣwᵢΔWᵢ and `delta` = ΣwᵢΔWᵢ for the block `weight`."""
-        if not self._update(expression, start, weight, delta, value):
+        if not self.update(expression, start, weight, delta, value):
             torch.add(weight, delta, out=value)
 
-    def _update(
+    def update(
         self, expression: AddDeltas, start: int, weight: Tensor, delta: Tensor, value: Tensor
     ) -> bool:
         """`delta` = ΣwᵢΔWᵢ for the block `weight`; true if `value` is W + ΣwᵢΔWᵢ already."""
@@ -419,7 +395,7 @@ class Evaluator:
 
     def _run_kind(self, delta: Delta, start: int, weight: Tensor, out: Tensor) -> None:
         kind, state = self.state(delta)
-        if _turned(delta):
+        if turned(delta):
             weight, out = weight.T, out.T
         kind.block(state, weight, start, out)
 
@@ -465,18 +441,6 @@ def _sampled(pieces: list[tuple[int, int]], share: float) -> list[tuple[int, int
     return [(start, start + max(1, int((stop - start) * share))) for start, stop in pieces]
 
 
-def _in_one_pass(expression: Expression) -> TypeGuard[AddDeltas]:
-    """All of its deltas can be added to what is there."""
-    return isinstance(expression, AddDeltas) and all(
-        hasattr(deltas.kind(each.kind), "add") and not _turned(each) for each in expression.deltas
-    )
-
-
-def _core(expression: Expression) -> Expression:
-    """What deltas are added to."""
-    return expression.base if isinstance(expression, AddDeltas) else expression
-
-
 def _first(expression: Expression) -> Load:
     """The tensor whose dtype the expression has."""
     match expression:
@@ -488,8 +452,3 @@ def _first(expression: Expression) -> Load:
             return _first(expression.base or expression.inputs[0])
         case Rows():
             return _first(expression.sources[0])
-
-
-def _turned(delta: Delta) -> bool:
-    """W is stored (inputs, outputs), and the kind wants it the other way round."""
-    return bool(delta.param("transposed", False)) and not deltas.transposes(delta.kind)

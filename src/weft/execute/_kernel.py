@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from functools import reduce
 from typing import TYPE_CHECKING
 
 import torch
@@ -12,6 +13,7 @@ from weft.core.errors import NumericsError
 from weft.core.specs import AddDeltas, Load, Merge, Rows, TensorJob, leaves
 from weft.core.sums import dot
 from weft.execute._expressions import Evaluator
+from weft.execute._soundness import culprit
 from weft.plan.layout import layout
 
 if TYPE_CHECKING:
@@ -23,12 +25,19 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class Sums:
-    """Over some rows: ‖W‖², ‖ΔW‖², ‖(W′ − W) − ΔW‖², and whether any element is not the base's."""
+    """Over some rows: ‖W‖², ‖ΔW‖², ‖(W′ − W) − ΔW‖², and whether any element is not the base's.
+
+    Attributes:
+        compared: There is a base, and so the above.
+        sound: No element is NaN or infinite.
+    """
 
     base: float = 0.0
     delta: float = 0.0
     error: float = 0.0
     changed: bool = False
+    compared: bool = True
+    sound: bool = True
 
     def __add__(self, other: Sums) -> Sums:
         return Sums(
@@ -36,6 +45,8 @@ class Sums:
             self.delta + other.delta,
             self.error + other.error,
             self.changed or other.changed,
+            self.compared and other.compared,
+            self.sound and other.sound,
         )
 
 
@@ -55,6 +66,7 @@ class Kernel:
     ) -> None:
         self.job = job
         self.workspace = workspace
+        self._files = files
         wide = {ref.dtype for ref in leaves(job.expression)} | {job.dtype}
         self.dtype = torch.float64 if "float64" in wide else torch.float32
         self.layout = layout(job)
@@ -75,7 +87,7 @@ class Kernel:
         """What is known of the whole tensor without its blocks, and missing from their sums."""
         return Sums(delta=self._square or 0.0)
 
-    def run(self, start: int, stop: int, offset: int) -> tuple[memoryview, Sums | None]:
+    def run(self, start: int, stop: int, offset: int) -> tuple[memoryview, Sums]:
         """Rows `start` to `stop`: their bytes, for the place `offset` of a file, and their sums.
 
         The bytes stay valid until this thread runs again.
@@ -87,21 +99,19 @@ class Kernel:
         count = (stop - start) * self.layout.columns * dtype.itemsize
         host, raw = self.workspace.host("out", count, offset)
         out = host.view(dtype).view(stop - start, self.layout.columns)
-        total: Sums | None = None
-        for first, last in self._evaluator.cut(start, stop):
-            sums = self._block(first, last, out[first - start : last - start])
-            total = total + sums if total and sums else sums
-        return raw, total
+        pieces = self._evaluator.cut(start, stop)
+        found = [self._block(a, b, out[a - start : b - start]) for a, b in pieces]
+        return raw, reduce(Sums.__add__, found)
 
-    def _block(self, start: int, stop: int, out: Tensor) -> Sums | None:
+    def _block(self, start: int, stop: int, out: Tensor) -> Sums:
         """Rows `start` to `stop`, rounded into `out` on the host."""
         expression, rows = self.job.expression, stop - start
         match expression:
             case Load() | Rows():
                 value = self._evaluator.buffer("weight", rows)
                 self._evaluator.evaluate(expression, start, stop, value)
-                self._check_cast(value, self.workspace.narrow(value, out))
-                return None
+                sound = self._check_cast(value, self.workspace.narrow(value, out))
+                return Sums(compared=False, sound=sound)
             case AddDeltas():
                 weight = self._evaluator.buffer("weight", rows)
                 delta = self._evaluator.buffer("delta", rows)
@@ -118,7 +128,7 @@ class Kernel:
                 rounded = self.workspace.narrow(value, out)
                 if base is None:
                     self._check_finite(value, rounded)
-                    return None
+                    return Sums(compared=False)
                 delta = torch.sub(value, base, out=self._evaluator.buffer("delta", rows))
                 return self._sums(base, delta, value, rounded)
 
@@ -152,6 +162,8 @@ class Kernel:
         sums = Sums(dot(weight, weight), update, dot(error, error), changed)
         if math.isfinite(sums.base + sums.delta + sums.error):
             return sums
+        if isinstance(self.job.expression, Merge) and not value.isfinite().all():
+            raise self._not_finite()
         if not weight.isfinite().all():
             raise NumericsError(
                 f"the base's {self.job.name} holds NaN or infinity", "check the base model's files"
@@ -168,15 +180,19 @@ class Kernel:
         return Sums(dot(wide[0], wide[0]), update, dot(error, error), changed)
 
     def _check_finite(self, value: Tensor, rounded: Tensor) -> None:
-        if self._check_cast(value, rounded) or value.isfinite().all():
-            return
-        raise NumericsError(
+        if not self._check_cast(value, rounded):
+            raise self._not_finite()
+
+    def _not_finite(self) -> NumericsError:
+        """Of the tensor that a method has made: whose NaN or infinity it is."""
+        found = culprit(leaves(self.job.expression), self._files, self.workspace)
+        return found or NumericsError(
             f"{self.job.name} comes out as NaN or infinity",
-            "check the models' files, and that no weights of the recipe add up to zero",
+            "check the parameters of the recipe: weights may be too large, or add up to zero",
         )
 
     def _check_cast(self, exact: Tensor, rounded: Tensor) -> bool:
-        """No number became infinite; whether all are finite, as far as one pass tells."""
+        """Whether all numbers are finite; none may have become infinite."""
         if not exact.numel() or not rounded.is_floating_point():
             return True
         low, high = torch.aminmax(exact)  # NaN, where there is one
@@ -189,4 +205,4 @@ class Kernel:
                 f"{self.job.name} overflows {self.job.dtype}: it reaches {largest:.4g}",
                 "write --dtype bfloat16 or --dtype float32",
             )
-        return False
+        return bool(exact.isfinite().all())

@@ -45,6 +45,23 @@ def saved_bytes(change: Change) -> int:
     return job_bytes(change.job) * (2 if change.head else 1)
 
 
+def most_bytes(changes: Sequence[Change], wishes: Wishes) -> int:
+    """On the disk at once, if all changes: factors in float32, and the file that is made of them.
+
+    Where a rule decides of the ranks, the factors are left out.
+    """
+    asked = first_ranks(changes, wishes)
+    total = 0
+    for change in changes:
+        rank = asked.get(change.name, 0)
+        if change.action == "decompose":
+            total += change.form.numbers(min(rank, change.form.full_rank)) * 4
+            total += min(rank * cost(change, wishes), saved_bytes(change))
+        elif change.action == "save":
+            total += saved_bytes(change)
+    return total
+
+
 def final_ranks(
     changes: Sequence[Change],
     found: Mapping[str, Spectrum],

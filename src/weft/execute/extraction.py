@@ -16,9 +16,10 @@ import torch
 
 from weft.core.events import Moved, OnEvent
 from weft.core.specs import Merge, Receipt, leaves
-from weft.decompose import ranks
 from weft.decompose.krylov import Svd, key_of, svd_until, truncated_svd
 from weft.decompose.matrices import Dense
+from weft.decompose.noise import signal
+from weft.decompose.ranks import rank_for_energy
 from weft.execute._blocks import Files, Workspace
 from weft.execute._decomposed import clear, stacked
 from weft.execute._differences import Difference, Streamed, Sums
@@ -144,9 +145,9 @@ def _one(state: _Run, change: Change) -> None:
             svd, found = _decompose(state, source, number * rows, (number + 1) * rows, number)
             svds.append(svd)
             parts.append(found)
-        sums = Sums(sum(part.tuned for part in parts), sum(part.energy for part in parts), 0.0)
+        sums = Sums(sum(part.tuned for part in parts), sum(part.energy for part in parts))
         changed = sums.energy > 0
-        tensors = stacked(svds, [part.ulp for part in parts]).tensors() if changed else None
+        tensors = stacked(svds, [part.noise for part in parts]).tensors() if changed else None
     new = change.fresh and not isinstance(change.job.expression, Merge)
     receipt = Receipt(change.name, sums.tuned, sums.energy, None, new or sums.energy > 0)
     state.store.finish(receipt, tensors)
@@ -181,7 +182,6 @@ def _svd(state: _Run, change: Change, matrix: Dense | Streamed, sums: Sums, numb
     rule, rank = state.wishes.rule, state.asked.get(change.name)
     if rank is not None:
         return truncated_svd(matrix, rank, key=key)
-    floor = ranks.noise_floor(matrix.shape, [sums.ulp])
     tried = _START // 2
 
     def enough(found: Svd) -> int | None:
@@ -191,9 +191,9 @@ def _svd(state: _Run, change: Change, matrix: Dense | Streamed, sums: Sums, numb
         if len(values) < min(tried, *matrix.shape):
             return len(values)  # there is no more
         if rule.kind == "energy":
-            return ranks.rank_for_energy(values, found.energy, rule.value)
-        # One value below the edge has to be seen; it shows whether the edge is where it should be.
-        signal = ranks.signal(values, floor, matrix.shape, found.energy)
-        return None if signal.bulk is None else signal.rank + 1
+            return rank_for_energy(values, found.energy, rule.value)
+        # One more than are the update's own has to be seen.
+        above = signal(values, sums.noise, matrix.shape, found.energy)
+        return above.rank + 1 if above.known else None
 
     return svd_until(matrix, enough, start=_START, key=key)

@@ -186,9 +186,8 @@ def _run_piece(group: _Group, number: int, around: _Around) -> None:
         data, sums = kernel.run(start, stop, offset)
     around.sink.write(job, offset, data)
     around.on_event(Moved(kernel.bytes_read(stop - start), len(data)))
-    if sums:
-        group.sums[number] = sums
-        group.closed_form = kernel.closed_form
+    group.sums[number] = sums
+    group.closed_form = kernel.closed_form
     with group.lock:
         group.left -= 1
         if group.left:
@@ -222,7 +221,7 @@ def _prepare(group: _Group, around: _Around) -> bool:
 
 
 def _receipt(group: _Group) -> Receipt:
-    if not group.sums:
-        return Receipt(group.job.name)
     total = sum((group.sums[n] for n in sorted(group.sums)), group.closed_form)
+    if not total.compared:
+        return Receipt(group.job.name, sound=total.sound)
     return Receipt(group.job.name, total.base, total.delta, total.error, total.changed)

@@ -11,6 +11,7 @@ The catalogue is read without torch: a file imports it only inside its functions
 from __future__ import annotations
 
 import importlib
+import math
 import pkgutil
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar, cast
@@ -36,6 +37,8 @@ class Parameter:
         each: Every input has one of its own; else all share one.
         base_too: The base has one as well, where it is among the inputs.
         optional: None is a value.
+        low, high: What a number must lie between, both included; beyond them the formula gives
+            nothing that anybody could mean.
     """
 
     what: str
@@ -44,10 +47,23 @@ class Parameter:
     each: bool = False
     base_too: bool = False
     optional: bool = False
+    low: float = -math.inf
+    high: float = math.inf
 
     @property
     def required(self) -> bool:
         return self.default is None and not self.optional
+
+    @property
+    def range(self) -> str | None:
+        """`from 0 to 1`, `0 or more`, or None where any number will do."""
+        if math.isfinite(self.high):
+            return f"from {self.low:g} to {self.high:g}"
+        return f"{self.low:g} or more" if math.isfinite(self.low) else None
+
+    def allows(self, value: object) -> bool:
+        """Whether the value lies in the range."""
+        return not isinstance(value, int | float) or self.low <= value <= self.high
 
 
 @dataclass(frozen=True, slots=True)
@@ -129,6 +145,9 @@ class Method(Protocol):
     # Also, where there is something to be known of the whole tensor first:
     #     def prepare(task: Task, blocks: Blocks) -> Any
     #
+    # Where whole rows are not enough, of how many elements a block must hold all or none:
+    #     def together(shape: Shape) -> int
+    #
     # And where some values of the parameters make no sense, what is wrong with them, if anything:
     #     def check(task: Task) -> str | None
 
@@ -151,6 +170,12 @@ def check(own: Method, task: Task) -> str | None:
     """What is wrong with the parameters of `task`, if anything; nothing is read for it."""
     ask = getattr(own, "check", None)
     return ask(task) if ask else None
+
+
+def together(own: Method, shape: Shape) -> int:
+    """Of how many elements that follow each other a block must hold all or none."""
+    ask = getattr(own, "together", None)
+    return ask(shape) if ask else 1
 
 
 def prepare(own: Method, task: Task, blocks: Blocks) -> Any:

@@ -32,7 +32,9 @@ def parameters(*, normalize: bool, rescale: bool, **more: Parameter) -> dict[str
     """What all of these methods take, with their defaults, and what one has more."""
     return {
         "weight": Parameter("share of the model's task vector", each=True),
-        "density": Parameter("share of the task vector's elements that is kept", float, 1.0, True),
+        "density": Parameter(
+            "share of the task vector's elements that is kept", float, 1.0, True, low=0, high=1
+        ),
         **more,
         "lambda": Parameter("factor of the merged task vector", float, 1.0),
         "normalize": Parameter("divide by the sum of the weights that count", bool, normalize),

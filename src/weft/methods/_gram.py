@@ -6,6 +6,7 @@ iterations on the sphere are then arithmetic on a few numbers.
 
 from __future__ import annotations
 
+import math
 from typing import TYPE_CHECKING, Any
 
 from weft.core.sums import dot
@@ -53,4 +54,6 @@ def norm(products: Matrix, weights: Sequence[float] | Matrix) -> float:
     import numpy as np
 
     w = np.asarray(weights)
+    if not np.isfinite(products).all():
+        return math.nan
     return float(np.sqrt(max(w @ products @ w, 0.0)))

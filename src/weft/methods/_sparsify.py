@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     import numpy as np
     from torch import Tensor
 
+    from weft.core.specs import Shape
     from weft.methods import Block, Blocks, Task
     from weft.methods._select import Cut, Rank
 
@@ -94,7 +95,10 @@ class Bernoulli:
 
 @dataclass(frozen=True, slots=True)
 class ByRank:
-    """Each by the rank of its magnitude in its row: density ± epsilon, the largest likeliest.
+    """Each by the rank of its magnitude: density ± epsilon, the largest likeliest.
+
+    Elements are ranked among those that differ from them in dimension 1 alone: in the row of a
+    matrix, in the column of each matrix of a stack. A vector is one row.
 
     An element of rank r, counted from the smallest of n at 0, is kept if r exceeds the random
     number x = (u − density + ε) (n − 1) / 2ε, u uniform in [0, 1). So only the magnitude at place x
@@ -105,29 +109,34 @@ class ByRank:
     key: str
     density: float
     epsilon: float
-    columns: int
+    count: int
+    inner: int = 1
 
     def __call__(self, start: int, values: Tensor) -> None:
-        rows = values.view(-1, self.columns)
-        step = max(PIECE // self.columns, 1)
-        for at in range(0, len(rows), step):
-            part = rows[at : at + step]
-            part.mul_(_mask(self._kept(start + at * self.columns, part.abs()), part))
+        size = self.count * self.inner
+        units = values.view(-1, self.count, self.inner)
+        step = max(PIECE // size, 1)
+        for at in range(0, len(units), step):
+            part = units[at : at + step]
+            part.mul_(_mask(self._kept(start + at * size, part.abs()), part))
 
     def _kept(self, start: int, magnitudes: Tensor) -> Array:
+        """Which of (units, count, inner) magnitudes are."""
         import numpy as np
 
-        ours: Array = magnitudes.float().cpu().numpy()
-        rows, count = ours.shape
+        units, count, inner = magnitudes.shape
+        rows = units * inner
+        ours: Array = magnitudes.float().cpu().numpy().swapaxes(1, 2).reshape(rows, count)
         # Magnitudes as whole numbers: their bits are in the same order.
         bits = np.full((rows, count + 2), np.iinfo(np.int32).max, np.int32)
         ours.view(np.int32)
         bits[:, 0] = -1
         bits[:, 1:-1] = ours.view(np.int32)
         bits[:, 1:-1].sort(axis=1)
-        x = _random.uniform32(self.key, start, rows * count).reshape(rows, count)
+        drawn = _random.uniform32(self.key, start, rows * count).reshape(units, count, inner)
         if count == 1 or not self.epsilon:
-            return x < self.density * 2**32
+            return drawn < self.density * 2**32
+        x: Array = drawn.swapaxes(1, 2).reshape(rows, count)
         scale = (count - 1) / (2 * self.epsilon)
         x = np.multiply(x, np.float32(scale * 2**-32), dtype=np.float32, casting="unsafe")
         x -= np.float32((self.density - self.epsilon) * scale)
@@ -136,7 +145,7 @@ class ByRank:
         at = np.clip(place, -1, count).astype(np.int64)
         at += np.arange(1, rows * (count + 2), count + 2)[:, None]
         kept: Array = ours.view(np.int32) + before > bits.ravel().take(at)
-        return kept
+        return np.ascontiguousarray(kept.reshape(units, inner, count).swapaxes(1, 2))
 
 
 @dataclass(slots=True)
@@ -186,8 +195,12 @@ def _mask(kept: Array, like: Tensor) -> Tensor:
 
 # ------------------------------------------------------------------- of all task vectors of a task
 
-GAMMA = Parameter("share of the largest elements that is dropped", float, 0.01, each=True)
-EPSILON = Parameter("how far a probability is from the density, at most", float, 0.15, each=True)
+GAMMA = Parameter(
+    "share of the largest elements that is dropped", float, 0.01, each=True, low=0, high=1
+)
+EPSILON = Parameter(
+    "how far a probability is from the density, at most", float, 0.15, each=True, low=0, high=0.5
+)
 
 
 def largest(task: Task, blocks: Blocks) -> list[Keep]:
@@ -231,16 +244,28 @@ def at_random(task: Task) -> list[Keep]:
 
 
 def by_rank(task: Task) -> list[Keep]:
-    """Of each every element with a probability by its rank in its row."""
-    columns = task.shape[-1] if task.shape else 1
+    """Of each every element with a probability by its rank (see `ByRank`)."""
+    count, inner = _ranked(task.shape)
     return [
-        ByRank(f"{number} {task.key}", density, epsilon, columns)
+        ByRank(f"{number} {task.key}", density, epsilon, count, inner)
         if 0 < density < 1
         else _all_or_none(density)
         for number, (density, epsilon) in enumerate(
             zip(task.of_each("density"), task.of_each("epsilon"), strict=True)
         )
     ]
+
+
+def ranked_together(shape: Shape) -> int:
+    """How many elements that follow each other have all that are ranked with any of them."""
+    return math.prod(_ranked(shape))
+
+
+def _ranked(shape: Shape) -> tuple[int, int]:
+    """Elements of a rank's group, and how far they are from each other."""
+    if len(shape) < 2:
+        return math.prod(shape), 1
+    return shape[1], math.prod(shape[2:])
 
 
 def check_ranks(task: Task) -> str | None:

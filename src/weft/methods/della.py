@@ -5,9 +5,9 @@ y = b + λ Σ eᵢ [sign eᵢ = s] / Σ wᵢ [sign eᵢ = s], eᵢ = wᵢ drop(d
 probability between density − ε and density + ε that grows with the rank of its |d| in its row, and
 then gives the task vector its L1 norm back.
 
-A row is one along the last dimension, and a vector is one row. Equal elements share their mean
-rank, and the only element of a row is kept with probability `density`. MergeKit ranks along the
-second dimension: the same for matrices, but for a stack of experts it goes down their columns.
+A row is one along dimension 1, as in MergeKit: that of a matrix, but the column of each matrix in a
+stack of experts. A vector is one row. Equal elements share their mean rank, and the only element of
+a row is kept with probability `density`, where MergeKit fails.
 
 Defaults: density 1, ε (`epsilon`) 0.15, normalize true, rescale true, λ 1.
 """
@@ -21,6 +21,7 @@ from weft.methods import _arithmetic, _sparsify
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from weft.core.specs import Shape
     from weft.methods import Block, Blocks, Task
 
 USE_WHEN = "As dare_ties, where large changes should be likelier to stay."
@@ -29,6 +30,10 @@ BASE = "required"
 INPUTS = (0, None)
 TASK_VECTORS = True
 ROWS = True
+
+
+def together(shape: Shape) -> int:
+    return _sparsify.ranked_together(shape)
 
 
 def check(task: Task) -> str | None:

@@ -25,8 +25,8 @@ if TYPE_CHECKING:
 
 USE_WHEN = "Any number of models, equally: the mean that keeps their length."
 PARAMETERS = {
-    "max_iter": Parameter("iterations at most", int, 10),
-    "tol": Parameter("the step, in radians, at which it ends", float, 1e-5),
+    "max_iter": Parameter("iterations at most", int, 10, low=0),
+    "tol": Parameter("the step, in radians, at which it ends", float, 1e-5, low=0),
 }
 BASE = "none"
 INPUTS = (1, None)
@@ -41,6 +41,8 @@ def prepare(task: Task, blocks: Blocks) -> list[float]:
     import numpy as np
 
     products = _gram.gram(blocks)
+    if not np.isfinite(products).all():
+        return [math.nan] * task.count  # the output shows it, and it is looked for there
     norms = np.sqrt(np.diag(products))
     tol = float(task.params["tol"])
     seen = np.flatnonzero(norms > tol)
@@ -64,12 +66,12 @@ def _mean(cosines: _gram.Matrix, iterations: int, tol: float) -> _gram.Matrix:
     for _ in range(iterations):
         inner = np.clip(cosines @ mean, -1, 1)
         theta = np.arccos(inner)
-        away = theta >= tol
+        away = (theta >= tol) & (theta > 0)
         pull = np.zeros(count)
         pull[away] = theta[away] / np.sin(theta[away]) / count
         step = pull - (pull @ inner) * mean
         angle = _gram.norm(cosines, step)
-        if angle < tol:
+        if angle < tol or not angle:
             break
         mean = math.cos(angle) * mean + math.sin(angle) / angle * step
         length = _gram.norm(cosines, mean)

@@ -29,7 +29,7 @@ USE_WHEN = "More than two models as slerp would merge two: their mean direction,
 PARAMETERS = {
     "weight": Parameter("share of the model", each=True),
     "normalize_weights": Parameter("divide the weights by their sum", bool, True),
-    "eps": Parameter("a length below it is that of nothing", float, 1e-8),
+    "eps": Parameter("a length below it is that of nothing", float, 1e-8, low=0),
 }
 BASE = "optional"
 INPUTS = (1, None)
@@ -56,9 +56,9 @@ def prepare(task: Task, blocks: Blocks) -> list[float]:
     eps = float(task.params["eps"])
     products = _gram.gram(blocks)
     norms = [math.sqrt(products[n, n]) for n in range(task.count)]
-    mean = [w / (norm + eps) for w, norm in zip(weights, norms, strict=True)]
+    mean = [w / (norm + eps or 1.0) for w, norm in zip(weights, norms, strict=True)]
     length = _gram.norm(products, mean)
-    if length < eps:
+    if length < eps or not length:
         if task.count == 2:
             return weights
         raise NumericsError(

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from weft.methods import Block, Task
 
 USE_WHEN = "The base is to take over from another model only what is close to it already."
-PARAMETERS = {"t": Parameter("how far an element may move, at most")}
+PARAMETERS = {"t": Parameter("how far an element may move, at most", low=0)}
 BASE = "required"
 INPUTS = (1, 1)
 TASK_VECTORS = True

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from weft.methods import Block, Task
 
 USE_WHEN = "Models tuned by reinforcement learning, each of which changed few elements."
-PARAMETERS = {"epsilon": Parameter("a change of no more is none", float, 1e-5)}
+PARAMETERS = {"epsilon": Parameter("a change of no more is none", float, 1e-5, low=0)}
 BASE = "required"
 INPUTS = (0, None)
 TASK_VECTORS = True
@@ -33,7 +33,7 @@ def block(task: Task, state: None, block: Block) -> Tensor:
         return block.base
     count = torch.zeros_like(block.base)
     for each in block.inputs:
-        # Zeroes what is not above epsilon; what is, is no zero itself if epsilon is not negative.
+        # Zeroes what is not above epsilon, so that what is left is no zero.
         torch.hardshrink(each, task.params["epsilon"], out=each)
         count.add_(torch.ne(each, 0, out=torch.empty_like(each)))
     total = block.inputs[0]

@@ -22,8 +22,8 @@ if TYPE_CHECKING:
 USE_WHEN = "As ram, where the mean of what is shared would leave each model too weak."
 PARAMETERS = {
     "r": Parameter("how much a model's own changes are strengthened", float, 0.1),
-    "alpha": Parameter("the largest ratio of shared to own changes that counts", float, 0.2),
-    "epsilon": Parameter("a change of no more is none", float, 1e-5),
+    "alpha": Parameter("the largest ratio of shared to own changes that counts", float, 0.2, low=0),
+    "epsilon": Parameter("a change of no more is none", float, 1e-5, low=0),
 }
 BASE = "required"
 INPUTS = (0, None)

@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 
 USE_WHEN = "Models that differ most where they know something: their shares are found, not given."
 PARAMETERS = {
-    "select_topk": Parameter("share of the elements that is merged", float, 1.0),
+    "select_topk": Parameter("share of the elements that is merged", float, 1.0, low=0, high=1),
     "int8_mask": Parameter("accepted; it never changed the values", bool, False),
 }
 BASE = "required"
@@ -61,7 +61,7 @@ def prepare(task: Task, blocks: Blocks) -> State | None:
     if (share := float(task.params["select_topk"])) < 1:
         # Among zeros nothing is lost if none is selected.
         varied = sum(blocks.map(lambda block: int((_variance(block.inputs) > 0).sum())))
-        rank = _select.Rank(0, int(varied * max(share, 0.0)))
+        rank = _select.Rank(0, int(varied * share))
         (cut,) = _select.cuts(task.numel, blocks, lambda block, _: _variance(block.inputs), [rank])
 
     def squares(block: Block) -> list[float]:

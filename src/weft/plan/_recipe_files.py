@@ -10,16 +10,16 @@ from typing import TYPE_CHECKING, Any
 
 from weft.core.errors import PlanError, Problem
 from weft.core.specs import SideFile
-from weft.formats.side_files import TOKENIZER, part_of
+from weft.formats.side_files import PROCESSOR, TEMPLATE, TOKENIZER, part_of
 from weft.plan._modules import modules_of
 from weft.plan._replicated import NUMBERS, per_layer, told_by_number
 from weft.plan._side_files import patched
 from weft.plan._slices import sequence
 from weft.plan._stacks import DEPTHS
-from weft.plan._views import folders
+from weft.plan._views import folders, lasting
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Collection, Mapping, Sequence
 
     from weft.core.specs import TensorJob
     from weft.plan._stacks import Stack
@@ -55,8 +55,9 @@ def recipe_files(
     """
     files = {side.name: side for side in donor.plan.side_files}
     notes = []
-    if files:
-        notes.append(f"config, tokenizer and chat template from {donor.name}")
+    taken = _kinds(files, vocabulary is None, not recipe.chat_template)
+    if taken:
+        notes.append(f"{taken} from {donor.name}")
     if "config.json" in files:
         untied = donor.tie is not None and any(job.name == donor.tie.head for job in jobs)
         if untied and donor.tie is not None:
@@ -91,7 +92,17 @@ def recipe_files(
     if "README.md" in files:
         del files["README.md"]
     files[RECIPE] = SideFile(RECIPE, text=recipe.text)
-    return [files[name] for name in sorted(files)], notes
+    return lasting([files[name] for name in sorted(files)], views.values()), notes
+
+
+def _kinds(files: Collection[str], tokenizer: bool, template: bool) -> str:
+    """`config, tokenizer and chat template`: what of these is there, and not made anew."""
+    parts = {part_of(name) for name in files}
+    parts -= {TOKENIZER} if not tokenizer else set()
+    parts -= {TEMPLATE} if not template else set()
+    there = ["config"] if "config.json" in files else []
+    there += [part for part in (TOKENIZER, PROCESSOR, TEMPLATE) if part in parts]
+    return " and ".join([", ".join(there[:-1]), there[-1]]) if there[1:] else "".join(there)
 
 
 def _json(value: Mapping[str, Any]) -> str:

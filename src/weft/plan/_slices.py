@@ -147,9 +147,9 @@ def _ranges(
             problems.append(
                 Problem(
                     f"layer_range [{start}, {stop}] reaches past the {stacks[0].count} layers of "
-                    f"{source.model}  @ {source.where}",
-                    f"the last layer is {stacks[0].count - 1}: write "
-                    f"[{min(start, stacks[0].count)}, {stacks[0].count}]",
+                    f"{source.model}  @ {source.where}.layer_range",
+                    f"its last layer is {stacks[0].count - 1}: layer_range: "
+                    f"[{start if start < stacks[0].count else 0}, {stacks[0].count}]",
                 )
             )
     return found if len(problems) == before else None

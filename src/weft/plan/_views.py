@@ -10,20 +10,22 @@ import json
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
+from shutil import rmtree
+from tempfile import mkdtemp
 from typing import TYPE_CHECKING, Any
+from weakref import finalize
 
-from weft.core.errors import PlanError, Problem
 from weft.core.specs import AddDeltas, Checkpoint, Load, TensorRef, job_bytes
 from weft.formats.checkpoint import read_json
-from weft.formats.side_files import TOKENIZER, part_of
+from weft.formats.side_files import TEMPLATE, TOKENIZER, part_of
 from weft.plan._stacks import Stack, stacks
 from weft.plan._tied import Tie, find_tie
 from weft.plan.preflight import config_value
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Iterable, Mapping, Sequence
 
-    from weft.core.specs import Adapter, Expression, Plan, TensorJob
+    from weft.core.specs import Adapter, Expression, Plan, SideFile, TensorJob
     from weft.recipes.records import ModelName
 
 
@@ -39,7 +41,7 @@ class View:
         plan: What its tensors and the files beside them are.
         config: Its `config.json`.
         tie: Which two names one table of the vocabulary has, if it has two.
-        tokenizer: The folder with the files of its tokenizer; None if a document makes it.
+        tokenizer: The folder with the files of its tokenizer; None if a document makes them.
         given: What its card credits: the base and the adapters that it is made from.
     """
 
@@ -60,6 +62,25 @@ class View:
     def stacks(self) -> list[Stack]:
         """Its lists of layers."""
         return stacks(self.tensors, self.config)
+
+    @cached_property
+    def made_tokenizer(self) -> Path:
+        """A folder with the tokenizer that a document makes: tokenizers are read from files.
+
+        It goes with the view.
+        """
+        folder = Path(mkdtemp(prefix="weft-tokenizer-"))
+        finalize(self, rmtree, folder, ignore_errors=True)
+        for side in self.plan.side_files:
+            path = folder / side.name
+            if part_of(side.name) not in (TOKENIZER, TEMPLATE):
+                continue
+            path.parent.mkdir(parents=True, exist_ok=True)
+            if side.text is None:
+                path.symlink_to(Path(side.source or "").absolute())
+            else:
+                path.write_text(side.text, encoding="utf-8")
+        return folder
 
     @property
     def vocabulary(self) -> int | None:
@@ -95,7 +116,8 @@ def outcome(name: str, plan: Plan, donor: View, given: tuple[str, ...]) -> View:
     """The view of what a recipe makes, for the documents after it."""
     config = _config(plan, donor.config)
     tie = None if config_value(config, "tie_word_embeddings") is False else donor.tie
-    changed = any(s.text is not None and part_of(s.name) == TOKENIZER for s in plan.side_files)
+    parts = (TOKENIZER, TEMPLATE)
+    changed = any(s.text is not None and part_of(s.name) in parts for s in plan.side_files)
     return View(name, plan, config, tie, None if changed else donor.tokenizer, given)
 
 
@@ -153,23 +175,22 @@ def _grafted(expression: Expression, jobs: Mapping[str, TensorJob]) -> Expressio
 
 
 def folders(views: Mapping[ModelName, View]) -> dict[ModelName, Path]:
-    """Where the files of every model's tokenizer lie.
+    """Where the files of every model's tokenizer lie, for as long as the views live."""
+    return {name: view.tokenizer or view.made_tokenizer for name, view in views.items()}
 
-    Raises:
-        PlanError: A tokenizer that an earlier document makes lies nowhere.
-    """
-    problems = [
-        Problem(
-            f"{name} has a tokenizer that its document makes, and a tokenizer is read from files",
-            f"run the document {name.path} by itself, and name its output here; or leave its "
-            "tokenizer to this document",
-        )
-        for name, view in views.items()
-        if view.tokenizer is None
+
+def lasting(files: Iterable[SideFile], views: Iterable[View]) -> list[SideFile]:
+    """What came from the folder of a `made_tokenizer` as its document has it."""
+    made = {
+        f"{view.made_tokenizer}/{side.name}": side
+        for view in views
+        if "made_tokenizer" in vars(view)
+        for side in view.plan.side_files
+    }
+    return [
+        replace(made[side.source], name=side.name) if side.source in made else side
+        for side in files
     ]
-    if problems:
-        raise PlanError("the tokenizers", problems)
-    return {name: view.tokenizer for name, view in views.items() if view.tokenizer is not None}
 
 
 def _config(plan: Plan, stored: Mapping[str, Any]) -> dict[str, Any]:

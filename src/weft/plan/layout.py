@@ -46,6 +46,9 @@ def layout(job: TensorJob) -> Layout:
             together = 0
         elif hasattr(own, "together"):
             together = math.lcm(together, own.together(job.shape, dict(delta.params)))
+    for each in merges(job):
+        whole = methods.together(methods.method(each.method), job.shape)
+        together = math.lcm(together, max(whole // max(columns, 1), 1))
     if len(job.shape) < 2 and any(methods.method(each.method).ROWS for each in merges(job)):
         together = 0
     return Layout(rows, columns, together or max(rows, 1))

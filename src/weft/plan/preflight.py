@@ -33,21 +33,26 @@ _SPELT = {"gptq": "GPTQ", "awq": "AWQ", "fp8": "FP8", "mxfp4": "MXFP4"}
 
 
 def quantised(base: Checkpoint) -> list[Problem]:
-    """Why ΔW cannot be added to this base, if its weights are quantised."""
-    hint = "merge into the 16-bit model that it was quantised from, and quantise the result"
+    """Why nothing can be added to this base or taken off it, if its weights are quantised."""
+    hint = "give the 16-bit model that it was quantised from; what is made of it can be quantised"
+    eight = (
+        "give the 16-bit model that it was quantised from, or write one: transformers' "
+        "from_pretrained with quantization_config=FineGrainedFP8Config(dequantize=True), then "
+        "save_pretrained"
+    )
     method = config_value(base.config, "quantization_config")
     if isinstance(method, dict):
-        what = f"the base {base.given} is quantised ({_by_config(method)}, says its config.json)"
-        return [Problem(what, hint)]
+        name = _by_config(method)
+        what = f"{base.given} is quantised ({name}, says its config.json)"
+        return [Problem(what, eight if name == "FP8" else hint)]
     for name, ref in base.tensors.items():
         last = next((end for end in _QUANTISED_NAMES if name.endswith("." + end)), None)
         fused = name.endswith("_blocks") and name.removesuffix("blocks") + "scales" in base.tensors
         if last or fused:
             kind = _QUANTISED_NAMES[last] if last else "MXFP4"
             kind = _packed(name, base) or kind if last == "qweight" else kind
-            return [
-                Problem(f"the base {base.given} is quantised ({kind}: {name} in {ref.file})", hint)
-            ]
+            what = f"{base.given} is quantised ({kind}: {name} in {ref.file})"
+            return [Problem(what, eight if kind.startswith("FP8") else hint)]
     return []
 
 

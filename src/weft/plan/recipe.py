@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from weft import methods
 from weft.core.dtypes import WEIGHTS, promote
-from weft.core.errors import PlanError, Problem
+from weft.core.errors import PlanError, Problem, WeftError
 from weft.core.names import nearest
 from weft.core.specs import Expression, Input, Load, Merge, Plan, TensorJob, job_bytes
 from weft.formats.checkpoint import same_bytes
@@ -20,15 +20,17 @@ from weft.plan._slices import Planned, planned
 from weft.plan._tables import arranged, is_table, vocabulary_of
 from weft.plan.merge import reshard
 from weft.plan.preflight import dominant_dtype
-from weft.recipes.parameters import resolve
+from weft.recipes.parameters import MissingParameter, place_of, resolve
 
 if TYPE_CHECKING:
+    from weft.core.specs import Params
     from weft.plan._views import View
     from weft.plan._vocabulary import Vocabulary
     from weft.recipes.records import ModelName, Module, Recipe, Source
 
 Views = Mapping["ModelName", "View"]
 ALONE = "model.safetensors"  # whatever the one file of the first model is called
+SAME, UNION, INTERSECTION = "same", "union", "intersection"  # tensors of the models
 SHARD = 5_000_000_000  # bytes, where no input's shards fit the output
 
 
@@ -41,10 +43,15 @@ class _Draft:
     donor: View
     vocabulary: Vocabulary | None
     seed: int
+    tensors: str
     problems: list[Problem] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
     jobs: list[TensorJob] = field(default_factory=list)
     computed: dict[str, ModelName] = field(default_factory=dict)
+    lacking: dict[ModelName, list[str]] = field(default_factory=dict)
+    uncovered: dict[tuple[str, str, ModelName | None], list[MissingParameter]] = field(
+        default_factory=dict
+    )
 
 
 def plan_recipe(
@@ -53,6 +60,7 @@ def plan_recipe(
     *,
     seed: int = 0,
     max_shard_size: int | None = None,
+    tensors: str = SAME,
 ) -> Plan:
     """Say what every tensor of the output is.
 
@@ -62,18 +70,21 @@ def plan_recipe(
         seed: Of the methods that draw at random.
         max_shard_size: Bytes per shard; None keeps the shards of the first model (the base, if
             there is one) where the output has the same tensors, and else fills shards of 5 GB.
+        tensors: `same`, all models have the same; `union`, what one lacks is made of the others;
+            `intersection`, what one lacks is left out.
 
     Raises:
         PlanError: The models do not fit the recipe or each other; every reason found.
     """
     donor = views[recipe.base_model or recipe.models()[0]]
     vocabulary, problems = vocabulary_of(recipe, views)
-    draft = _Draft(recipe, views, donor, vocabulary, seed, problems)
+    draft = _Draft(recipe, views, donor, vocabulary, seed, tensors, problems)
     if other := _other_architectures(recipe, views):
         raise PlanError(recipe.name or "the recipe", other)  # of which all else would follow
     for module, belongs in modules_of(recipe, donor, views, draft.problems):
         for each in planned(module, belongs, views, donor, draft.problems):
             _add(draft, module, each)
+    draft.problems += _uncovered(draft)
     unmatched = _unmatched(draft)
     if draft.problems:
         raise PlanError(recipe.name or "the recipe", draft.problems)
@@ -88,7 +99,7 @@ def plan_recipe(
         side_files=tuple(files),
         inputs=tuple(_inputs(recipe, views)),
         notes=tuple(
-            dict.fromkeys([*recipe.notes, *_computed(draft), *(n for p in plans for n in p.notes)])
+            dict.fromkeys([*recipe.notes, *_left_out(draft), *(n for p in plans for n in p.notes)])
         ),
         beside=tuple(beside),
         warnings=tuple(
@@ -128,21 +139,17 @@ def _add(draft: _Draft, module: Module, each: Planned) -> None:
     if tensors is None:
         return
     base_name = (each.slice.base_model or recipe.base_model) if own.BASE != "none" else None
-    sources = [s for s in each.slice.sources if s.model != base_name]
+    sources = [s for s, _ in tensors if s.model != base_name]
     base = next((t for s, t in tensors if s.model == base_name), None)
     inputs = [t for s, t in tensors if s.model != base_name]
-    shared, per_input = resolve(
-        recipe,
-        module,
-        each.slice,
-        own.PARAMETERS,
-        sources,
-        input_names=[
-            n for s, n in zip(each.slice.sources, each.inputs, strict=True) if s in sources
-        ],
-        output_name=each.name,
-        t=each.t,
-    )
+    lacking = base_name if base is None else None
+    if few := _too_few(draft, each, own, lacking, len(inputs)):
+        draft.problems.append(few)
+        return
+    found = _parameters(draft, module, each, own, sources)
+    if found is None:
+        return
+    shared, per_input = found
     key = f"{draft.seed}:{recipe.method}:{each.name}"
     asked = tuple(dict(params) for params in per_input)
     task = methods.Task(tensors[0][1].shape, 1, len(inputs), dict(shared), asked, key)
@@ -177,12 +184,62 @@ def _add(draft: _Draft, module: Module, each: Planned) -> None:
     draft.jobs.append(TensorJob(each.name, dtype, jobs[0].shape, jobs[0].shard, expression))
 
 
+def _parameters(
+    draft: _Draft, module: Module, each: Planned, own: methods.Method, sources: list[Source]
+) -> tuple[Params, tuple[Params, ...]] | None:
+    """The parameters of the tensor: those that all share, and those of every input."""
+    names = {s.model: n for s, n in zip(each.slice.sources, each.inputs, strict=True)}
+
+    def ask(some: list[Source]) -> tuple[Params, tuple[Params, ...]]:
+        return resolve(
+            draft.recipe,
+            module,
+            each.slice,
+            own.PARAMETERS,
+            some,
+            input_names=[names[source.model] for source in some],
+            output_name=each.name,
+            t=each.t,
+        )
+
+    try:
+        return ask(sources)
+    except WeftError as error:
+        if not isinstance(error, MissingParameter):
+            draft.problems.append(Problem(f"{error}  @ {each.slice.where}", error.hint))
+            return None
+    for source in sources:
+        try:
+            ask([source])
+        except MissingParameter as error:
+            where = place_of(draft.recipe, module, each.slice, error.name, error.model)
+            draft.uncovered.setdefault((where, error.name, error.model), []).append(error)
+    return None
+
+
+def _uncovered(draft: _Draft) -> list[Problem]:
+    """Parameters that the recipe has for other tensors only: once for all that they miss."""
+    problems = []
+    for (where, name, model), errors in draft.uncovered.items():
+        whose = f" of {model}" if model else ""
+        what = f'no "{name}"{whose} for {errors[0].tensor}'
+        what += f" and {len(errors) - 1} tensors more" if len(errors) > 1 else ""
+        filters = ": the filters of the recipe are of others"
+        problems.append(Problem(f"{what}{filters}  @ {where}", errors[0].hint))
+    return problems
+
+
 def _tensors(draft: _Draft, each: Planned) -> list[tuple[Source, TensorJob]] | None:
     """The tensor of every source, all of one shape."""
     found: list[tuple[Source, TensorJob]] = []
     for source, name in zip(each.slice.sources, each.inputs, strict=True):
         view = draft.views[source.model]
         job = view.tensor(name)
+        if job is None and draft.tensors != SAME:
+            draft.lacking.setdefault(source.model, []).append(each.name)
+            if draft.tensors == INTERSECTION:
+                return None
+            continue
         if job is None and is_computed(name):
             draft.computed[re.sub(r"\.\d+\.", ".*.", each.name)] = source.model
             return None
@@ -221,6 +278,21 @@ def _tensors(draft: _Draft, each: Planned) -> list[tuple[Source, TensorJob]] | N
     return found
 
 
+def _too_few(
+    draft: _Draft, each: Planned, own: methods.Method, lacking: ModelName | None, count: int
+) -> Problem | None:
+    """Why the method cannot do without the models that lack the tensor, if it cannot."""
+    hint = "--tensor-intersection leaves such tensors out"
+    at = f"@ {each.slice.where}"
+    if lacking is not None:
+        return Problem(f"the base {lacking} has no {each.name}, which others have  {at}", hint)
+    if draft.tensors == UNION and count < own.INPUTS[0]:
+        least = f"{own.INPUTS[0]} model{'s' if own.INPUTS[0] > 1 else ''}"
+        what = f"{draft.recipe.method} takes {least}, and of those that have {each.name} there are"
+        return Problem(f"{what} {count}  {at}", hint)
+    return None
+
+
 def _simplified(expression: Merge, own: methods.Method) -> Expression:
     """The same without a method, where that changes no bit."""
     if expression.method == "passthrough" and dict(expression.each[0]).get("scale") in (None, 1):
@@ -247,12 +319,17 @@ def _list(sources: Sequence[Source]) -> str:
     return ", ".join(str(source.model) for source in sources)
 
 
-def _computed(draft: _Draft) -> list[str]:
-    """What is left out, since not all models hold it and none needs it."""
-    return [
+def _left_out(draft: _Draft) -> list[str]:
+    """What not all models hold, and so is left out, or made of those that do."""
+    notes = [
         f"left out: {name}, which {model} lacks; models compute it"
         for name, model in draft.computed.items()
     ]
+    became = "left out" if draft.tensors == INTERSECTION else "made of the others"
+    for model, names in draft.lacking.items():
+        more = f" and {len(names) - 1} tensors more" if len(names) > 1 else ""
+        notes.append(f"{became}: {names[0]}{more}, which {model} lacks")
+    return notes
 
 
 def _unmatched(draft: _Draft) -> list[str]:

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from weft import methods
+from weft.recipes._faults import to_write
 from weft.recipes.parameters import base_of, example, levels
 
 if TYPE_CHECKING:
@@ -41,6 +42,17 @@ def check(
     for place in places:
         checker.check(place)
     return list(dict.fromkeys(checker.notes))
+
+
+def _no_layers(start: int, stop: int) -> tuple[str, str]:
+    """What is wrong with a range of layers, and what to write."""
+    if min(start, stop) < 0:
+        return (
+            f"layer {min(start, stop)} is none: layers are counted from 0 on, not from the end",
+            "layer_range: [0, 8] are the first eight; write their number for the end",
+        )
+    what = f"layers {start} to {stop} go backwards: the first comes first, then the one after the"
+    return f"{what} last", f"layer_range: [{stop}, {start}]"
 
 
 class _Checker:
@@ -143,13 +155,8 @@ class _Checker:
                 continue
             start, stop = source.layers
             if not 0 <= start <= stop:
-                self.faults.add(
-                    self.document,
-                    (*loc, "layer_range"),
-                    f"layers {start} to {stop} are none: the first layer is 0, and the second "
-                    "number is the one after the last",
-                    "write [first, last + 1], such as [0, 8] for the first eight",
-                )
+                what, cure = _no_layers(start, stop)
+                self.faults.add(self.document, (*loc, "layer_range"), what, cure)
             elif stop - start != lengths[0]:
                 self.faults.add(
                     self.document,
@@ -165,12 +172,12 @@ class _Checker:
                 continue
             if not parameter.each:
                 if not self._said(name, place, None):
+                    line = f"{name}: {example(parameter)}"
                     self.faults.add(
                         self.document,
                         ("merge_method",),
                         f'{self.recipe.method} needs "{name}": {parameter.what}',
-                        "write under the `parameters` of the recipe:\n"
-                        f"parameters:\n  {name}: {example(parameter)}",
+                        to_write(self.document, (), line, "of the recipe"),
                     )
                 continue
             for source, loc in zip(place.slice.sources, place.sources, strict=True):
@@ -184,7 +191,7 @@ class _Checker:
         self, name: str, parameter: Parameter, place: Place, source: Source, loc: Loc
     ) -> None:
         method = self.recipe.method
-        cure = f"write under it:\nparameters:\n  {name}: {example(parameter)}"
+        cure = to_write(self.document, loc, f"{name}: {example(parameter)}", f"of {source.model}")
         if loc == ("base_model",):
             cure = (
                 f"{method} takes a base for one more model: leave `base_model` out, or list it "
@@ -198,7 +205,8 @@ class _Checker:
         self.faults.add(
             self.document,
             loc,
-            f'{source.model} has no "{name}", and {method} needs one of every model',
+            f'{source.model} has no "{name}", and {method} needs one of every model'
+            + (": the list under it is empty" if source.parameters.get(name) == () else ""),
             cure,
         )
 

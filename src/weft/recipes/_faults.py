@@ -48,6 +48,13 @@ def position(document: Document, loc: Loc) -> tuple[int, int]:
     return document.positions.get(loc, (1, 1))
 
 
+def to_write(document: Document, loc: Loc, line: str, whose: str) -> str:
+    """A line that belongs under the `parameters` of the mapping at `loc`, which may be there."""
+    if (*loc, "parameters") in document.positions:
+        return f"write under the `parameters` {whose}:\n  {line}"
+    return f"write under {'it' if loc else f'the `parameters` {whose}'}:\nparameters:\n  {line}"
+
+
 def nearest(name: str, known: Iterable[str]) -> str | None:
     """The name that was probably meant."""
     plain = {each.lower().replace("-", "_"): each for each in known}

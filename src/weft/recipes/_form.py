@@ -6,12 +6,14 @@ causing more.
 
 from __future__ import annotations
 
+import re
+from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
 from weft import methods
 from weft.recipes import schema
 from weft.recipes._faults import nearest, unknown
-from weft.recipes._others import rename
+from weft.recipes._others import EXTRACTION, rename
 
 if TYPE_CHECKING:
     from weft.recipes._faults import Faults
@@ -45,10 +47,22 @@ def form(document: Document, faults: Faults) -> tuple[schema.Document | None, se
         what = "a recipe is a mapping: `merge_method: …`, `models: …`, one on a line"
         faults.add(document, (), what)
         return None, popped
+    if _extraction(document, faults):
+        return None, popped
     while True:
         parsed, mistakes = schema.check(document.data)
         if parsed is not None:
             return parsed, popped
+        doubled = {
+            each.loc[: n + 1]
+            for each in mistakes
+            for n, pair in enumerate(pairwise(each.loc), 1)
+            if pair == ("parameters", "parameters")
+        }
+        for loc in doubled:
+            _hoist(document, faults, loc)
+        if doubled:
+            continue
         unknowns = [each for each in mistakes if each.kind == "unknown"]
         rest = [each for each in mistakes if each.kind != "unknown"]
         for each in unknowns:
@@ -58,6 +72,35 @@ def form(document: Document, faults: Faults) -> tuple[schema.Document | None, se
         right = [_put_right(document, faults, each, popped) for each in rest]
         if not all(right):
             return None, popped
+
+
+def _extraction(document: Document, faults: Faults) -> bool:
+    """An extraction recipe with a merge_method; true if nothing of a merge is left without it."""
+    data = document.data
+    if "merge_method" not in data:
+        return False
+    own = [key for key in EXTRACTION if key in data]
+    for key in own:
+        faults.add(
+            document,
+            (key,),
+            f'"{key}" asks for an adapter, and "merge_method" for a merge of models',
+            "for an adapter leave `merge_method` out; for a merge, this",
+            key=True,
+        )
+        data.pop(key)
+    return bool(own) and not any(key in data for key in schema.Document.LAYOUTS)
+
+
+def _hoist(document: Document, faults: Faults, loc: Loc) -> None:
+    """`parameters` within `parameters`: read as if its lines stood where they belong."""
+    outer = _parent(document.data, loc)
+    inner = outer.pop("parameters")
+    lines = inner.items() if isinstance(inner, dict) else ()
+    cure = "\n".join(["parameters:", *(f"  {name}: {_short(each)}" for name, each in lines)])
+    faults.add(document, loc, '"parameters" stands within `parameters`', cure, key=True)
+    for name, each in lines:
+        outer.setdefault(name, each)
 
 
 def _parent(data: Any, loc: Loc) -> Any:
@@ -79,7 +122,9 @@ def _unknown(document: Document, faults: Faults, mistake: Mistake) -> None:
             rename(document, mistake.loc[:-1], mapping, key, meant)
     elif key in parameters and "parameters" in mistake.known:
         what = f'"{key}" is a parameter'
-        cure = f"write it under `parameters`:\nparameters:\n  {key}: {_short(mapping[key])}"
+        cure = "write it under `parameters`:\n"
+        cure += "" if "parameters" in mapping else "parameters:\n"
+        cure += f"  {key}: {_short(mapping[key])}"
         inside = mapping.setdefault("parameters", {})
         if isinstance(inside, dict):
             inside.setdefault(key, mapping[key])
@@ -114,6 +159,11 @@ def _put_right(document: Document, faults: Faults, mistake: Mistake, popped: set
         found = parent[loc[-1]]
     except KeyError:  # taken away with another mistake in the same setting
         return True
+    cure = _SHAPES.get(key)
+    ends = re.findall(r"\d+", str(found)) if key == "layer_range" else []
+    ends = ["0", *ends] if len(ends) == 1 else ends
+    if len(ends) == 2 and int(ends[0]) < int(ends[1]):
+        cure = f"layer_range: [{', '.join(ends)}]"
     named = f'"{key}"' if loc[-1] == key else f"an entry of `{key}`"
     if isinstance(found, str) and loc[-2:-1] in (("models",), ("sources",)):
         cure = f"- model: {found}"
@@ -124,9 +174,7 @@ def _put_right(document: Document, faults: Faults, mistake: Mistake, popped: set
     if found is not None and "empty" not in mistake.what:
         what += f", not {_short(found)}"
     entry = isinstance(loc[-1], int) and "mapping" in mistake.what
-    faults.add(
-        document, loc, what, _SHAPES.get(key, f"- value: {_short(found)}" if entry else None)
-    )
+    faults.add(document, loc, what, f"- value: {_short(found)}" if entry and not cure else cure)
     while loc[-1] == "value" or not isinstance(loc[-1], str):
         loc = loc[:-1]
     if loc[-1] in _VITAL:

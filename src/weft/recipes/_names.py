@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from typing import TYPE_CHECKING
 
@@ -10,7 +11,8 @@ from weft.recipes.records import ModelName
 if TYPE_CHECKING:
     from weft.recipes import schema
 
-_WEIGHT = re.compile(r"(.+):(-?(?:\d+\.?\d*|\.\d+)(?:[eE]-?\d+)?)$")
+_WEIGHTED = re.compile(r"(.+):([^:/\\]*)$")  # no `C:\folder`
+_NUMBER = re.compile(r"-?(?:\d+\.?\d*|\.\d+)(?:[eE]-?\d+)?$")
 
 
 class NoName(ValueError):
@@ -23,10 +25,24 @@ def parse(text: str) -> ModelName:
     path, revision = _revised(first, text)
     adapters = []
     for part in rest:
-        weighted = _WEIGHT.match(part)
-        part, weight = (weighted[1], float(weighted[2])) if weighted else (part, 1.0)
+        part, weight = _weighted(part, first, text)
         adapters.append((*_revised(part, text), weight))
     return ModelName(path, revision, tuple(adapters))
+
+
+def _weighted(part: str, base: str, whole: str) -> tuple[str, float]:
+    """`adapter:0.7` -> the adapter and its weight."""
+    found = _WEIGHTED.match(part)
+    if found is None:
+        return part, 1.0
+    adapter, weight = found.groups()
+    if not _NUMBER.match(weight) or not math.isfinite(float(weight)):
+        raise NoName(
+            f'"{whole}" gives {adapter} the weight "{weight}", which is no number',
+            f"write +{adapter}:0.5; if the colon belongs to the path, write\n"
+            f"model:\n  model: {base}\n  lora: {{path: '{part}'}}",
+        )
+    return adapter, float(weight)
 
 
 def model(found: str | schema.ModelMapping) -> ModelName:

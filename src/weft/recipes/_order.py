@@ -53,7 +53,7 @@ def _circle(waiting: list[tuple[Recipe, Document]], open: set[str], faults: Faul
         while name is not None and name not in path:
             path.append(name)
             name = min(needs(by_name[name], open), default=None)
-        if name == recipe.name:
+        if name is not None and name == recipe.name:
             faults.add(
                 document,
                 ("name",),

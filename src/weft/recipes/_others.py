@@ -17,7 +17,7 @@ _TOOLS = {
     "mergekit-tokensurgeon": ("approximation_method", "donor"),
     "mergekit-layershuffle": ("full_random",),
 }
-_EXTRACTION = (
+EXTRACTION = (
     *("finetune", "finetuned", "finetuned_model", "rank", "max_rank"),
     *("targeted_modules", "saved_modules"),
 )
@@ -49,7 +49,7 @@ def refuse(data: Any, name: str) -> None:
 def is_extraction(data: Any) -> bool:
     """Whether a document asks for an adapter (see `weft.recipes.extraction`)."""
     mapping = isinstance(data, dict) and "merge_method" not in data
-    return mapping and any(key in data for key in _EXTRACTION)
+    return mapping and any(key in data for key in EXTRACTION)
 
 
 def modernise(document: Document) -> list[str]:

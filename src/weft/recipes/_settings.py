@@ -6,8 +6,9 @@ import math
 from typing import TYPE_CHECKING
 
 from weft import methods
-from weft.recipes._faults import nearest, unknown
+from weft.recipes._faults import nearest, position, to_write, unknown
 from weft.recipes._others import OBSOLETE
+from weft.recipes._yaml import place
 from weft.recipes.parameters import example
 from weft.recipes.records import Condition
 
@@ -20,7 +21,6 @@ if TYPE_CHECKING:
 
 _TRUE = {"true", "yes", "on", "y", "t", "1"}
 _FALSE = {"false", "no", "off", "n", "f", "0"}
-_RANGES = {"density": (0.0, 1.0)}
 
 
 class SettingsReader:
@@ -83,16 +83,16 @@ class SettingsReader:
             self.document,
             loc,
             f'"{name}" is one for all models in {self.method}, and would not be read under a model',
-            f"write it under the `parameters` of the recipe or of a slice:\n"
-            f"parameters:\n  {name}: {shown}",
+            to_write(self.document, (), f"{name}: {shown}", "of the recipe or of a slice"),
             key=True,
         )
 
     def _conditions(
         self, name: str, parameter: Parameter, setting: schema.Setting, loc: Loc
     ) -> tuple[Condition, ...]:
-        if isinstance(setting, list) and not setting:
-            return ()  # MergeKit takes an empty list for nothing said
+        if setting == []:
+            self._nothing(name, loc)
+            return ()
         entries = setting if isinstance(setting, list) else [setting]
         made = []
         for number, each in enumerate(entries):
@@ -100,8 +100,16 @@ class SettingsReader:
             if isinstance(each, bool | int | float | str):
                 return (Condition(self._values(name, parameter, setting, loc)),)
             value = self._values(name, parameter, each.value, (*at, "value"))
+            if value == ():
+                self._nothing(name, (*at, "value"))
             made.append(Condition(value, each.filter))
         return tuple(made)
+
+    def _nothing(self, name: str, loc: Loc) -> None:
+        """An empty list: MergeKit takes it for nothing said."""
+        line, _ = position(self.document, loc)
+        at = f"{place(loc)}, line {line}"
+        self.notes[f"`{name}` is an empty list, which says nothing, as in MergeKit ({at})"] = None
 
     def _values(
         self, name: str, parameter: Parameter, value: object, loc: Loc
@@ -119,10 +127,11 @@ class SettingsReader:
             what = f'"{name}" should be {words[parameter.type]}, not {_shown(value)}'
             self.faults.add(self.document, loc, what, f"such as {name}: {example(parameter)}")
             return 0
-        low, high = _RANGES.get(name, (-math.inf, math.inf))
-        if isinstance(made, int | float) and not low <= made <= high:
-            what = f'"{name}" is a share from {low:g} to {high:g}, not {made:g}'
-            self.faults.add(self.document, loc, what)
+        if not parameter.allows(made):
+            what = f'"{name}" should be {parameter.range}, not {made:g}'
+            self.faults.add(
+                self.document, loc, what, f"{parameter.what}: {_possible(name, parameter)}"
+            )
         return made
 
 
@@ -142,6 +151,12 @@ def convert(kind: type, value: object) -> Scalar | None:
     if kind is int:
         return int(number) if number.is_integer() else None
     return number
+
+
+def _possible(name: str, parameter: Parameter) -> str:
+    """A value to write, in the range of the parameter."""
+    shown = parameter.default if parameter.default is not None else max(parameter.low, 0.0) + 0.001
+    return f"such as {name}: {shown:g}"
 
 
 def _shown(value: object) -> str:

@@ -30,7 +30,25 @@ if TYPE_CHECKING:
 
 
 class MissingParameter(WeftError):
-    """Nothing in the recipe says what a required parameter is for one tensor."""
+    """Nothing in the recipe says what a required parameter is for one tensor.
+
+    Attributes:
+        name: Of the parameter.
+        model: Whose it is; None if all share it.
+        tensor: Its name.
+    """
+
+    def __init__(
+        self, name: str, parameter: Parameter, model: ModelName | None, tensor: str
+    ) -> None:
+        self.name, self.model, self.tensor = name, model, tensor
+        whose = f" of {model}" if model else ""
+        super().__init__(
+            f'no "{name}" for {tensor}{whose}: every filter that the recipe has for it is '
+            "of other tensors",
+            f"a last entry without a filter, such as `- value: {example(parameter)}`, "
+            "holds for the rest",
+        )
 
 
 def matches(condition: Condition, tensor_name: str) -> bool:
@@ -80,6 +98,16 @@ def levels(
     yield slice.parameters
     yield module.parameters
     yield recipe.parameters
+
+
+def place_of(
+    recipe: Recipe, module: Module, slice: Slice, name: str, model: ModelName | None
+) -> str:
+    """Where in the YAML the highest level stands that says anything of a parameter."""
+    said = [(s.parameters, s.where) for s in slice.sources if s.model == model]
+    said += [(slice.parameters, slice.where), (module.parameters, module.where)]
+    where = next((where for settings, where in said if settings.get(name)), "")
+    return f"{where}.parameters.{name}" if where else f"parameters.{name}"
 
 
 def resolve(
@@ -142,13 +170,7 @@ def _one(
         if found is not None:
             return _typed(name, parameter, found, tensor, t)
     if parameter.required:
-        whose = f" of {model}" if model else ""
-        raise MissingParameter(
-            f'no "{name}" for {tensor}{whose}: every filter that the recipe has for it is '
-            "of other tensors",
-            f"a last entry without a filter, such as `- value: {example(parameter)}`, "
-            "holds for the rest",
-        )
+        raise MissingParameter(name, parameter, model, tensor)
     return parameter.default
 
 

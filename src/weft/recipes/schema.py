@@ -5,6 +5,7 @@ The keys are those of MergeKit's YAML. Nothing here knows what a method needs: `
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Annotated, Any, ClassVar, Literal, get_args
 
@@ -38,7 +39,9 @@ class PathMapping(_Keys):
 class AdapterMapping(PathMapping):
     """An adapter, in whose path `@` and `+` mean themselves."""
 
-    weight: float = Field(1.0, description="Factor on the adapter's change of the weights.")
+    weight: float = Field(
+        1.0, allow_inf_nan=False, description="Factor on the adapter's change of the weights."
+    )
 
 
 _Path = Annotated[
@@ -225,10 +228,22 @@ def check(data: Any) -> tuple[Document | None, list[Mistake]]:
         found: dict[Loc, Mistake] = {}
         for each in error.errors(include_url=False, include_context=False):
             loc = _real(data, each["loc"])
+            if _in_layers(each["loc"], each["type"]):
+                loc = loc[: loc.index("layer_range") + 1]
+                found.setdefault(loc, Mistake(loc, "value", _LAYERS))
             found.setdefault(loc, _mistake(loc, each["type"], each["msg"], each["loc"]))
         return None, list(found.values())
     except RecursionError:
         return None, [Mistake((), "value", "is nested too deeply")]
+
+
+_LAYERS = "should be two whole numbers, the first layer and the one after the last"
+
+
+def _in_layers(loc: Loc, kind: str) -> bool:
+    """It is what `layer_range` says that is wrong, and not that it stands there or does not."""
+    own = loc[-1:] == ("layer_range",) and kind in ("missing", "extra_forbidden")
+    return "layer_range" in loc and not own
 
 
 def _mistake(loc: Loc, kind: str, message: str, tagged: Loc) -> Mistake:
@@ -305,6 +320,7 @@ def _parameters(names: list[str], definitions: dict[str, Any]) -> dict[str, Any]
     types = {bool: "boolean", int: "integer", float: "number", str: "string"}
     said: dict[str, dict[str, list[str]]] = {}
     kinds: dict[str, set[str]] = {}
+    bounds: dict[str, dict[str, float]] = {}
     for method in names:
         for name, each in methods.method(method).PARAMETERS.items():
             default = "required" if each.required else f"default {each.default}".lower()
@@ -312,11 +328,12 @@ def _parameters(names: list[str], definitions: dict[str, Any]) -> dict[str, Any]
             said.setdefault(name, {}).setdefault(f"{each.what} ({whose}, {default})", [])
             said[name][f"{each.what} ({whose}, {default})"].append(method)
             kinds.setdefault(name, set()).add(types[each.type])
+            bounds[name] = _widest(bounds.get(name), each)
     made = {}
     for name, lines in said.items():
         text = "; ".join(f"{', '.join(of)}: {what}" for what, of in lines.items())
         kind = sorted(kinds[name])
-        scalar: dict[str, Any] = {"type": kind[0] if len(kind) == 1 else kind}
+        scalar: dict[str, Any] = {"type": kind[0] if len(kind) == 1 else kind} | bounds[name]
         if {"number", "integer"} & kinds[name]:  # 1e-3 is text in YAML 1.1
             scalar = {"anyOf": [scalar, {"type": "string", "pattern": r"^[-+0-9.eE]+$"}]}
         value = {"anyOf": [scalar, {"type": "array", "items": scalar}]}
@@ -329,6 +346,16 @@ def _parameters(names: list[str], definitions: dict[str, Any]) -> dict[str, Any]
         entries = {"type": "array", "items": entry}
         made[name] = {"description": text, "anyOf": [*value["anyOf"], entry, entries]}
     return made
+
+
+def _widest(known: dict[str, float] | None, each: methods.Parameter) -> dict[str, float]:
+    """The bounds of a parameter that several methods have, each in its own range."""
+    own = {"minimum": each.low, "maximum": each.high}
+    own = {key: value for key, value in own.items() if math.isfinite(value)}
+    if known is None:
+        return own
+    wider = {"minimum": min, "maximum": max}
+    return {key: wider[key](known[key], own[key]) for key in known.keys() & own.keys()}
 
 
 def _use_parameters(schema: Any) -> None:

@@ -6,13 +6,16 @@ Written beside its final place and renamed when it is whole, as a checkpoint is.
 from __future__ import annotations
 
 import json
+import math
 import os
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from weft.core.dtypes import itemsize
 from weft.core.errors import OutputError
+from weft.core.units import show_size
 from weft.formats.safetensors import build_header
 from weft.formats.side_files import part_of
 
@@ -106,9 +109,13 @@ def write_adapter(
     if within is not None:
         partial = within / "adapter"
         shutil.rmtree(partial, ignore_errors=True)  # of a run that was killed
+    cure = "free some space, or give another -o"
+    if within is not None:
+        cure = "free some space, then run the same command with --resume"
     try:
         partial.mkdir(parents=True)
         try:
+            _check_space(partial, tensors, cure)
             _write_tensors(partial / "adapter_model.safetensors", tensors)
             text = json.dumps(dict(config), indent=2, sort_keys=True, ensure_ascii=False)
             (partial / "adapter_config.json").write_text(text + "\n", encoding="utf-8")
@@ -122,9 +129,6 @@ def write_adapter(
             shutil.rmtree(partial, ignore_errors=True)
             raise
     except OSError as error:
-        cure = "free some space, or give another -o"
-        if within is not None:
-            cure = "free some space, then run the same command with --resume"
         raise OutputError(f"cannot write {folder}: {error.strerror}", cure) from None
 
 
@@ -159,6 +163,20 @@ def head_of(tensors: Mapping[str, Piece | Made]) -> bytes:
         for name, piece in tensors.items()
     ]
     return build_header(found, {"format": "pt"})[0]
+
+
+def _check_space(partial: Path, tensors: Mapping[str, Piece | Made], cure: str) -> None:
+    """Raises OutputError, if there is too little for the weights."""
+    needed = len(head_of(tensors)) + sum(map(_bytes, tensors.values()))
+    free = shutil.disk_usage(partial).free
+    if needed > free:
+        what = f"{partial} has {show_size(free)} free, the adapter takes {show_size(needed)}"
+        raise OutputError(what, cure)
+
+
+def _bytes(piece: Piece | Made) -> int:
+    dtype = piece.dtype if isinstance(piece, Made) else piece.ref.dtype
+    return math.prod(piece.shape) * itemsize(dtype)
 
 
 def _write_tensors(path: Path, tensors: Mapping[str, Piece | Made]) -> None:

@@ -42,7 +42,7 @@ def card(
     worst = (
         f"; least in `{totals.worst[0]}`: {show_survival(totals.worst[1])}" if totals.worst else ""
     )
-    changed = f"{totals.changed} of {totals.tensors} tensors changed, {show_size(totals.nbytes)}."
+    changed = f"{totals}, {show_size(totals.nbytes)}."
     return "\n".join(
         [
             "---",
@@ -108,7 +108,7 @@ def recipe_card(
             recipe.text.strip(),
             "```",
             "",
-            f"{totals.tensors} tensors, {show_size(totals.nbytes)}. {survival}".strip(),
+            f"{totals}, {show_size(totals.nbytes)}. {survival}".strip(),
             "",
             "`weft.json` says for each tensor what was done to it.",
             "",

@@ -276,7 +276,7 @@ def _check_output(out: Path, partial: Path, plan: Plan, *, force: bool, resume: 
                 "remove it yourself, or give another -o",
             )
     check_partial(partial, force=force, resume=resume)
-    above = _existing(out.parent)
+    above = existing(out.parent)
     if not above.is_dir():
         raise OutputError(f"{above} is a file, and {out} would lie in it", "give another -o")
     free = shutil.disk_usage(above).free
@@ -327,8 +327,9 @@ def _clear(partial: Path, keep: Iterable[str]) -> None:
             path.unlink()
 
 
-def _existing(folder: Path) -> Path:
-    return folder if folder.exists() else _existing(folder.parent)
+def existing(folder: Path) -> Path:
+    """The first folder above `folder`, or itself, that is there."""
+    return folder if folder.exists() else existing(folder.parent)
 
 
 def output_error(error: OSError, partial: Path, *, begun: bool = True) -> OutputError:

@@ -37,7 +37,8 @@ class Totals:
     Attributes:
         tensors: In the output.
         changed: Of which have at least one element that is not the base's.
-        targeted: Of which a delta was added to.
+        merged: Of which are made anew from one or several models, and compared with none.
+        copied: Of which are an input's, perhaps in another dtype.
         survival: 1 − ‖(W′ − W) − ΔW‖ / ‖ΔW‖ over all tensors together; None without an update.
         worst: The tensor with the least survival, and that survival.
         relative: ‖ΔW‖ / ‖W‖ over all changed tensors together.
@@ -46,11 +47,23 @@ class Totals:
 
     tensors: int
     changed: int
-    targeted: int
+    merged: int
+    copied: int
     survival: float | None
     worst: tuple[str, float] | None
     relative: float | None
     nbytes: int
+
+    def __str__(self) -> str:
+        """`3 of 8 tensors changed`; of what has no base to differ from, `8 of 8 tensors merged`."""
+        of = f"of {self.tensors} tensors"
+        if self.merged:
+            return f"{self.merged} {of} merged" + (f", {self.changed} changed" * bool(self.changed))
+        return (
+            f"{self.copied} {of} copied"
+            if self.copied == self.tensors
+            else (f"{self.changed} {of} changed")
+        )
 
 
 def totals(plan: Plan, receipts: Mapping[str, Receipt]) -> Totals:
@@ -65,11 +78,11 @@ def totals(plan: Plan, receipts: Mapping[str, Receipt]) -> Totals:
     survivals = [(r.survival, r.name) for r in found if r.survival is not None]
     worst = min(survivals, default=None)
     added = sum(_takes_place(job, plan) for job in plan.jobs)
-    against_base = sum(isinstance(job.expression, AddDeltas) or _has_base(job) for job in plan.jobs)
     return Totals(
         tensors=len(found),
         changed=sum(receipt.changed for receipt in found) + added,
-        targeted=against_base + added,
+        merged=sum(_is_merged(job) for job in plan.jobs),
+        copied=sum(isinstance(job.expression, Load) for job in plan.jobs) - added,
         survival=whole.survival,
         worst=(worst[1], worst[0]) if worst else None,
         relative=whole.relative,
@@ -104,6 +117,7 @@ def manifest(
         "totals": {
             "tensors": sums.tensors,
             "changed": sums.changed,
+            "merged": sums.merged,
             "bytes": sums.nbytes,
             "relative": sums.relative,
             "survival": sums.survival,
@@ -186,10 +200,13 @@ def _has_base(job: TensorJob) -> bool:
 
 
 def _takes_place(job: TensorJob, plan: Plan) -> bool:
-    """It is no base's tensor with something added, but one of its own."""
-    if isinstance(job.expression, AddDeltas) or _has_base(job):
-        return False
-    return isinstance(job.expression, Merge | Rows) or "adapter" in _roles(job, plan)
+    """It is no base's tensor with something added, but one of an adapter's own."""
+    return isinstance(job.expression, Load) and "adapter" in _roles(job, plan)
+
+
+def _is_merged(job: TensorJob) -> bool:
+    """Made by a method that has no base, or of rows in a new order."""
+    return isinstance(job.expression, Merge | Rows) and not _has_base(job)
 
 
 def _roles(job: TensorJob, plan: Plan) -> str:

@@ -1,0 +1,177 @@
+"""What rounding to the storage dtype leaves in ΔW, and which singular values stand above it.
+
+A weight w on the grid of its dtype becomes round(w + δ), and what is seen of δ is D = u round(δ/u)
+with u = ulp(w). Split D = c δ + η into what goes with δ and the rest (Bussgang, 1952). For δ of
+many ulps, c = 1 and η is uniform within an ulp, of variance u²/12. An update below half an ulp
+vanishes, but for the weights whose ulp is small: η is no larger than D then, and u²/12 says far too
+much. For δ ~ N(0, τ²), with φ and Q the normal density and tail and aⱼ = (j + ½) u/τ,
+
+    E[D²] = Σⱼ (2j + 1) 2 u² Q(aⱼ),   E[D δ] = Σⱼ 2 u τ φ(aⱼ),   c = E[D δ]/τ²,
+
+so that the mean of D², which is known, says τ, and Var η = E[D²] − c² τ².
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from torch import Tensor
+
+# Singular values of noise of a finite matrix may stand this far above the edge of an infinite one.
+_ABOVE_EDGE = 1.02
+# What is left of ΔW is not the noise predicted, if its deviation is off by more than this.
+_FITS = 0.1
+# Of ‖ΔW‖²: less is not told from the rounding of the products that gave the singular values.
+_SEEN = 1e-5
+_MANTISSA = {"bfloat16": 7, "float16": 10, "float32": 23}
+_LOWEST = {"bfloat16": -126, "float16": -14, "float32": -126}
+
+
+@dataclass(frozen=True, slots=True)
+class Ulps:
+    """The units in the last place of some weights: what sizes, and which share has each."""
+
+    sizes: tuple[float, ...]
+    shares: tuple[float, ...]
+
+    @property
+    def mean_square(self) -> float:
+        """The mean of ulp²."""
+        return math.fsum(s * u * u for u, s in zip(self.sizes, self.shares, strict=True))
+
+
+def ulps(block: Tensor, dtype: str) -> Ulps:
+    """Of weights stored in `dtype`: 2^(⌊log₂|w|⌋ − mantissa bits).
+
+    Args:
+        block: Weights of any shape, as they are stored or widened.
+        dtype: `bfloat16`, `float16` or `float32`. Below its normal numbers the ulp is constant.
+    """
+    import torch
+
+    # The exponent of a float32 is ⌊log₂|w|⌋ + 127; every narrower type is a part of float32.
+    powers = (block.float().reshape(-1).view(torch.int32) >> 23) & 0xFF
+    counts = torch.bincount(powers.clamp_min_(_LOWEST[dtype] + 127), minlength=256)
+    found = [(n - 127 - _MANTISSA[dtype], c) for n, c in enumerate(counts.tolist()) if c]
+    number = powers.numel()
+    return Ulps(tuple(2.0**power for power, _ in found), tuple(c / number for _, c in found))
+
+
+@dataclass(frozen=True, slots=True)
+class Noise:
+    """What rounding adds to each element of ΔW.
+
+    Attributes:
+        uniform: mean(ulp²) / 12, of an update of many ulps.
+        variance: Of this update.
+    """
+
+    uniform: float = 0.0
+    variance: float = 0.0
+
+    def edge(self, shape: tuple[int, int]) -> float:
+        """σ (√m + √n), where the singular values of such noise end (Bai & Yin, 1993)."""
+        return _edge(self.variance, shape)
+
+
+def _edge(variance: float, shape: tuple[int, int]) -> float:
+    return math.sqrt(variance) * (math.sqrt(shape[0]) + math.sqrt(shape[1]))
+
+
+def rounding(found: Ulps, mean_square: float, *, on_grid: bool) -> Noise:
+    """The noise in a difference.
+
+    Args:
+        found: Of what the tuned weights were rounded to.
+        mean_square: ‖ΔW‖² / (m n).
+        on_grid: The base's weights are numbers of the same dtype. Those that are not are rounded
+            whatever the update is, and the error is uniform.
+    """
+    uniform = found.mean_square / 12
+    if not on_grid or mean_square <= 0 or not uniform:
+        return Noise(uniform, uniform)
+    low, high = 0.0, math.sqrt(mean_square)
+    while _moments(high, found)[0] < mean_square:
+        low, high = high, 2 * high
+    while high - low > 1e-6 * high:
+        middle = (low + high) / 2
+        low, high = (middle, high) if _moments(middle, found)[0] < mean_square else (low, middle)
+    square, along = _moments(high, found)
+    return Noise(uniform, max(square - (along / high) ** 2, 0.0))
+
+
+def _moments(deviation: float, found: Ulps) -> tuple[float, float]:
+    """E[D²] and E[D δ] for δ ~ N(0, τ²), over all sizes of ulps."""
+    squares, along = [], []
+    for ulp, share in zip(found.sizes, found.shares, strict=True):
+        step = ulp / deviation
+        if step < 0.25:  # what the sums are then, to the last place
+            squares.append(share * (deviation**2 + ulp**2 / 12))
+            along.append(share * deviation**2)
+            continue
+        for j in range(math.ceil(9 / step)):
+            a = (j + 0.5) * step
+            squares.append(share * (2 * j + 1) * ulp**2 * math.erfc(a / math.sqrt(2)))
+            along.append(share * 2 * ulp * deviation * math.exp(-a * a / 2) / _ROOT)
+    return math.fsum(squares), math.fsum(along)
+
+
+_ROOT = math.sqrt(2 * math.pi)
+
+
+@dataclass(frozen=True, slots=True)
+class Signal:
+    """What stands above the noise.
+
+    Attributes:
+        rank: How many singular values.
+        known: Values behind them were seen, too, and the rank is no more.
+        fits: What is left has the noise's deviation; None where that cannot be told.
+        kept: Share of the update's own energy, ‖ΔW‖² less the noise's, that those values hold, less
+            the noise in them; 1 where there is none but noise.
+    """
+
+    rank: int
+    known: bool
+    fits: bool | None
+    kept: float
+
+
+def signal(values: Sequence[float], noise: Noise, shape: tuple[int, int], energy: float) -> Signal:
+    """Which singular values are the update's and not noise.
+
+    Those above the edge of uniform noise are. Of an update below an ulp the noise is less, and its
+    edge lower; but what rounding does to an update of low rank has structure, whose values may
+    stand above that edge. So further ones are taken only until they hold the update's own energy,
+    and as long as they stand out of all that is left, too.
+
+    Args:
+        values: The first singular values, falling.
+        noise: Of the same matrix.
+        shape: Of it.
+        energy: ‖ΔW‖².
+    """
+    m, n = shape
+    own = energy - noise.variance * m * n
+    rank = sum(value > _ABOVE_EDGE * _edge(noise.uniform, shape) for value in values)
+    held = math.fsum(value * value for value in values[:rank])
+    while rank < min(len(values), m - 1, n - 1) and held < own:
+        square = values[rank] ** 2
+        rest = max(energy - held - square, 0.0) / ((m - rank - 1) * (n - rank - 1))
+        if square <= (_ABOVE_EDGE * _edge(max(rest, noise.variance), shape)) ** 2:
+            break
+        rank, held = rank + 1, held + square
+    spread = noise.variance * (m + n)  # a signal s appears with s² + σ² (m + n) + …
+    found = math.fsum(max(value * value - spread, 0.0) for value in values[:rank])
+    kept = min(found / own, 1.0) if own > 0 and found > 0 else float(rank > 0 or own <= 0)
+    fits = None
+    known = rank < len(values)
+    if known and rank < min(shape) and noise.variance * m * n > _SEEN * energy:
+        left = max(energy - held, 0.0) / ((m - rank) * (n - rank))
+        fits = abs(math.sqrt(left / noise.variance) - 1) <= _FITS
+    return Signal(rank, known, fits, kept)

@@ -1,0 +1,252 @@
+"""What `weft run` says of a recipe that is sound by itself, and of what it has made."""
+
+from __future__ import annotations
+
+import os
+import re
+from typing import TYPE_CHECKING
+
+import pytest
+from running import MATRIX, checkpoint, llama, load, lora, run
+from safetensors.torch import save_file
+
+import weft
+from weft import methods
+from weft.cli.app import main
+from weft.core.errors import NumericsError, WeftError
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+LINEAR = "merge_method: linear\nmodels: [model: a, model: b]\nparameters: {weight: 1}\n"
+SCALED = """\
+merge_method: passthrough
+models: [model: a]
+parameters: {scale: [{filter: q_proj, value: 0.5}, {value: 1}]}
+"""
+TIES = "merge_method: ties\nbase_model: base\nmodels: [model: a, model: b]\n"
+
+
+@pytest.fixture
+def root(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """`base`, and `a` and `b` tuned from it; the working folder."""
+    for number, name in enumerate(("base", "a", "b")):
+        checkpoint(tmp_path / name, llama(number or None))
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def refused(root: Path, text: str) -> str:
+    (root / "recipe.yml").write_text(text)
+    with pytest.raises(WeftError) as error:
+        weft.plan_run("recipe.yml")
+    assert error.value.exit_code == 2
+    return f"{error.value}\n{error.value.hint or ''}"
+
+
+def said_by(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> str:
+    with pytest.raises(SystemExit) as end:
+        main(arguments)
+    assert end.value.code == 2
+    return capsys.readouterr().err
+
+
+# ------------------------------------------------------------------------------------- refused
+
+
+def test_an_adapter_whose_base_is_not_there(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It says what it is, which base it names, and how to write where that is."""
+    monkeypatch.setitem(os.environ, "HF_HUB_OFFLINE", "1")
+    lora(root / "adapter", 1, rms=1e-3, base="./no/such/base")
+    lora(root / "nameless", 1, rms=1e-3)
+    message = refused(root, LINEAR.replace("model: b", "model: adapter"))
+    assert "adapter is an adapter, whose config names the base ./no/such/base: " in message
+    assert "@ models[1], line 2, column 20" in message
+    assert "write where its base is: path/of/the/base+adapter" in message
+    message = refused(root, LINEAR.replace("model: b", "model: nameless"))
+    assert "nameless is an adapter, and does not say of which base model  @ models[1]" in message
+    assert "path/of/the/base+nameless" in message
+
+
+def test_filters_that_leave_tensors_without_a_value(root: Path) -> None:
+    """Said once, with the place of the filters and one of the tensors."""
+    text = f"{TIES}parameters:\n  density: 0.5\n  weight:\n    - {{filter: self_attn, value: 1}}\n"
+    message = refused(root, text)
+    assert message.startswith("2 problems in recipe.yml\n")
+    for name in ("a", "b"):
+        what = f'no "weight" of {name} for lm_head.weight and 4 tensors more'
+        assert f"{what}: the filters of the recipe are of others" in message
+    assert "@ parameters.weight, line 6, column 3" in message
+    assert "`- value: 0.5`" in message
+    own = "models:\n  - {model: a, parameters: {weight: 1}}\n  - model: b\n    parameters:\n"
+    own += "      weight: [{filter: layers, value: 1}]\n"
+    message = refused(root, f"merge_method: ties\nbase_model: base\n{own}")
+    assert message.startswith("1 problem in")
+    assert "@ models[1].parameters.weight, line 7, column 7" in message
+
+
+def test_a_gradient_of_fractions(root: Path) -> None:
+    text = "merge_method: karcher\nmodels: [model: a, model: b]\nparameters: {max_iter: [1, 2]}\n"
+    for layers in (3,):
+        for name in ("a", "b"):
+            checkpoint(root / f"{name}{layers}", llama(1, layers=layers))
+    message = refused(root, text.replace("model: a", "model: a3").replace("model: b", "model: b3"))
+    assert 'the gradient of "max_iter" is 1.5 for model.layers.1.' in message
+    assert "line 2" in message
+
+
+@pytest.mark.parametrize(
+    ("layers", "cure"), [("[0, 9]", "[0, 2]"), ("[1, 3]", "[1, 2]"), ("[5, 9]", "[0, 2]")]
+)
+def test_layers_that_the_model_has_not(layers: str, cure: str, root: Path) -> None:
+    text = f"merge_method: passthrough\nslices: [sources: [{{model: a, layer_range: {layers}}}]]\n"
+    message = refused(root, text)
+    assert f"layer_range {layers} reaches past the 2 layers of a" in message
+    assert "@ slices[0].sources[0].layer_range, line 2, column 31" in message
+    assert f"its last layer is 1: layer_range: {cure}" in message
+
+
+def test_weights_are_no_recipe(root: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    said = said_by(["run", "a/model.safetensors", "-o", "out"], capsys)
+    assert "error: a/model.safetensors is a file of weights, not a recipe\n" in said
+    assert "hint: name it under `models:` of a recipe" in said
+    (root / "noise.yml").write_bytes(b"merge_method: \xff\n")
+    said = said_by(["run", "noise.yml", "--check"], capsys)
+    assert "error: noise.yml is no text, and so no recipe: byte 14 is not UTF-8\n" in said
+
+
+@pytest.mark.parametrize(
+    ("name", "near"), [("nonsense", None), ("dare-ties", "dare_ties"), ("Slrp", "slerp")]
+)
+def test_a_method_that_is_not_there(
+    name: str, near: str | None, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The nearest name, if any is near, and all of them."""
+    said = said_by(["methods", name], capsys)
+    assert f"there is no merge method '{name}'" in said
+    assert (f"did you mean {near}?" in said) == (near is not None)
+    assert "there are: arcee_fusion, breadcrumbs, " in said
+
+
+def test_a_size_below_zero(capsys: pytest.CaptureFixture[str]) -> None:
+    said = said_by(["extract", "a", "--base", "b", "-o", "c", "--size", "-5MB"], capsys)
+    assert said.startswith("error: --size -5MB: there is no such value below zero\n")
+    said = said_by(["extract", "a", "--base", "b", "-o", "c", "--size"], capsys)
+    assert said.startswith("error: --size needs a value behind it\n")
+
+
+# ---------------------------------------------------------------------------------------- notes
+
+
+def test_only_files_that_are_there_are_said_to_be_taken(root: Path) -> None:
+    def taken(text: str) -> list[str]:
+        (root / "recipe.yml").write_text(text)
+        plan = weft.plan_run("recipe.yml").plan
+        return [note for note in plan.beside if " from a" in note]
+
+    assert taken(LINEAR) == ["config from a"]
+    (root / "a/tokenizer.json").write_text("{}")
+    assert taken(LINEAR) == ["config and tokenizer from a"]
+    (root / "a/chat_template.jinja").write_text("{{ messages }}")
+    assert taken(LINEAR) == ["config, tokenizer and chat template from a"]
+    assert taken(LINEAR + "chat_template: chatml\n") == ["config and tokenizer from a"]
+    (root / "a/config.json").unlink()
+    assert taken(LINEAR) == ["tokenizer and chat template from a"]
+    for name in ("a", "b"):
+        save_file(llama(1), root / f"{name}.safetensors")
+    assert taken(LINEAR.replace("a,", "a.safetensors,").replace("b]", "b.safetensors]")) == []
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        (LINEAR, "7 of 7 tensors merged"),
+        (f"{TIES}parameters: {{weight: 1}}\n", "7 of 7 tensors changed"),
+        (f"{TIES}parameters: {{weight: 1, lambda: 0}}\n", "0 of 7 tensors changed"),
+        ("merge_method: passthrough\nmodels: [model: a]\n", "7 of 7 tensors copied"),
+        ("merge_method: passthrough\nmodels: [model: base+adapter]\n", "2 of 7 tensors changed"),
+        (
+            SCALED,
+            "2 of 7 tensors merged",
+        ),
+        (
+            "modules:\n  model: {models: [model: a]}\nmerge_method: passthrough\n",
+            "7 of 7 tensors copied",
+        ),
+    ],
+)
+def test_what_became_of_the_tensors(
+    text: str, said: str, root: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Of what a method without a base makes nobody knows whether it changed, and from what."""
+    lora(root / "adapter", 1, rms=1e-2)
+    (root / "recipe.yml").write_text(text)
+    with pytest.raises(SystemExit) as end:
+        main(["run", "recipe.yml", "-o", "out"])
+    assert not end.value.code
+    assert capsys.readouterr().out.startswith(f"{said}, ")
+    assert f"\n{said}, " in (root / "out/README.md").read_text()
+
+
+# ------------------------------------------------------------------------------ NaN and infinity
+
+SETTINGS = {
+    "slerp": "t: 0.3",
+    "nearswap": "t: 0.01",
+    "sce": "select_topk: 0.5",
+    "linear": "weight: 1",
+    "nuslerp": "weight: 1",
+    "multislerp": "weight: 1",
+    "passthrough": "scale: 0.5",
+    **dict.fromkeys(("ties", "breadcrumbs", "breadcrumbs_ties"), "weight: 1, density: 0.5"),
+    **dict.fromkeys(("dare_ties", "dare_linear", "della"), "weight: 1, density: 0.5"),
+    **dict.fromkeys(("della_linear", "task_arithmetic"), "weight: 1, density: 0.5"),
+}
+
+
+def recipe_of(method: str) -> str:
+    own = methods.method(method)
+    most = own.INPUTS[1] or 2
+    names = ["a", "b"][:most]
+    base = "base_model: base\n" if own.BASE != "none" else ""
+    models = ", ".join(f"model: {name}" for name in names)
+    parameters = SETTINGS.get(method, "")
+    return f"merge_method: {method}\n{base}models: [{models}]\nparameters: {{{parameters}}}\n"
+
+
+@pytest.mark.parametrize("value", ["nan", "inf"])
+@pytest.mark.parametrize("method", methods.names())
+def test_the_file_that_holds_nan_is_named(method: str, value: str, root: Path) -> None:
+    """In the last of several models, or in the base, whatever the method does with it."""
+    text = recipe_of(method)
+    name = f"{MATRIX.format(1)}.weight"
+    asked = re.findall(r"model: (\w+)", text)
+    for model in dict.fromkeys((asked[0], asked[-1])):
+        tensors = llama({"base": None, "a": 1, "b": 2}[model])
+        tensors[name][3, 5] = float(value)
+        sound = (root / model / "model.safetensors").read_bytes()
+        save_file(tensors, root / model / "model.safetensors", {"format": "pt"})
+        with pytest.raises(NumericsError) as error:
+            run(root, text)
+        assert str(error.value).startswith(f"{name} in {root}/{model}/model.safetensors holds NaN")
+        assert not (root / "out").exists()
+        (root / model / "model.safetensors").write_bytes(sound)
+
+
+def test_nan_of_what_is_only_cast_is_warned_of(root: Path) -> None:
+    """A mask may hold infinity. What is not even cast the kernel copies, and nobody looks at it."""
+    tensors = llama(1)
+    tensors["lm_head.weight"][0, 0] = float("nan")
+    tensors["model.norm.weight"][0] = float("-inf")
+    save_file(tensors, root / "a/model.safetensors", {"format": "pt"})
+    (root / "recipe.yml").write_text("merge_method: passthrough\nmodels: [model: a]\n")
+    copied = weft.run("recipe.yml", output="copied")
+    assert not any("NaN" in warning for warning in copied.warnings)
+    with (root / "recipe.yml").open("a") as file:
+        file.write("dtype: float32\n")
+    found = weft.run("recipe.yml", output="cast")
+    assert found.warnings == (
+        "NaN or infinity in lm_head.weight and 1 more, taken over as they were",
+    )
+    assert found.manifest["warnings"] == list(found.warnings)
+    assert load(root / "cast")["lm_head.weight"][0, 0].isnan()
