@@ -25,6 +25,7 @@ from typing import Any
 
 import peft
 import torch
+from peft.tuners.lora.config import BdLoraConfig, KasaConfig
 from safetensors.torch import save_file
 from setting import machine, versions
 from torch import nn
@@ -39,6 +40,14 @@ TARGETS = list(SHAPES)
 
 KINDS: dict[str, Any] = {
     "lora": lambda: peft.LoraConfig(r=RANK, target_modules=TARGETS),
+    "kasa": lambda: peft.LoraConfig(r=RANK, target_modules=TARGETS, kasa_config=KasaConfig()),
+    "bdlora": lambda: peft.LoraConfig(
+        r=RANK,
+        target_modules=TARGETS,
+        use_bdlora=BdLoraConfig(
+            target_modules_bd_a=["q", "up"], target_modules_bd_b=["down"], nblocks=4
+        ),
+    ),
     "dora": lambda: peft.LoraConfig(r=RANK, target_modules=TARGETS, use_dora=True),
     "loha": lambda: peft.LoHaConfig(r=RANK, target_modules=TARGETS),
     "lokr": lambda: peft.LoKrConfig(r=RANK, target_modules=TARGETS),
@@ -64,7 +73,24 @@ KINDS: dict[str, Any] = {
     "hira": lambda: peft.HiraConfig(r=RANK, target_modules=TARGETS),
     "road": lambda: peft.RoadConfig(target_modules=TARGETS),
     "wavelet": lambda: peft.WaveFTConfig(n_frequency=1000, target_modules=TARGETS),
+    "pvera": lambda: peft.PveraConfig(r=64, target_modules=TARGETS),
+    "deft": lambda: peft.DeftConfig(r=RANK, target_modules=TARGETS),
+    "glora": lambda: peft.GloraConfig(r=RANK, target_modules=TARGETS),
+    "peanut": lambda: peft.PeanutConfig(r=RANK, target_modules=TARGETS),
+    "osf": lambda: peft.OSFConfig(effective_rank=RANK, target_modules=TARGETS),
+    "tinylora": lambda: peft.TinyLoraConfig(
+        r=2, u=64, save_projection=True, target_modules=TARGETS
+    ),
+    "unilora": lambda: peft.UniLoraConfig(
+        r=4, theta_d_length=256, save_indices=True, target_modules=TARGETS
+    ),
+    "supertuning": lambda: peft.SupertuningConfig(sparsity=0.99, target_modules=TARGETS),
+    "frod": lambda: peft.FrodConfig(
+        save_projection=True, progressbar=False, target_modules=TARGETS
+    ),
 }
+# They change vectors, or a few rows: nothing that takes time.
+SMALL = {"BEFT", "LN_TUNING", "TRAINABLE_TOKENS"}
 
 
 class Base(nn.Module):

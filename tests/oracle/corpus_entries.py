@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import re
 import tarfile
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
@@ -79,44 +78,6 @@ def unpack(folder: Path) -> None:
     for path in CORPUS.glob("*.tar.xz"):
         with tarfile.open(path) as tar:
             tar.extractall(folder / path.name.removesuffix(".tar.xz"), filter="data")
-
-
-# Kinds whose W′ is computed here as well, all of it or in part, whatever release wrote them.
-FORMULA = (
-    *("lora", "lora-regex", "lora-layers", "lora-excluded", "rslora", "patterns", "dora"),
-    *("dora-rslora", "lora-with-bias", "bias-all", "norm-saved", "head-saved", "init-gaussian"),
-    *("init-orthogonal", "init-mica", "gpt2-lora", "gpt2-dora", "gpt2-rslora", "llama-lora"),
-    *("llama-all-linear", "llama-dora", "llama-ends-saved", "tied-lora"),
-)
-_OTHER_LORA = ("kasa_config", "use_qalora", "use_bdlora", "layer_replication", "enable_lora")
-
-
-def lora(entry: Entry, corpus: Path) -> dict[str, Tensor]:
-    """W′ = W + s · B A of every matrix that plain LoRA changes, with m / ‖W′‖ · W′ if it is DoRA.
-
-    In float64; s is α / r, or α / √r of rsLoRA. W is (out, in), and of GPT-2 its transpose.
-    """
-    config, tensors = entry.config(corpus), entry.tensors(corpus)
-    if entry.model in ("conv", "mha") or any(map(config.get, _OTHER_LORA)):
-        return {}
-    base = load_file(corpus / "double" / entry.model / "model.safetensors")
-    found = {}
-    for key, A in tensors.items():
-        module = key.removeprefix("base_model.model.").removesuffix(".lora_A.weight")
-        W = base.get(f"{module}.weight")
-        if not key.endswith(".lora_A.weight") or W is None:
-            continue
-        stem, turned = key.removesuffix("lora_A.weight"), ".h." in module
-        patterns = (config.get("alpha_pattern") or {}).items()
-        own = [alpha for name, alpha in patterns if re.fullmatch(rf"(.*\.)?{name}", module)]
-        (alpha,) = own or [config["lora_alpha"]]
-        scaling = alpha / len(A) ** (0.5 if config.get("use_rslora") else 1)
-        W = (W.T if turned else W) + scaling * tensors[f"{stem}lora_B.weight"].double() @ A.double()
-        for name in ("lora_magnitude_vector", "lora_magnitude_vector.weight"):
-            if (m := tensors.get(stem + name)) is not None:
-                W *= (m.double() / W.norm(dim=1))[:, None]
-        found[f"{module}.weight"] = W.T if turned else W
-    return found
 
 
 @dataclass(frozen=True)
@@ -267,4 +228,12 @@ BITS = [
 # W′ depends on the dtype of the base for another reason than its last rounding.
 STORED = [
     Rule("osf randlora-sparse", "factors are rounded to the dtype that the base is stored in")
+]
+
+# What Weft takes of W in float32, as training did.
+SINGLE_ALGEBRA = [Rule("osf", "an SVD in float32")]
+
+# Kinds of which `formulas` has no W′.
+NO_FORMULA = [
+    Rule("vera-drawn randlora-drawn randlora-sparse", "A and B are drawn again, by torch alone")
 ]

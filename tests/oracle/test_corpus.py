@@ -20,6 +20,7 @@ from safetensors.torch import load_file, save_file
 
 import weft
 from oracle import corpus_entries as known
+from oracle import formulas
 from weft.core.errors import WeftError
 
 if TYPE_CHECKING:
@@ -185,11 +186,19 @@ def check_forward(case: Case) -> None:
 
 
 def check_algebra(case: Case) -> None:
-    """W′ of plain LoRA and DoRA is that of the formula; other kinds have files of their own."""
-    expected = known.lora(case.entry, case.corpus)
-    assert (case.entry.kind in known.FORMULA) <= bool(expected)
+    """Every tensor that changes is what the formula of its kind gives, in float64."""
+    if known.rule(known.NO_FORMULA, case.entry):
+        return
+    entry, got = case.entry, dict(case.exact)
+    expected = formulas.merged(entry, case.corpus)
+    if entry.model.endswith("tied"):
+        got.setdefault("lm_head.weight", got["model.embed_tokens.weight"])
+    tolerance = 5e-6 if known.rule(known.SINGLE_ALGEBRA, entry) else 2e-12
     for name, value in expected.items():
-        assert distance(case.exact[name], value) <= 1e-14, name
+        assert distance(got[name], torch.from_numpy(value)) <= tolerance, name
+    base = formulas.base_of(entry, case.corpus)
+    others = got.keys() - expected.keys()
+    assert [n for n in others if not torch.equal(got[n], torch.from_numpy(base[n]))] == []
 
 
 def check_rounding(case: Case) -> None:

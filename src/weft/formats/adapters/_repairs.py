@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping, Sequence
 
 PREFIX = "base_model.model."
+WHOLE = "base_model."  # what stands before tensors that all modules use
 _WRAPPERS = {
     "_orig_mod": "torch.compile",
     "_fsdp_wrapped_module": "FSDP",
@@ -109,8 +110,9 @@ def _unwrapped(key: str) -> tuple[str, str] | None:
 
 def _data_parallel(keys: Sequence[str]) -> bool:
     """Whether every key begins with `module`, which else may be the name of a module."""
-    rests = (re.sub(rf"^({re.escape(PREFIX)})+", "", _unwrapped_or_same(key)) for key in keys)
-    return all(rest.startswith("module.") for rest in rests)
+    rests = [re.sub(rf"^({re.escape(PREFIX)})+", "", _unwrapped_or_same(key)) for key in keys]
+    of_modules = [rest for rest in rests if not rest.startswith(WHOLE)]
+    return bool(of_modules) and all(rest.startswith("module.") for rest in of_modules)
 
 
 def _unwrapped_or_same(key: str) -> str:
@@ -124,7 +126,7 @@ def _one_prefix(key: str) -> tuple[str, str] | None:
     if key == PREFIX + rest:
         return None
     if key == rest:
-        if key.startswith("base_model."):  # PEFT's tensors of the whole model
+        if key.startswith(WHOLE):
             return None
         return PREFIX + key, f"{PREFIX!r} put before"
     return PREFIX + rest, f"{PREFIX!r} kept once"
