@@ -13,7 +13,6 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import torch
 from safetensors.torch import load_file
 
 from oracle.method_formulas import METHODS, flat, glora_bias, ia3, road_matrix
@@ -21,6 +20,8 @@ from oracle.method_formulas import METHODS, flat, glora_bias, ia3, road_matrix
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
     from pathlib import Path
+
+    import torch
 
     from oracle.corpus_entries import Entry
 
