@@ -121,7 +121,7 @@ def with_the_keys_in_another_order(adapter: Path) -> None:
 
 
 @pytest.mark.parametrize("kwargs", [{"rank": 6}, {"energy": 0.7}], ids=["rank", "energy"])
-@pytest.mark.parametrize("model", ["gpt-oss", "llama4"])
+@pytest.mark.parametrize("model", ["gpt-oss", "llama4", "mixtral-square", "mixtral-square-up"])
 def test_fused_experts_are_not_lost(tmp_path: Path, model: str, kwargs: dict[str, Any]) -> None:
     made = test_experts.MODELS[model][0]()
     helpers.randomise(made)

@@ -233,6 +233,8 @@ def _config(
         "lora_dropout": 0.0,
         "modules_to_save": to_save or None,
         "peft_type": "LORA",
+        # A square weight of fused experts is read by the release: its factors lie as this one's do.
+        **({"peft_version": "0.21.2"} if experts else {}),
         "r": common,
         "rank_pattern": pattern,
         "revision": plan.revision,

@@ -324,9 +324,8 @@ def _square_is_exchanged(place: _Place, known: Base, adapter: Adapter) -> bool |
             return transposed if version > (0, 19, 0) else not transposed
         if transposed:
             return True  # by every release but 0.19.0
-    shape = place.fused.shape if place.fused is not None else place.parts[0][1][0].shape
     return Problem(
-        f"{entry.module}.{entry.parameter} is square, {list(shape)}, so that {adapter.given} could "
+        f"{entry.module}.{entry.parameter} is square, so that {adapter.given} could "
         "mean s · B @ A (PEFT from 0.19.1 on) or s · (B @ A)ᵀ (PEFT 0.17 and 0.18) for each expert",
         "write the release of PEFT that trained it into adapter_config.json as peft_version, and "
         "give a base whose config.json has a model_type",
