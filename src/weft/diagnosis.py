@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -10,7 +11,7 @@ from weft import api
 from weft.core.errors import FormatError, PlanError, Unsupported, WeftError, as_problems
 from weft.core.names import match
 from weft.core.specs import Repair
-from weft.core.units import some
+from weft.core.units import clean, some
 from weft.formats.adapters import describe_adapter
 from weft.formats.adapters._peft_config import matching
 from weft.formats.adapters._repairs import PREFIX
@@ -140,11 +141,29 @@ def _examine(
     if base is None:
         findings += _without_base(adapter)
     findings += _caught_more(adapter)
+    findings += _no_expressions(adapter)
     findings += [Finding("note", note) for note in adapter.notes]
     order = ("problem", "warning", "repaired", "note")
     findings.sort(key=lambda finding: order.index(finding.level))
     given = None if base is None else str(base)
     return Diagnosis(adapter.given, adapter, plan, given, tuple(findings), fits)
+
+
+def _no_expressions(adapter: Adapter) -> list[Finding]:
+    """Patterns of the config that Python's `re` does not compile, nor then PEFT's loader."""
+    found = []
+    for name in ("target_modules", "exclude_modules"):
+        pattern = adapter.config.get(name)
+        try:
+            re.compile(pattern if isinstance(pattern, str) else "")
+        except re.error as error:
+            what = (
+                f"{name} = {clean(repr(pattern))} in {adapter.given} is no regular expression "
+                f"({error}): PEFT cannot load the adapter; weft merges what is in the file"
+            )
+            cure = f"correct {name} in adapter_config.json"
+            found.append(Finding("warning", what, cure))
+    return found
 
 
 def _problems(problems: Iterable[Problem]) -> list[Finding]:

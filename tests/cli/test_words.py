@@ -149,3 +149,13 @@ def test_examples_are_lines(command: str, width: str, monkeypatch: pytest.Monkey
     shown = [line.strip(" •") for line in examples if line.strip()]
     assert len(shown) == 3
     assert all(line.startswith(f"weft {command} ") for line in shown)
+
+
+@pytest.mark.parametrize(
+    ("command", "words"),
+    [("extract", "(*norm*)"), ("resize", "\n • weft resize ADAPTER --energy")],
+)
+def test_help_keeps_what_markdown_would_take(command: str, words: str) -> None:
+    code, out, _ = run(command, "--help")
+    assert code == 0
+    assert words in out

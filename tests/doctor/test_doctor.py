@@ -261,3 +261,15 @@ def test_peft_loads_what_was_fixed(name: str, tmp_path: Path) -> None:
     with pytest.warns(UserWarning, match="missing adapter keys"):
         lost = helpers.open_peft(base, "AutoModelForCausalLM", adapter)
     assert not torch.equal(helpers.logits(lost), truth)
+
+
+@pytest.mark.parametrize("field", ["target_modules", "exclude_modules"])
+def test_a_pattern_that_is_no_regular_expression(field: str, folders: Folders) -> None:
+    """PEFT stops at it, so that neither the adapter nor a copy of it is sound."""
+    base, adapter = folders.base(MODULES), folders.adapter(MODULES)
+    edit(adapter, **{field: "(q_proj"})
+    for found in (weft.doctor(adapter), weft.doctor(adapter, base)):
+        assert found.verdict == "problems"
+        (finding,) = (f for f in found.findings if f.level == "warning")
+        assert f"{field} = '(q_proj'" in finding.what
+        assert "PEFT cannot load" in finding.what

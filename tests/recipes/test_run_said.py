@@ -259,3 +259,13 @@ def test_nan_of_what_is_only_cast_is_warned_of(root: Path) -> None:
     )
     assert found.manifest["warnings"] == list(found.warnings)
     assert load(root / "cast")["lm_head.weight"][0, 0].isnan()
+
+
+def test_a_large_change_without_adapters(root: Path) -> None:
+    """What is there to check is said, and not what only adapters have."""
+    text = TIES.replace("ties", "task_arithmetic") + "parameters: {weight: 100}\n"
+    (root / "recipe.yml").write_text(text)
+    report = weft.run("recipe.yml", output=root / "out")
+    (warning,) = (line for line in report.warnings if line.startswith("‖ΔW‖ is "))
+    assert "lora_alpha" not in warning
+    assert "check the weights" in warning

@@ -203,8 +203,13 @@ def _too_large(plan: Plan, receipts: Mapping[str, Receipt]) -> list[str]:
         return []
     share, name = max(found)
     others = f" and over 100 % in {len(found) - 1} more" if len(found) > 1 else ""
-    warning = (
-        f"‖ΔW‖ is {units.show_share(share)} of ‖W‖ in {name}{others}: more than training does; "
+    adapted = any("adapter" in entry.role for entry in plan.inputs)
+    check = (
         "check lora_alpha and r, the weight given to the adapter, and that this is its base"
+        if adapted
+        else "check the weights, and that the models were tuned from this base"
     )
-    return [warning]
+    return [
+        f"‖ΔW‖ is {units.show_share(share)} of ‖W‖ in {name}{others}: more than training does; "
+        + check
+    ]

@@ -38,7 +38,7 @@ def extract(
     """Take an adapter out of a tuned model: for every matrix the best of its rank, and its error.
 
     TUNED and --base are what weft merge takes as BASE, model+adapter:0.7 too. Filters are comma
-    lists of parts of names (self_attn, mlp), globs (*norm*) or /regular expressions/.
+    lists of parts of names (self_attn, mlp), globs (`*norm*`) or /regular expressions/.
 
     For example:
 

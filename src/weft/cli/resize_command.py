@@ -32,10 +32,11 @@ def resize(
 
     One of --rank, --energy and --size says how small. ADAPTER is a LoRA of PEFT's.
 
-    Examples:
-        weft resize ADAPTER --rank 16 -o SMALLER
-        weft resize ADAPTER --energy 0.95 -o SMALLER
-        weft resize ADAPTER --size 50MB --dtype bfloat16 -o SMALLER
+    For example:
+
+    - weft resize ADAPTER --rank 16 -o SMALLER
+    - weft resize ADAPTER --energy 0.95 -o SMALLER
+    - weft resize ADAPTER --size 50MB --dtype bfloat16 -o SMALLER
 
     Parameters
     ----------
