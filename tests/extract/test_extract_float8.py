@@ -128,7 +128,8 @@ def test_a_weight_is_what_transformers_makes_of_it(tmp_path: Path) -> None:
     numbers, scale = float8_models.quantise(W, "blocks")
     one = {name: numbers, f"{name}_scale_inv": scale}
     pairs.write(tmp_path / "eight", one, quantization_config=float8_models.CONFIGS["blocks"])
-    theirs = Fp8Dequantize(None)._dequantize_one(numbers, scale)
+    given = {"weight": [numbers], "weight_scale_inv": [scale]}
+    theirs = Fp8Dequantize(None).convert(given)["weight"]
     assert theirs.dtype == torch.float32
     pairs.write(tmp_path / "wide", {name: theirs})
     pairs.write(tmp_path / "near", {name: theirs.bfloat16()})
@@ -153,30 +154,55 @@ def orthogonal(shape: tuple[int, int], rank: int, size: float, seed: int) -> Ten
 def test_auto_tells_an_update_from_the_rounding_to_8_bits(tmp_path: Path, made: str) -> None:
     """An update of rank 5 that stands above what the rounding of TUNED, or of BASE, puts there."""
     shape, rank = (384, 320), 5
-    generator = torch.Generator().manual_seed(3)
-    W = 0.02 * torch.randn(shape, generator=generator)
-    # What rounding to the nearest of 8 numbers per power of two leaves, σ (√m + √n)
+    W = 0.02 * torch.randn(shape, generator=torch.Generator().manual_seed(3))
+    update = orthogonal(shape, rank, 0.08, 1)
     numbers, scale = float8_models.quantise(W, "blocks")
-    error = float8_models.worth(numbers, scale) - W.double()
-    edge = float(error.square().mean().sqrt()) * (math.sqrt(shape[0]) + math.sqrt(shape[1]))
-    tuned = W + orthogonal(shape, rank, 4 * edge, 1)
-    eight = {O_PROJ: numbers, f"{O_PROJ}_scale_inv": scale}
+    base, eight = float8_models.worth(numbers, scale), {O_PROJ: numbers}
     config = {"quantization_config": float8_models.CONFIGS["blocks"]}
-    if made == "of 16 bits":  # tuned from the 16-bit model, BASE quantised
-        pairs.write(tmp_path / "base", eight, **config)
-        pairs.write(tmp_path / "tuned", {O_PROJ: tuned.bfloat16()})
-    elif made == "from the original":
+    if made == "from the original":
+        base = W.double()
         pairs.write(tmp_path / "base", {O_PROJ: W})
-        float8_models.write(tmp_path / "tuned", {O_PROJ: tuned}, "blocks")
-    else:  # tuned from the base as it lies there, and rounded with the same scales
-        pairs.write(tmp_path / "base", eight, **config)
-        moved = float8_models.worth(numbers, scale) + orthogonal(shape, rank, 4 * edge, 1)
-        again, _ = float8_models.quantise(moved, "blocks", scale=scale)
-        pairs.write(tmp_path / "tuned", {O_PROJ: again, f"{O_PROJ}_scale_inv": scale}, **config)
+        _, found = float8_models.write(tmp_path / "tuned", {O_PROJ: W + update}, "blocks")
+        tuned = found[O_PROJ]
+    else:
+        pairs.write(tmp_path / "base", eight | {f"{O_PROJ}_scale_inv": scale}, **config)
+    if made == "of 16 bits":  # tuned from the 16-bit model, BASE quantised
+        tuned = (W + update).bfloat16().double()
+        pairs.write(tmp_path / "tuned", {O_PROJ: tuned.bfloat16()})
+    if made == "on the base's scales":  # tuned from the base as it lies there, and rounded anew
+        again, _ = float8_models.quantise(base + update, "blocks", scale=scale)
+        tuned = float8_models.worth(again, scale)
+        tensors = {O_PROJ: again, f"{O_PROJ}_scale_inv": scale}
+        pairs.write(tmp_path / "tuned", tensors, **config)
     _, manifest = extract(tmp_path, rank="auto")
     module = manifest["modules"][O_PROJ]
     assert (module["rank"], module["noise"]["fits"]) == (rank, True)
-    assert module["noise"]["edge"] == pytest.approx(edge, rel=0.12)
+    # What of the difference does not go with the update, as noise: σ (√m + √n)
+    D, wanted = tuned - base, update.double()
+    rest = D - (D * wanted).sum() / wanted.square().sum() * wanted
+    edge = float(rest.square().mean().sqrt()) * (math.sqrt(shape[0]) + math.sqrt(shape[1]))
+    assert module["noise"]["edge"] == pytest.approx(edge, rel=0.06)
+
+
+def test_single_experts_of_8_bits(tmp_path: Path) -> None:
+    """They are one module in memory; each has scales of its own."""
+    shape, rank = (160, 130), 3
+    base, tuned = {}, {}
+    for expert in range(2):
+        for number, name in enumerate(("gate_proj", "up_proj")):
+            seed = 10 * expert + number
+            W = 0.02 * torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+            key = f"model.layers.0.mlp.experts.{expert}.{name}.weight"
+            base[key] = (1 + expert) * W
+            tuned[key] = base[key] + orthogonal(shape, rank, 0.2 * (1 + expert), seed)
+    pairs.write(tmp_path / "base", base)
+    _, found = float8_models.write(tmp_path / "tuned", tuned, "channel")
+    _, manifest = extract(tmp_path, rank="auto")
+    (module,) = manifest["modules"].values()
+    far = math.hypot(*(float(dW.norm()) for dW in differences(found, base).values()))
+    assert module["kind"] == "experts"
+    assert module["norm"] == pytest.approx(far, rel=1e-6)
+    assert (module["rank"], module["noise"]["fits"]) == (2 * rank, True)
 
 
 def test_a_model_tuned_from_what_the_8_bits_stand_for(tmp_path: Path) -> None:
