@@ -86,10 +86,11 @@ def weft(tuned: str, rank: int) -> tuple[str, ...]:
     return (WEFT, "extract", tuned, "--base", "base", "-o", "out", "--rank", str(rank), "-q")
 
 
-def mergekit(python: str, tuned: str, rank: int) -> tuple[str, ...]:
+def mergekit(python: str, folder: Path, tuned: str, rank: int) -> tuple[str, ...]:
     tool = str(Path(python).with_name("mergekit-extract-lora"))
-    paths = ("--model", tuned, "--base-model", "base", "--out-path", "out")
-    return (tool, *paths, "--max-rank", str(rank), "--no-write-model-card")
+    # By whole paths: offline, it dies at its end of a model that might be one of the hub.
+    paths = ("--model", folder / tuned, "--base-model", folder / "base", "--out-path", "out")
+    return (tool, *map(str, paths), "--max-rank", str(rank), "--no-write-model-card")
 
 
 def measure(
@@ -103,7 +104,9 @@ def measure(
         if number < rounds:
             jobs += [(f"weft, rank {rank}", rank, weft(tuned, rank)) for rank in ranks]
         if peer and number < peer_rounds:
-            jobs += [(f"mergekit, rank {ranks[0]}", ranks[0], mergekit(peer, tuned, ranks[0]))]
+            jobs += [
+                (f"mergekit, rank {ranks[0]}", ranks[0], mergekit(peer, folder, tuned, ranks[0]))
+            ]
         for name, rank, command in jobs:
             shutil.rmtree(folder / "out", ignore_errors=True)
             took, memory, _ = execute(command, folder)

@@ -271,12 +271,12 @@ MISTAKES = {
         "merge_method: linear\nmodules: {text: {}}\n",
         ['module "text" has neither of "models" and "slices"  @ modules, line 2'],
     ),
-    "a share above one": (
+    "a share below none": (
         (
             "merge_method: ties\nbase_model: a\nmodels: [{model: a}, {model: b}]\n"
-            "parameters: {weight: 1, density: [0.5, 50]}\n"
+            "parameters: {weight: 1, density: [0.5, -1]}\n"
         ),
-        ['"density" should be from 0 to 1, not 50  @ parameters.density[1], line 4', "density: 1"],
+        ['"density" should be 0 or more, not -1  @ parameters.density[1], line 4', "density: 1"],
     ),
     "outliers of more than all": (
         (
@@ -543,6 +543,13 @@ def test_a_parameter_of_another_method_is_said_to_do_nothing() -> None:
         "linear does not read it, here as in MergeKit"
     ] * 2
     assert found.parameters == {}
+
+
+def test_a_density_above_one_keeps_all_and_is_said() -> None:
+    """As in MergeKit, which says nothing."""
+    text = "merge_method: ties\nbase_model: a\nmodels: [{model: b}]\n"
+    (found,) = read(text + "parameters: {weight: 1, density: 50}\n", "merge.yml")
+    assert list(found.notes) == ["a density of 50 keeps all of b: it is a share, up to 1"]
 
 
 def test_a_base_that_is_merged_like_any_model_is_said() -> None:

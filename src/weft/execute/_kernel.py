@@ -157,8 +157,11 @@ class Kernel:
         written = self.workspace.compute("written", value.shape[0], value.shape[1], value.dtype)
         written.copy_(rounded)
         changed = not torch.equal(written, weight)
-        # Not against W + ΔW as computed: that is rounded itself, by much of a small ΔW.
-        error = written.sub_(weight).sub_(delta)
+        if isinstance(self.job.expression, Merge):
+            error = written.sub_(value)
+        else:
+            # Not against W + ΔW as computed: that is rounded itself, by much of a small ΔW.
+            error = written.sub_(weight).sub_(delta)
         update = 0.0 if self._square is not None else dot(delta, delta)
         sums = Sums(dot(weight, weight), update, dot(error, error), changed)
         if math.isfinite(sums.base + sums.delta + sums.error):

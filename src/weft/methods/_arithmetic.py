@@ -33,7 +33,11 @@ def parameters(*, normalize: bool, rescale: bool, **more: Parameter) -> dict[str
     return {
         "weight": Parameter("share of the model's task vector", each=True),
         "density": Parameter(
-            "share of the task vector's elements that is kept", float, 1.0, True, low=0, high=1
+            "share of the task vector's elements that is kept, all from 1 on",
+            float,
+            1.0,
+            True,
+            low=0,
         ),
         **more,
         "lambda": Parameter("factor of the merged task vector", float, 1.0),

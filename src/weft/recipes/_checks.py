@@ -75,6 +75,7 @@ class _Checker:
         self._count(place, base)
         self._lengths(place)
         self._required(place, base)
+        self._densities(place, base)
         if self.recipe.method.startswith("della"):
             self._della(place, base)
 
@@ -216,6 +217,19 @@ class _Checker:
             for level in levels(self.recipe, place.module, place.slice, model)
             for condition in level.get(name, ())
         )
+
+    def _densities(self, place: Place, base: ModelName | None) -> None:
+        for source in place.slice.sources:
+            density = self._constant("density", place, source.model)
+            if (
+                "density" in self.own.PARAMETERS
+                and density
+                and density > 1
+                and source.model != base
+            ):
+                self.notes.append(
+                    f"a density of {density:g} keeps all of {source.model}: it is a share, up to 1"
+                )
 
     def _della(self, place: Place, base: ModelName | None) -> None:
         """MagPrune drops with probabilities from density − ε to density + ε: both inside (0, 1)."""
