@@ -117,6 +117,20 @@ def test_factors_and_what_is_saved_are_in_the_dtype_of_the_arithmetic(tmp_path: 
     assert torch.equal(saved, tuned[O_PROJ].float().bfloat16())
 
 
+def test_a_parameter_that_is_called_a_scale_is_a_tensor_like_others(tmp_path: Path) -> None:
+    base = pairs.weights(layers=1) | {
+        "model.gain": torch.ones(4),
+        "model.gain_scale": torch.ones(4),
+    }
+    pairs.write(tmp_path / "base", base)
+    moved = base | {"model.gain_scale": torch.full((4,), 2.0)}
+    config = float8_models.CONFIGS["blocks"]
+    float8_models.write(tmp_path / "tuned", moved, "blocks", config=config)
+    _, manifest = extract(tmp_path, rank=2)
+    assert manifest["saved"]["model.gain_scale"]["norm"] == pytest.approx(2)
+    assert "model.gain" not in manifest["saved"]
+
+
 @pytest.mark.oracle
 def test_a_weight_is_what_transformers_makes_of_it(tmp_path: Path) -> None:
     """Both compute in float32: every bit of what `weft diff` compares is the same."""

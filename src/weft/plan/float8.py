@@ -87,7 +87,8 @@ def _scaled_by(name: str, base: Checkpoint) -> str | None:
     """The tensor that `name` is the scale of, if it is one."""
     ending = _INVERSE if name.endswith(_INVERSE) else _PLAIN
     of = name.removesuffix(ending)
-    known = of in base.tensors or name.rpartition(".")[2] in _OF_WEIGHTS
+    ref = base.tensors.get(of)
+    known = name.rpartition(".")[2] in _OF_WEIGHTS or (ref is not None and _is_float8(ref))
     return of if name.endswith(ending) and known else None
 
 
