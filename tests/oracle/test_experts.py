@@ -326,8 +326,11 @@ def test_as_peft_0_17_wrote_it(lab: Lab, tmp_path: Path, model: str, form: str) 
     want = load(weft_merge(base, adapter, tmp_path / "want"))
     old = exchange(adapter, tmp_path / "old", peft_version="0.18.1")
     merged = load(weft_merge(base, old, tmp_path / "merged"))
+    weft.doctor(old, base, fix=tmp_path / "fixed")
+    again = load(weft_merge(base, tmp_path / "fixed", tmp_path / "again"))
     for name, value in want.items():
         torch.testing.assert_close(merged[name], value, rtol=0, atol=1e-6)
+        torch.testing.assert_close(again[name], value, rtol=0, atol=1e-6)
 
 
 @pytest.mark.parametrize(

@@ -205,6 +205,23 @@ def test_single_experts(lab: Lab, tmp_path: Path, name: str) -> None:
     assert "save_original_format=False" in str(error.value.hint)
 
 
+def test_single_experts_on_a_square_base(lab: Lab, tmp_path: Path) -> None:
+    """The copy is read as what it is, and not by the release that trained the single experts."""
+    hub, fused = (
+        lab.make(f"moe-mixtral-square-{form}", test_experts.save_base_as("mixtral-square", form))
+        for form in ("hub", "fused")
+    )
+    names = test_experts.EXPERTS["mixtral"]
+    adapter = test_experts.write_expert_adapter(hub, tmp_path / "adapter", names=names)
+    test_experts.edit(adapter, peft_version="0.17.1")
+    test_experts.weft_merge(hub, adapter, tmp_path / "merged")
+    want = test_experts.logits(test_experts.open_base(tmp_path / "merged"))
+    weft.doctor(adapter, fused, fix=tmp_path / "fixed")
+    test_experts.weft_merge(fused, tmp_path / "fixed", tmp_path / "again")
+    got = test_experts.logits(test_experts.open_base(tmp_path / "again"))
+    assert (got - want).abs().max() <= 1e-5 * want.abs().max()
+
+
 @pytest.mark.filterwarnings("ignore:.*(rank|alpha)_pattern.*")
 def test_experts_of_several_alphas(lab: Lab, tmp_path: Path) -> None:
     """Fused they have one scaling, and the copy would be another adapter."""

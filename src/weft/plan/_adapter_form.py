@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from weft.plan._extract_forms import task_type
+from weft.plan._moe import PEFT_RELEASE
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Iterable, Mapping
@@ -233,8 +234,7 @@ def _config(
         "lora_dropout": 0.0,
         "modules_to_save": to_save or None,
         "peft_type": "LORA",
-        # A square weight of fused experts is read by the release: its factors lie as this one's do.
-        **({"peft_version": "0.21.2"} if experts else {}),
+        **({"peft_version": PEFT_RELEASE} if experts else {}),
         "r": common,
         "rank_pattern": pattern,
         "revision": plan.revision,

@@ -32,6 +32,8 @@ FUSED = {
 ONE_EXPERT = re.compile(rf"^(.*)\.(0|[1-9][0-9]*)\.({'|'.join(FUSED)})$")
 # Segments of module paths that transformers 5 renamed in memory, and not on disk.
 RENAMED = (("mlp", "block_sparse_moe"),)
+# The release of PEFT whose form weft writes: by it a square weight of fused experts is read.
+PEFT_RELEASE = "0.21.2"
 # What has W (E, in, out), says `is_transposed` in transformers 5; and gate and up interleaved.
 TRANSPOSED = {"gpt_oss", "aria", "aria_text", "openai_privacy_filter"}
 # What is (E, out, in) in memory, and (E, in, out) on disk.

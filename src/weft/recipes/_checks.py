@@ -99,7 +99,7 @@ class _Checker:
                     self.document,
                     ("merge_method",),
                     f"{method} needs a base_model",
-                    "name the model that the others were tuned from:\n"
+                    "name the model that the merge starts from, which may be one of them:\n"
                     f"base_model: {next((m.path for m in models if m.adapters), 'path/or/id')}",
                 )
         elif self.own.BASE == "none":

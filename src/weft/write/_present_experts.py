@@ -7,7 +7,7 @@ from collections import defaultdict
 from typing import TYPE_CHECKING, Any
 
 from weft.formats.adapters._repairs import PREFIX
-from weft.plan._moe import ONE_EXPERT, TRANSPOSED, TURNED_ON_DISK, Base
+from weft.plan._moe import ONE_EXPERT, PEFT_RELEASE, TRANSPOSED, TURNED_ON_DISK, Base
 from weft.write._expert_form import Stacked, as_today, stacked
 from weft.write.adapter import Piece
 
@@ -45,6 +45,7 @@ def turned_experts(form: Form) -> None:
             elif old.ref.name == name.replace("lora_B", "lora_A"):
                 form.tensors[key] = A_made
     if pairs:
+        form.config["peft_version"] = PEFT_RELEASE
         form.done.append(f"{len(pairs)} pairs of factors of fused experts in the order of today")
     elif form.base is None and _may_be_turned(form.config):
         raise form.cannot("how the factors of fused experts lie depends on the base", _WITH_BASE)
@@ -124,6 +125,7 @@ def _fused_config(
         "r": rank,
         "lora_alpha": scaling * rank,
         "use_rslora": False,
+        "peft_version": PEFT_RELEASE,
         "target_modules": sorted(layers),
         "target_parameters": parameters,
         "rank_pattern": {f"^{m}": r for m, (_, r) in layers.items() if r != rank},
