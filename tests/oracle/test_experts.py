@@ -326,6 +326,8 @@ def test_as_peft_0_17_wrote_it(lab: Lab, tmp_path: Path, model: str, form: str) 
     want = load(weft_merge(base, adapter, tmp_path / "want"))
     old = exchange(adapter, tmp_path / "old", peft_version="0.18.1")
     merged = load(weft_merge(base, old, tmp_path / "merged"))
+    with pytest.raises(WeftError, match="depends on the base"):
+        weft.doctor(old, fix=tmp_path / "fixed")
     weft.doctor(old, base, fix=tmp_path / "fixed")
     again = load(weft_merge(base, tmp_path / "fixed", tmp_path / "again"))
     for name, value in want.items():

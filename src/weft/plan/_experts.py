@@ -315,7 +315,7 @@ def _square_is_exchanged(place: _Place, known: Base, adapter: Adapter) -> bool |
     """
     types = known.model_types()
     transposed = bool(types & TRANSPOSED)
-    version = _version(adapter.config.get("peft_version"))
+    version = release_of(adapter.config.get("peft_version"))
     entry = place.entry
     if not types & TURNED_ON_DISK:
         if version is not None and version < (0, 19):
@@ -332,6 +332,7 @@ def _square_is_exchanged(place: _Place, known: Base, adapter: Adapter) -> bool |
     )
 
 
-def _version(text: object) -> tuple[int, ...] | None:
+def release_of(text: object) -> tuple[int, ...] | None:
+    """`peft_version` as numbers; None where it is missing or has none."""
     found = re.match(r"(\d+)\.(\d+)(?:\.(\d+))?", text) if isinstance(text, str) else None
     return tuple(int(n or 0) for n in found.groups()) if found else None

@@ -7,6 +7,7 @@ from collections import defaultdict
 from typing import TYPE_CHECKING, Any
 
 from weft.formats.adapters._repairs import PREFIX
+from weft.plan._experts import release_of
 from weft.plan._moe import ONE_EXPERT, PEFT_RELEASE, TRANSPOSED, TURNED_ON_DISK, Base
 from weft.write._expert_form import Stacked, as_today, stacked
 from weft.write.adapter import Piece
@@ -58,8 +59,11 @@ def _lies_turned(form: Form) -> bool:
 
 
 def _may_be_turned(config: dict[str, Any]) -> bool:
+    release = release_of(config.get("peft_version"))
     return bool(config.get("target_parameters")) and (
-        not config.get("peft_version") or config.get("lora_B_layout") == "grouped_by_expert"
+        release is None
+        or release <= (0, 19, 0)
+        or config.get("lora_B_layout") == "grouped_by_expert"
     )
 
 
