@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from weft.decompose.noise import Noise, rounding, signal, ulps
+from weft.decompose.noise import Noise, rounding, scaled_ulps, signal, ulps
 
 SHAPE = (512, 384)
 
@@ -57,6 +57,20 @@ def test_ulp_is_the_distance_to_the_next_number() -> None:
     assert ulps(brain, "bfloat16").mean_square == pytest.approx(expected)
     assert ulps(brain.float(), "bfloat16").mean_square == pytest.approx(expected)
     assert ulps(torch.zeros(0), "bfloat16").mean_square == 0
+
+
+@pytest.mark.parametrize("dtype", ["float8_e4m3fn", "float8_e5m2"])
+def test_ulp_of_scaled_numbers_is_the_distance_to_the_next(dtype: str) -> None:
+    """Against the bits of every finite float8 but the largest, each with a scale of its own."""
+    numbers = torch.arange(0x7E if dtype == "float8_e4m3fn" else 0x7B, dtype=torch.uint8)
+    now, following = (n.view(getattr(torch, dtype)).double() for n in (numbers, numbers + 1))
+    scale = torch.linspace(1e-5, 3e-4, len(numbers), dtype=torch.float64)
+    expected = float((scale * (following - now)).square().mean())
+    weights = torch.cat([now * scale, -now * scale]).float()
+    found = scaled_ulps(weights, torch.cat([scale, scale]).float(), dtype)
+    assert found.mean_square == pytest.approx(expected, rel=0.01)
+    assert math.fsum(found.shares) == pytest.approx(1)
+    assert scaled_ulps(torch.zeros(3), torch.zeros(3), dtype).mean_square == 0
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])

@@ -51,27 +51,6 @@ def test_numbers_that_are_none_are_refused_by_name(tmp_path: Path, side: str, va
     assert not (tmp_path / "adapter.partial").exists()
 
 
-@pytest.mark.parametrize("side", ["tuned", "base"])
-@pytest.mark.parametrize("told", ["by its names", "by its config"])
-def test_float8_with_scales_is_refused_and_the_way_out_told(
-    tmp_path: Path, side: str, told: str
-) -> None:
-    pairs.pair(tmp_path)
-    tensors = load_file(tmp_path / side / "model.safetensors")
-    name = "model.layers.0.self_attn.o_proj.weight"
-    tensors[name] = tensors[name].to(torch.float8_e4m3fn)
-    config = {}
-    if told == "by its names":
-        tensors[f"{name}_scale_inv"] = torch.ones(2, 2)
-    else:
-        config = {"quantization_config": {"quant_method": "fp8", "weight_block_size": [128, 128]}}
-    pairs.write(tmp_path / "eight", tensors, **config)
-    with pytest.raises(PlanError, match="eight is quantised") as caught:
-        extract(tmp_path, **{side: tmp_path / "eight"})
-    assert "dequantize=True" in (caught.value.hint or "")
-    assert not (tmp_path / "adapter.partial").exists()
-
-
 @pytest.mark.parametrize(
     ("given", "message"),
     [

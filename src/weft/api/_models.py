@@ -37,10 +37,17 @@ def named(text: str) -> ModelName:
 
 
 class Models:
-    """Checkpoints and adapters, each opened once, whatever stands on them."""
+    """Checkpoints and adapters, each opened once, whatever stands on them.
 
-    def __init__(self, cache_dir: str | None) -> None:
+    Args:
+        cache_dir: The hub's cache, in place of HF_HOME's.
+        dequantise: Float8 weights with scales are taken as what they stand for, where no adapters
+            are added; without it they are refused.
+    """
+
+    def __init__(self, cache_dir: str | None, *, dequantise: bool = False) -> None:
         self._cache_dir = cache_dir
+        self._dequantise = dequantise
         self._bases: dict[tuple[str, str | None], Checkpoint] = {}
         self._adapters: dict[tuple[str, str | None], Adapter] = {}
 
@@ -55,6 +62,7 @@ class Models:
             WeftError: It does not exist, or its adapters do not fit it.
         """
         from weft.plan._views import adapted, view
+        from weft.plan.float8 import dequantised
         from weft.plan.merge import plan_merge
 
         adapters = [(self._adapter(p, revision), weight) for p, revision, weight in name.adapters]
@@ -70,7 +78,10 @@ class Models:
             base = self._base_of(first, path)
         else:
             base = self.base(path, revision)
-        plan = plan_merge(base, adapters)
+        if self._dequantise and not adapters:
+            base, plan = dequantised(base)
+        else:
+            plan = plan_merge(base, adapters)
         given = (base.given, *(adapter.given for adapter, _ in adapters))
         return view(str(name), plan, base, given, name.override_architecture)
 

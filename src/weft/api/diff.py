@@ -57,12 +57,13 @@ def diff(
     begin = time.perf_counter()
     count = check_place("cpu", threads)
     wanted = names_filter(filter) if filter is not None else lambda _name: True
-    opened = Models(cache_dir)
+    opened = Models(cache_dir, dequantise=True)
     names = named(str(a)), named(str(b))
     views = opened.view(names[0]), opened.view(names[1])
     warnings = opened.examine()
     warnings += [said for view in views if len(view.given) > 1 for said in view.plan.warnings]
     found, notes = pairs(*views, wanted)
+    said = dict.fromkeys(note for v in views if len(v.given) == 1 for note in v.plan.notes)
     both = [pair for pair in found if pair.comparable]
     sums = compare([pair.jobs for pair in both], threads=count, ranks=ranks, on_event=on_event)
     _check_unchanged(views)
@@ -73,7 +74,7 @@ def diff(
         str(b),
         tuple(_record(pair, *results.get(pair.name, (None, None))) for pair in found),
         time.perf_counter() - begin,
-        (*notes, *((relation,) if relation else ())),
+        (*notes, *said, *((relation,) if relation else ())),
         tuple(warnings),
         merged=relation is not None,
     )

@@ -159,7 +159,7 @@ def plan_extraction(
     from weft.write.scratch import check_place as check_output
 
     count = check_place(device, threads)
-    models = Models(cache_dir)
+    models = Models(cache_dir, dequantise=True)
     plan = _plan(models, tuned, base, wishes)
     if output is not None:
         check_output(output, plan.reads, force=force, resume=resume)
@@ -208,7 +208,7 @@ def run_extraction(
 
     begin = time.perf_counter()
     count = check_place(device, threads)
-    models = Models(cache_dir)
+    models = Models(cache_dir, dequantise=True)
     plan = _plan(models, tuned, base, wishes)
     warnings = (*models.examine(), *plan.warnings, *(() if resume else _tight(plan, output)))
     for note in plan.notes:

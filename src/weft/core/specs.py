@@ -245,6 +245,21 @@ class Load:
 
 
 @dataclass(frozen=True, slots=True)
+class Scaled:
+    """A matrix of float8 numbers times their scales: W[i, j] = ref[i, j] · scale[i ÷ b₀, j ÷ b₁].
+
+    Attributes:
+        ref: The numbers (out, in).
+        scale: One for each block, as a matrix (⌈out / b₀⌉, ⌈in / b₁⌉), whatever its shape on disk.
+        block: (b₀, b₁): all of the matrix where it has one scale, (1, in) where each row has.
+    """
+
+    ref: TensorRef
+    scale: TensorRef
+    block: tuple[int, int]
+
+
+@dataclass(frozen=True, slots=True)
 class Delta:
     """One adapter's change of one tensor; what the roles mean is said in `weft.deltas.<kind>`."""
 
@@ -315,13 +330,13 @@ class Rows:
     padding: int = 0
 
 
-Expression = Load | AddDeltas | Merge | Rows
+Expression = Load | Scaled | AddDeltas | Merge | Rows
 
 
 def children(expression: Expression) -> tuple[Expression, ...]:
     """The expressions directly inside `expression`."""
     match expression:
-        case Load():
+        case Load() | Scaled():
             return ()
         case AddDeltas():
             return (expression.base,)
@@ -334,7 +349,7 @@ def children(expression: Expression) -> tuple[Expression, ...]:
 def shape_of(expression: Expression) -> Shape:
     """Of the tensor that `expression` makes."""
     match expression:
-        case Load():
+        case Load() | Scaled():
             return expression.ref.shape
         case AddDeltas():
             return shape_of(expression.base)
@@ -349,6 +364,8 @@ def leaves(expression: Expression) -> list[TensorRef]:
     """Every byte range that `expression` reads."""
     if isinstance(expression, Load):
         return [expression.ref]
+    if isinstance(expression, Scaled):
+        return [expression.ref, expression.scale]
     refs = [ref for inner in children(expression) for ref in leaves(inner)]
     if isinstance(expression, AddDeltas):
         refs += [ref for delta in expression.deltas for _, ref in delta.tensors]
@@ -381,10 +398,12 @@ class TensorJob:
 
     @property
     def operation(self) -> str:
-        """`copy`, `cast`, a merge method, `rows`, or the kinds of delta, as in `lora + lora`."""
+        """`copy`, `cast`, `scaled`, a method, `rows`, or kinds of delta, as in `lora + lora`."""
         match self.expression:
             case Load():
                 return "copy" if self.is_copy else "cast"
+            case Scaled():
+                return "scaled"
             case AddDeltas():
                 return " + ".join(delta.kind for delta in self.expression.deltas)
             case Merge():
@@ -472,6 +491,8 @@ class Plan:
                 return value.method, inner, value.params, value.each, value.key
             if isinstance(value, Rows):
                 return tuple(map(plain, value.sources)), value.runs, value.padding
+            if isinstance(value, Scaled):
+                return plain(value.ref), plain(value.scale), value.block
             return plain(value.ref)
 
         digest = hashlib.sha256()

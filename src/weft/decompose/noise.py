@@ -30,6 +30,8 @@ _FITS = 0.1
 _SEEN = 1e-5
 _MANTISSA = {"bfloat16": 7, "float16": 10, "float32": 23}
 _LOWEST = {"bfloat16": -126, "float16": -14, "float32": -126}
+_MANTISSA |= {"float8_e4m3fn": 3, "float8_e5m2": 2}
+_LOWEST |= {"float8_e4m3fn": -6, "float8_e5m2": -14}
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,6 +62,32 @@ def ulps(block: Tensor, dtype: str) -> Ulps:
     found = [(n - 127 - _MANTISSA[dtype], c) for n, c in enumerate(counts.tolist()) if c]
     number = powers.numel()
     return Ulps(tuple(2.0**power for power, _ in found), tuple(c / number for _, c in found))
+
+
+def scaled_ulps(block: Tensor, scale: Tensor, dtype: str) -> Ulps:
+    """Of weights that are numbers of `dtype` times scales: scale · ulp(w / scale).
+
+    Sizes are rounded to a sixteenth of a power of two, half of them up: scales are many.
+
+    Args:
+        block: The weights, of any shape, widened.
+        scale: Of each of them, in the same shape; a zero belongs to weights that are zero.
+        dtype: `float8_e4m3fn` or `float8_e5m2`.
+    """
+    import numpy as np
+    import torch
+
+    numbers = (block / scale.abs().clamp_min(torch.finfo(torch.float32).tiny)).nan_to_num()
+    numbers = numbers.to(getattr(torch, dtype)).float()  # w / scale is off by a float32's rounding
+    powers = torch.frexp(numbers).exponent - 1
+    powers = torch.where(numbers == 0, _LOWEST[dtype], powers).clamp_min(_LOWEST[dtype])
+    logs = powers - _MANTISSA[dtype] + scale.abs().double().log2()
+    steps, counts = np.unique((logs[logs.isfinite()] * 16).round().numpy(), return_counts=True)
+    number = max(block.numel(), 1)
+    return Ulps(
+        tuple(2.0 ** (step / 16) for step in steps.tolist()),
+        tuple(count / number for count in counts.tolist()),
+    )
 
 
 @dataclass(frozen=True, slots=True)
@@ -122,6 +150,26 @@ def _moments(deviation: float, found: Ulps) -> tuple[float, float]:
 
 
 _ROOT = math.sqrt(2 * math.pi)
+
+
+def with_base(noise: Noise, found: Ulps, mean_square: float) -> Noise:
+    """`noise` of the tuned side, and that of a base which was rounded on a grid of its own.
+
+    It is in the difference if the tuned model was made from what the base was before. Where the
+    difference is smaller than both together, it was made from the rounded base.
+
+    Args:
+        noise: Of the tuned side.
+        found: Of what the base's weights were rounded to.
+        mean_square: ‖ΔW‖² / (m n).
+    """
+    more = found.mean_square / 12
+    if mean_square < _IN_IT * (noise.variance + more):
+        return noise
+    return Noise(noise.uniform + more, noise.variance + more)
+
+
+_IN_IT = 0.8
 
 
 @dataclass(frozen=True, slots=True)

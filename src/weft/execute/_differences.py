@@ -9,11 +9,10 @@ from typing import TYPE_CHECKING
 import torch
 
 from weft.core.errors import NumericsError
-from weft.core.specs import Merge, leaves
+from weft.core.specs import Merge, Scaled, leaves
 from weft.core.sums import dot
-from weft.decompose.noise import Noise, rounding, ulps
 from weft.execute._expressions import Evaluator
-from weft.plan.extract import stored_as
+from weft.execute._rounding import NONE, Samples
 from weft.plan.layout import layout
 
 if TYPE_CHECKING:
@@ -24,13 +23,12 @@ if TYPE_CHECKING:
 
     from weft.core.specs import Expression
     from weft.decompose._rough import Rough
+    from weft.decompose.noise import Noise
     from weft.execute._blocks import Files, Workspace
     from weft.execute._expressions import Shared
     from weft.plan.extract import Change
 
-_SAMPLE = 2**17  # elements by which the size of an ulp is told
 _TINY = 1e-28
-_SUMMED = 4  # ulps that a difference made of products is off, at most
 
 
 class Alone:
@@ -40,16 +38,13 @@ class Alone:
         return [task() for task in tasks]
 
 
-_NONE = Noise()
-
-
 @dataclass(frozen=True, slots=True)
 class Sums:
     """Of some rows: ‖tuned‖², ‖tuned − base‖², and what rounding put into the difference."""
 
     tuned: float
     energy: float
-    noise: Noise = _NONE
+    noise: Noise = NONE
 
 
 class Difference:
@@ -113,23 +108,37 @@ class Difference:
         Raises:
             NumericsError: NaN or infinity.
         """
-        tuned, energy, samples, bases = [], [], [], []
-        kept = stored_as(self.change)
-        share = max(1, (stop - start) * self.columns // _SAMPLE)
-        for _, delta, base in self.blocks(start, stop, into):
+        tuned, energy = [], []
+        samples = Samples(self.change, (stop - start) * self.columns)
+        for first, delta, base in self.blocks(start, stop, into):
             energy.append(squares(delta))
             if not math.isfinite(energy[-1]):
                 self._check_finite(delta, base)
-            if base is not None:
-                bases.append(base.reshape(-1)[::share].clone().cpu())
-            value = delta if base is None else base.add_(delta)
-            tuned.append(energy[-1] if base is None else squares(value))
-            if base is not None:
-                rounded = (value if kept else delta).reshape(-1)
-                samples.append(rounded[::share].clone().cpu())  # and not a view of all of it
+            if base is None:
+                tuned.append(energy[-1])
+                continue
+            samples.add("base", base)
+            value = base.add_(delta)
+            tuned.append(squares(value))
+            samples.add_tuned(value, delta)
+            if samples.scaled:
+                self._add_scales(samples, first, len(delta))
         whole = math.fsum(energy)
         mean_square = whole / max(1, (stop - start) * self.columns)
-        return Sums(math.fsum(tuned), whole, _noise(samples, bases, kept, mean_square))
+        return Sums(math.fsum(tuned), whole, samples.noise(mean_square))
+
+    def _add_scales(self, samples: Samples, first: int, count: int) -> None:
+        """Of `count` rows from `first` on, for the sides that are float8."""
+        number = 0
+        while first >= self._layouts[number].rows:
+            first -= self._layouts[number].rows
+            number += 1
+        merge = self.change.jobs[number].expression
+        assert isinstance(merge, Merge)
+        for what, side in (("tuned scale", merge.inputs[0]), ("base scale", merge.base)):
+            if isinstance(side, Scaled):
+                found = self._evaluator(number).scales(side, first, first + count)
+                samples.add(what, found.expand(count, self.columns))
 
     def _check_finite(self, delta: Tensor, base: Tensor | None) -> None:
         name = self.change.name
@@ -156,25 +165,6 @@ def _difference(
         return evaluator.block(expression, first, last, "", out).base
     evaluator.evaluate(expression, first, last, out)
     return None
-
-
-def _noise(
-    samples: list[Tensor], bases: list[Tensor], dtype: str | None, mean_square: float
-) -> Noise:
-    """Of what lies in `dtype`, or in a wider one that it was copied to.
-
-    What lies nowhere (None) was computed in float32, as a sum: some ulps of the difference itself.
-    """
-    if not samples or dtype == "float64":
-        return _NONE
-    values, base = torch.cat(samples).float(), torch.cat(bases).float()
-    if dtype is None:
-        whole = _SUMMED**2 * ulps(values, "float32").mean_square / 12
-        return Noise(whole, whole)
-    if dtype == "float32" and torch.equal(values.bfloat16().float(), values):
-        dtype = "bfloat16"
-    on_grid = torch.equal(base.to(getattr(torch, dtype)).float(), base)
-    return rounding(ulps(values, dtype), mean_square, on_grid=on_grid)
 
 
 @dataclass(frozen=True)

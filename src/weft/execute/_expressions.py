@@ -2,29 +2,22 @@
 
 from __future__ import annotations
 
-import threading
-from collections import OrderedDict
-from dataclasses import dataclass, field
 from functools import partial
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from weft import deltas, methods
-from weft.core.blocks import BLOCK, cut, rows_and_columns
-from weft.core.specs import AddDeltas, Delta, Expression, Load, Merge, Rows, shape_of
-from weft.execute._task_vectors import (
-    add_update,
-    by_rows,
-    in_one_pass,
-    rows_apart,
-    task_vector,
-    turned,
-)
+from weft.core.blocks import BLOCK, cut
+from weft.core.specs import AddDeltas, Delta, Expression, Load, Merge, Rows, Scaled, shape_of
+from weft.execute._scales import scales, spread
+from weft.execute._sources import Blocks, Helpers, Shared, Source
+from weft.execute._task_vectors import by_rows, rows_apart, task_vector
+from weft.execute._updates import add_deltas, add_update, in_one_pass, turned
 from weft.methods import Block, Task
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Collection, Hashable, Iterator, Sequence
+    from collections.abc import Callable, Iterator
 
     from torch import Tensor
 
@@ -32,81 +25,7 @@ if TYPE_CHECKING:
     from weft.execute._blocks import Files, Workspace
     from weft.execute._task_vectors import Loaded
 
-
-class Helpers(Protocol):
-    """Threads that take a share of the work of making a tensor ready."""
-
-    def map(self, tasks: Sequence[Callable[[], Any]]) -> list[Any]:
-        """The results of `tasks`, in their order; several may run at once."""
-
-
-class Shared:
-    """Factors that several jobs use, widened: the last few of them.
-
-    The experts of a layer follow each other in a checkpoint, and all of them use the same B.
-    """
-
-    def __init__(self, count: int) -> None:
-        self._count = count
-        self._slots: OrderedDict[Hashable, _Slot] = OrderedDict()
-        self._lock = threading.Lock()
-
-    def get(self, key: Hashable, load: Callable[[], Tensor]) -> Tensor:
-        with self._lock:
-            slot = self._slots.setdefault(key, _Slot())
-            self._slots.move_to_end(key)
-            while len(self._slots) > self._count:
-                self._slots.popitem(last=False)
-        with slot.lock:
-            if slot.values is None:
-                slot.values = load()
-            return slot.values
-
-
-@dataclass(slots=True)
-class _Slot:
-    values: Tensor | None = None
-    lock: threading.Lock = field(default_factory=threading.Lock)
-
-
-class _Source:
-    """The tensors of one delta, read and widened on demand (see `weft.deltas.Source`)."""
-
-    def __init__(self, evaluator: Evaluator, delta: Delta, base: Expression) -> None:
-        self.shape = shape_of(base)[:: -1 if turned(delta) else 1]
-        self.dtype = _first(base).ref.dtype
-        self._evaluator = evaluator
-        self._refs = dict(delta.tensors)
-
-    def whole(self, role: str) -> Tensor:
-        ref = self._refs[role]
-        rows, columns = rows_and_columns(ref.shape)
-        workspace = self._evaluator.workspace
-        # Indices are numbers that no float32 need hold.
-        floating = getattr(torch, ref.dtype).is_floating_point
-        dtype = self._evaluator.dtype if floating else torch.int64
-        out = torch.empty(rows, columns, dtype=dtype, device=workspace.device)
-        step = max(1, BLOCK[workspace.device.type] // max(columns, 1))
-        for start in range(0, rows, step):
-            stop = min(rows, start + step)
-            workspace.load(self._evaluator.files, ref, start, stop, out[start:stop])
-        return out.view(ref.shape)
-
-    def shared(self, role: str, make: Callable[[Tensor], Tensor] | None = None) -> Tensor:
-        ref = self._refs[role]
-        key = (ref.file, ref.start, ref.dtype, ref.shape, self._evaluator.dtype, make)
-        found = self._evaluator.shared.get(key, lambda: self._load(role, make))
-        self._evaluator.keep(found)
-        return found
-
-    def _load(self, role: str, make: Callable[[Tensor], Tensor] | None) -> Tensor:
-        values = make(self.shared(role)) if make else self.whole(role)
-        self._evaluator.synchronise()  # other threads read it on their own streams
-        return values
-
-    def rows(self, role: str, start: int, stop: int, out: Tensor) -> None:
-        evaluator = self._evaluator
-        evaluator.workspace.load(evaluator.files, self._refs[role], start, stop, out)
+__all__ = ["Evaluator", "Helpers", "Shared"]
 
 
 class Evaluator:
@@ -168,6 +87,8 @@ class Evaluator:
         match expression:
             case Load():
                 return
+            case Scaled():
+                self._states[id(expression)] = scales(expression, self)
             case AddDeltas():
                 self._prepare(expression.base, f"{path}b")
                 self._prepare_deltas(expression, path)
@@ -178,7 +99,7 @@ class Evaluator:
                     self._prepare(each, f"{path}{number}.")
                 self._prepare_padding(expression, path)
                 own, task = methods.method(expression.method), self._task(expression)
-                blocks = _Blocks(self, expression, self._helpers, path)
+                blocks = Blocks(self, expression, self._helpers, path)
                 self._states[id(expression)] = methods.prepare(own, task, blocks)
             case Rows():
                 for number, each in enumerate(expression.sources):
@@ -196,7 +117,7 @@ class Evaluator:
                 yield first, out.T if turned else out
 
         for delta in expression.deltas:
-            source = _Source(self, delta, expression.base)
+            source = Source(self, delta, expression.base)
             kind = deltas.kind(delta.kind)
             self._states[id(delta)] = kind.prepare(delta, source, partial(blocks, turned(delta)))
 
@@ -259,17 +180,24 @@ class Evaluator:
         match expression:
             case Load():
                 self.workspace.load(self.files, expression.ref, start, stop, out)
+            case Scaled():
+                self.workspace.load(self.files, expression.ref, start, stop, out)
+                out.mul_(self.scales(expression, start, stop))
             case AddDeltas():
                 weight = self.weight(expression.base, start, stop, path, loaded)
                 if in_one_pass(expression):
                     add_update(self, expression, start, weight, out.copy_(weight), 1, path)
                     return
                 delta = self.buffer(f"{path}delta", stop - start)
-                self.add_deltas(expression, start, weight, delta, out)
+                add_deltas(self, expression, start, weight, delta, out)
             case Merge():
                 out.copy_(self.merge(expression, start, stop, path)[0])
             case Rows():
                 self._rows(expression, start, stop, out, path)
+
+    def scales(self, expression: Scaled, start: int, stop: int) -> Tensor:
+        """Of rows `start` to `stop`, (stop − start, columns), or one column for all of them."""
+        return spread(self._states[id(expression)], expression.block, start, stop, self.columns)
 
     def weight(
         self, base: Expression, start: int, stop: int, path: str, loaded: Loaded | None
@@ -349,106 +277,3 @@ class Evaluator:
                 out.add_(into)
         if len(parts) > 1:
             out.div_(len(parts))
-
-    def add_deltas(
-        self, expression: AddDeltas, start: int, weight: Tensor, delta: Tensor, value: Tensor
-    ) -> None:
-        """`value` = W + ΣwᵢΔWᵢ and `delta` = ΣwᵢΔWᵢ for the block `weight`."""
-        if not self.update(expression, start, weight, delta, value):
-            torch.add(weight, delta, out=value)
-
-    def update(
-        self, expression: AddDeltas, start: int, weight: Tensor, delta: Tensor, value: Tensor
-    ) -> bool:
-        """`delta` = ΣwᵢΔWᵢ for the block `weight`; true if `value` is W + ΣwᵢΔWᵢ already."""
-        first, *rest = expression.deltas
-        additive = deltas.kind(first.kind).ADDITIVE
-        if not rest and first.weight == 1 and not additive:
-            self._run_kind(first, start, weight, value)
-            torch.sub(value, weight, out=delta)
-            return True
-        if rest and not all(deltas.kind(each.kind).ADDITIVE for each in expression.deltas):
-            # Several may take W's place together (0.7 and 0.3 of two heads). Where |W| ≫ |v|, v − W
-            # loses v in float32; in float64 it keeps it, and is 0 still where v equals W.
-            rows, columns = weight.shape
-            total = self.workspace.compute("total", rows, columns, torch.float64).zero_()
-            for each in expression.deltas:
-                self._run_kind(each, start, weight, value)
-                total.add_(value, alpha=each.weight)
-                if not deltas.kind(each.kind).ADDITIVE:
-                    total.sub_(weight, alpha=each.weight)
-            delta.copy_(total)
-            value.copy_(total.add_(weight))
-            return True
-        self._add_one(first, start, weight, delta)
-        if first.weight != 1:
-            delta.mul_(first.weight)
-        for other in rest:
-            self._add_one(other, start, weight, value)
-            delta.add_(value, alpha=other.weight)
-        return False
-
-    def _add_one(self, delta: Delta, start: int, weight: Tensor, out: Tensor) -> None:
-        self._run_kind(delta, start, weight, out)
-        if not deltas.kind(delta.kind).ADDITIVE:
-            out.sub_(weight)
-
-    def _run_kind(self, delta: Delta, start: int, weight: Tensor, out: Tensor) -> None:
-        kind, state = self.state(delta)
-        if turned(delta):
-            weight, out = weight.T, out.T
-        kind.block(state, weight, start, out)
-
-
-_BATCH = 8  # blocks
-
-
-class _Blocks:
-    """All blocks of a `Merge` (see `weft.methods.Blocks`)."""
-
-    def __init__(
-        self, evaluator: Evaluator, expression: Merge, helpers: Helpers, path: str
-    ) -> None:
-        self._evaluator = evaluator
-        self._expression = expression
-        self._helpers = helpers
-        self._path = path
-
-    def map(
-        self,
-        function: Callable[[Block], Any],
-        sample: int | None = None,
-        only: Collection[int] | None = None,
-    ) -> list[Any]:
-        numel = torch.Size(shape_of(self._expression)).numel()
-        pieces = self._evaluator.cut(0, numel // max(self._evaluator.columns, 1))
-        if sample is not None and sample < numel:
-            pieces = _sampled(pieces, sample / numel)
-        if only is not None:
-            pieces = [piece for number, piece in enumerate(pieces) if number in only]
-
-        def some(pieces: Sequence[tuple[int, int]]) -> list[Any]:
-            blocks = (self._evaluator.block(self._expression, *each, self._path) for each in pieces)
-            return [function(block) for block in blocks]
-
-        # Several to a task: threads that hand over to each other after every block get less done.
-        tasks = [partial(some, pieces[at : at + _BATCH]) for at in range(0, len(pieces), _BATCH)]
-        return [found for each in self._helpers.map(tasks) for found in each]
-
-
-def _sampled(pieces: list[tuple[int, int]], share: float) -> list[tuple[int, int]]:
-    """Of every piece the first rows."""
-    return [(start, start + max(1, int((stop - start) * share))) for start, stop in pieces]
-
-
-def _first(expression: Expression) -> Load:
-    """The tensor whose dtype the expression has."""
-    match expression:
-        case Load():
-            return expression
-        case AddDeltas():
-            return _first(expression.base)
-        case Merge():
-            return _first(expression.base or expression.inputs[0])
-        case Rows():
-            return _first(expression.sources[0])

@@ -10,10 +10,11 @@ from typing import TYPE_CHECKING
 import torch
 
 from weft.core.errors import NumericsError
-from weft.core.specs import AddDeltas, Load, Merge, Rows, TensorJob, leaves
+from weft.core.specs import AddDeltas, Load, Merge, Rows, Scaled, TensorJob, leaves
 from weft.core.sums import dot
 from weft.execute._expressions import Evaluator
 from weft.execute._soundness import culprit
+from weft.execute._updates import add_deltas
 from weft.plan.layout import layout
 
 if TYPE_CHECKING:
@@ -107,7 +108,7 @@ class Kernel:
         """Rows `start` to `stop`, rounded into `out` on the host."""
         expression, rows = self.job.expression, stop - start
         match expression:
-            case Load() | Rows():
+            case Load() | Scaled() | Rows():
                 value = self._evaluator.buffer("weight", rows)
                 self._evaluator.evaluate(expression, start, stop, value)
                 sound = self._check_cast(value, self.workspace.narrow(value, out))
@@ -121,7 +122,7 @@ class Kernel:
                     delta.zero_()
                     value.copy_(weight)  # and not W + 0, which makes +0 of −0
                 else:
-                    self._evaluator.add_deltas(expression, start, weight, delta, value)
+                    add_deltas(self._evaluator, expression, start, weight, delta, value)
                 return self._sums(weight, delta, value, self.workspace.narrow(value, out))
             case Merge():
                 value, base = self._evaluator.merge(expression, start, stop)
@@ -156,8 +157,11 @@ class Kernel:
         written = self.workspace.compute("written", value.shape[0], value.shape[1], value.dtype)
         written.copy_(rounded)
         changed = not torch.equal(written, weight)
-        # Not against W + ΔW as computed: that is rounded itself, by much of a small ΔW.
-        error = written.sub_(weight).sub_(delta)
+        if isinstance(self.job.expression, Merge):
+            error = written.sub_(value)
+        else:
+            # Not against W + ΔW as computed: that is rounded itself, by much of a small ΔW.
+            error = written.sub_(weight).sub_(delta)
         update = 0.0 if self._square is not None else dot(delta, delta)
         sums = Sums(dot(weight, weight), update, dot(error, error), changed)
         if math.isfinite(sums.base + sums.delta + sums.error):

@@ -6,10 +6,10 @@ where the rows of a vocabulary were put in another order.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, TypeGuard
+from typing import TYPE_CHECKING
 
-from weft import deltas
-from weft.core.specs import AddDeltas, Delta, Expression, Rows
+from weft.core.specs import AddDeltas, Expression, Rows
+from weft.execute._updates import add_update, in_one_pass
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -59,27 +59,6 @@ def task_vector(
         out.sub_(below)
     add_update(evaluator, base, start, below, out, -1, path)
     add_update(evaluator, tuned, start, above, out, 1, path)
-
-
-def add_update(
-    evaluator: Evaluator,
-    expression: Expression,
-    start: int,
-    weight: Tensor,
-    out: Tensor,
-    factor: float,
-    path: str,
-) -> None:
-    """`out` += factor · ΣwᵢΔWᵢ, if the expression has deltas; `weight` is what they change."""
-    if in_one_pass(expression):
-        for each in expression.deltas:
-            kind, state = evaluator.state(each)
-            kind.add(state, factor * each.weight, start, out)  # type: ignore[attr-defined]
-    elif isinstance(expression, AddDeltas):
-        delta = evaluator.buffer(f"{path}delta", len(out))
-        value = evaluator.buffer(f"{path}value", len(out))
-        evaluator.update(expression, start, weight, delta, value)
-        out.add_(delta, alpha=factor)
 
 
 # ------------------------------------------------------------------------- rows in another order
@@ -182,21 +161,6 @@ def _from(parts: Parts | None, rows: int) -> Parts | None:
 
 def _cores(parts: Parts) -> Parts:
     return tuple((_core(source), row) for source, row in parts)
-
-
-# --------------------------------------------------------------------------------------- of deltas
-
-
-def in_one_pass(expression: Expression) -> TypeGuard[AddDeltas]:
-    """All of its deltas can be added to what is there."""
-    return isinstance(expression, AddDeltas) and all(
-        hasattr(deltas.kind(each.kind), "add") and not turned(each) for each in expression.deltas
-    )
-
-
-def turned(delta: Delta) -> bool:
-    """W is stored (inputs, outputs), and the kind wants it the other way round."""
-    return bool(delta.param("transposed", False)) and not deltas.transposes(delta.kind)
 
 
 def _core(expression: Expression) -> Expression:

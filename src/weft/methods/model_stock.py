@@ -54,7 +54,9 @@ def block(task: Task, state: float | None, block: Block) -> Tensor:
     total = block.inputs[0]
     for each in block.inputs[1:]:
         total.add_(each)
-    return total.mul_(state).add_(block.base)
+    import torch
+
+    return torch.add(block.base, total, alpha=state, out=total)
 
 
 def _by_row(task: Task, block: Block) -> Tensor:

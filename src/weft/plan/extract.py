@@ -18,6 +18,7 @@ from weft.formats.checkpoint import same_bytes
 from weft.plan._computed import is_computed
 from weft.plan._extract_forms import Form, Forms
 from weft.plan._moe import FUSED, ONE_EXPERT
+from weft.plan.float8 import in_compute_dtype
 from weft.plan.preflight import dominant_dtype
 
 if TYPE_CHECKING:
@@ -114,7 +115,11 @@ def plan_extract(tuned: View, base: View, wishes: Wishes, revision: str | None) 
     Raises:
         PlanError: The models do not fit each other, or the filters them; every reason found.
     """
+    tuned, base = in_compute_dtype(tuned), in_compute_dtype(base)
     draft = _Draft(tuned, base, wishes)
+    # Of what is added to a model its plan says much; alone, how its numbers were read.
+    alone = [note for each in (tuned, base) if len(each.given) == 1 for note in each.plan.notes]
+    draft.notes += dict.fromkeys(alone)
     changes = draft.changes()
     draft.check_filters(changes)
     changes = gathered(changes)

@@ -20,7 +20,7 @@ from weft.core.specs import (
     Receipt,
     Rows,
     TensorJob,
-    children,
+    leaves,
 )
 
 if TYPE_CHECKING:
@@ -211,8 +211,6 @@ def _is_merged(job: TensorJob) -> bool:
 
 def _roles(job: TensorJob, plan: Plan) -> str:
     """`base` or `adapter`: where the tensor that the deltas are added to comes from."""
-    expression = job.expression
-    while not isinstance(expression, Load):
-        expression = children(expression)[0]
-    role = next((e.role for e in plan.inputs if e.path == expression.ref.file), "base")
+    file = leaves(job.expression)[0].file
+    role = next((e.role for e in plan.inputs if e.path == file), "base")
     return role.partition(" ")[0]

@@ -1,0 +1,99 @@
+"""What rounding put into a difference, told by a sample of the weights that it is taken of."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+
+from weft.core.specs import Merge, Scaled
+from weft.decompose.noise import Noise, rounding, scaled_ulps, ulps, with_base
+from weft.plan.extract import stored_as
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from weft.decompose.noise import Ulps
+    from weft.plan.extract import Change
+
+_SAMPLE = 2**17  # elements by which the size of an ulp is told
+_SUMMED = 4  # ulps that a difference made of products is off, at most
+NONE = Noise()
+
+
+class Samples:
+    """Every so many-th element of what a difference is taken of.
+
+    Args:
+        change: The tensor.
+        count: How many elements will be seen.
+    """
+
+    def __init__(self, change: Change, count: int) -> None:
+        self._kept = stored_as(change)
+        self._eighths = _float8(change)
+        self._share = max(1, count // _SAMPLE)
+        self._seen: dict[str, list[Tensor]] = {}
+
+    @property
+    def scaled(self) -> bool:
+        """A side is float8 with scales."""
+        return any(self._eighths)
+
+    def add(self, what: str, block: Tensor) -> None:
+        """Keep some of a block, `what` being `tuned`, `base`, `tuned scale` or `base scale`."""
+        some = block.reshape(-1)[:: self._share].clone().cpu()  # and not a view of all of it
+        self._seen.setdefault(what, []).append(some)
+
+    def add_tuned(self, value: Tensor, delta: Tensor) -> None:
+        """The tuned weights; of those that lie nowhere, the difference is what was rounded."""
+        self.add("tuned", value if self._kept or self._eighths[0] else delta)
+
+    def noise(self, mean_square: float) -> Noise:
+        """In a difference of this ‖ΔW‖² / (m n)."""
+        if not self._seen or self._kept == "float64":
+            return NONE
+        tuned, base = self._all("tuned"), self._all("base")
+        ours, theirs = self._eighths
+        if ours:
+            scale = self._all("tuned scale")
+            same = ours == theirs and torch.equal(scale, self._all("base scale"))
+            found = rounding(scaled_ulps(tuned, scale, ours), mean_square, on_grid=same)
+        else:
+            same = False
+            found = _plain(tuned, base, self._kept, mean_square)
+        if theirs and not same:
+            own: Ulps = scaled_ulps(base, self._all("base scale"), theirs)
+            found = with_base(found, own, mean_square)
+        return found
+
+    def _all(self, what: str) -> Tensor:
+        return torch.cat(self._seen[what]).float()
+
+
+def _float8(change: Change) -> tuple[str | None, str | None]:
+    """The float8 dtypes of both sides, for all parts of the tensor."""
+    found = []
+    for side in ("inputs", "base"):
+        dtypes = set()
+        for job in change.jobs:
+            merge = job.expression
+            each = getattr(merge, side) if isinstance(merge, Merge) else None
+            each = each[0] if isinstance(each, tuple) else each
+            dtypes.add(each.ref.dtype if isinstance(each, Scaled) else None)
+        found.append(dtypes.pop() if len(dtypes) == 1 else None)
+    return found[0], found[1]
+
+
+def _plain(tuned: Tensor, base: Tensor, dtype: str | None, mean_square: float) -> Noise:
+    """Of what lies in `dtype`, or in a wider one that it was copied to.
+
+    What lies nowhere (None) was computed in float32, as a sum: some ulps of the difference itself.
+    """
+    if dtype is None:
+        whole = _SUMMED**2 * ulps(tuned, "float32").mean_square / 12
+        return Noise(whole, whole)
+    if dtype == "float32" and torch.equal(tuned.bfloat16().float(), tuned):
+        dtype = "bfloat16"
+    on_grid = torch.equal(base.to(getattr(torch, dtype)).float(), base)
+    return rounding(ulps(tuned, dtype), mean_square, on_grid=on_grid)
