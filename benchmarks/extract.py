@@ -83,7 +83,10 @@ def excess(folder: Path, tuned: str, rank: int, spectra: dict[str, torch.Tensor]
 
 
 def weft(tuned: str, rank: int) -> tuple[str, ...]:
-    return (WEFT, "extract", tuned, "--base", "base", "-o", "out", "--rank", str(rank), "-q")
+    paths = (WEFT, "extract", tuned, "--base", "base", "-o", "out")
+    # Where little is left out, rounding the factors to bfloat16 is more than that.
+    dtype = ("--dtype", "float32") if rank > DIMENSIONS // 2 else ()
+    return (*paths, "--rank", str(rank), *dtype, "-q")
 
 
 def mergekit(python: str, folder: Path, tuned: str, rank: int) -> tuple[str, ...]:
