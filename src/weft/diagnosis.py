@@ -193,7 +193,7 @@ def _named_as_before(adapter: Adapter, plan: Plan, base: Checkpoint) -> list[Fin
     """Names that the base's files have to this day, and the model has no more."""
     names = {job.name for job in plan.jobs}
     old = [e.target for e in adapter.entries if e.target in names]
-    new = [in_memory(name, base) for name in old]
+    new = [in_memory(name, base.config) for name in old]
     if old == new:
         return []
     first = next(pair for pair in zip(old, new, strict=True) if pair[0] != pair[1])
@@ -262,7 +262,7 @@ def _moved(adapter: Adapter, plan: Plan | None, base: Checkpoint | None) -> dict
     moved = {}
     for entry in adapter.entries:
         there = found.names.get(entry.target, entry.target)
-        name = in_memory(there, base)
+        name = in_memory(there, base.config)
         if name != entry.target and (entry.target in strayed or name != there):
             moved[entry.module] = name.removesuffix(f".{entry.parameter}")
     return moved

@@ -239,3 +239,30 @@ def test_a_matrix_in_blocks_is_not_taken_whole() -> None:
     assert found.exact
     assert Blocks.largest == 500
     assert torch.allclose(found.values, whole.values)
+
+
+@pytest.mark.parametrize("size", [1e-30, 1e-20, 1e-10, 1e10, 1e20, 1e60])
+def test_numbers_whose_squares_leave_float32(size: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(matrices, "multiplies_bfloat16", lambda device: True)
+    A = noise(200, 150, rank=4)
+    A = A * size if size < 1e38 else A.double() * size
+    values = np.linalg.svd(A.double().numpy(), compute_uv=False)
+    best = math.sqrt(float((values[6:] ** 2).sum()))
+    found = truncated_svd(Dense(A), 6)
+    assert not found.exact
+    assert true_error(A, found) <= 1.002 * best
+    assert math.sqrt(found.error) == pytest.approx(true_error(A, found), rel=1e-5)
+    assert found.energy == pytest.approx(float((values**2).sum()), rel=1e-12)
+    np.testing.assert_allclose(found.values[:4], values[:4], rtol=1e-5)
+
+
+def test_a_rough_start_is_not_believed_where_float32_cannot_tell(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(matrices, "multiplies_bfloat16", lambda device: True)
+    A = 1e-3 * noise(512, 384) / 0.02
+    A[0, 0] = 1e6
+    values = np.linalg.svd(A.double().numpy(), compute_uv=False)
+    found = truncated_svd(Dense(A), 16)
+    best = math.sqrt(float((values[found.rank :] ** 2).sum()))
+    assert true_error(A, found) <= 1.1 * best + ROUNDING * values[0]

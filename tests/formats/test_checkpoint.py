@@ -8,13 +8,16 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
 import weft
 from weft.core.errors import FormatError, NotFound, Unsupported
+from weft.core.specs import TensorRef
 from weft.formats.checkpoint import (
+    bits,
     describe_copied,
     describe_input,
     has_weights,
@@ -29,7 +32,7 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
-    from weft.core.specs import Checkpoint, TensorRef
+    from weft.core.specs import Checkpoint
 
 CONFIG = {"architectures": ["LlamaForCausalLM"], "model_type": "llama", "vocab_size": 16}
 
@@ -585,3 +588,14 @@ def test_describe_input_that_is_copied(tmp_path: Path) -> None:
     after = describe_copied("base", folder / "model.safetensors")
     assert before.header is None
     assert before.content != after.content
+
+
+def test_bits_of_a_tensor_read_no_more_than_it(tmp_path: Path) -> None:
+    large = tmp_path / "large.safetensors"
+    values = np.arange(-3, 3, dtype="<f4").reshape(2, 3)
+    with large.open("wb") as file:
+        file.truncate(2**34)  # sparse: reading it whole takes 16 GiB
+        file.seek(2**33)
+        file.write(values.tobytes())
+    ref = TensorRef(str(large), "x", "float32", (2, 3), 2**33, 2**33 + values.nbytes)
+    assert (bits(ref) == values.view("u4")).all()

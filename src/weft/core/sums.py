@@ -15,5 +15,6 @@ def dot(one: Any, other: Any) -> float:
 
     x, y = one.numpy().reshape(-1), other.numpy().reshape(-1)
     even = len(x) // RUN * RUN
-    runs = np.matmul(x[:even].reshape(-1, 1, RUN), y[:even].reshape(-1, RUN, 1))
-    return float(runs.sum(dtype=np.float64)) + float(np.dot(x[even:], y[even:]))
+    with np.errstate(over="ignore", invalid="ignore"):  # the sum shows it
+        runs = np.matmul(x[:even].reshape(-1, 1, RUN), y[:even].reshape(-1, RUN, 1))
+        return float(runs.sum(dtype=np.float64)) + float(np.dot(x[even:], y[even:]))

@@ -28,7 +28,7 @@ from weft.decompose._certificate import Basis, Bordered, free_bound, probed_boun
 from weft.decompose._orthogonal import gram, orthonormal, whitened
 from weft.decompose._rough import directions
 from weft.decompose._series import to_come
-from weft.decompose.matrices import Turned, residual
+from weft.decompose.matrices import Resized, Turned, residual
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -48,6 +48,10 @@ _MOST_PROOFS = 3  # a further block, where one fails, is cheaper than a fourth
 _CANCELS = 1e-2
 # Singular values of this share of the largest are what float32 made of zero.
 _NOISE = 3e-7
+# log₂ ‖A‖ of which float32 holds A, AᵀA and what is left of them, with much to spare.
+_PLAIN = 40
+# A share of ‖A‖² that float32 products of A tell for sure.
+_TOLD = 1e-6
 # ‖A − BA‖ / ‖A‖ that float32 cannot tell from none.
 ROUNDING = 1e-6
 
@@ -115,6 +119,16 @@ class Svd:
             excess=self.excess[:rank],
         )
 
+    def times(self, factor: float, energy: float) -> Svd:
+        """Of factor · A, whose ‖·‖² is `energy`."""
+        return replace(
+            self,
+            values=self.values * factor,
+            energy=energy,
+            error=self.error * factor**2,
+            excess=self.excess * factor**2,
+        )
+
 
 def key_of(seed: int, name: str) -> int:
     """The number that a module's random vectors are drawn by: of nothing but seed and name."""
@@ -149,6 +163,11 @@ def truncated_svd(
             torch.zeros(rows, rank), zero, torch.zeros(columns, rank), matrix.energy,
             matrix.energy, zero, exact=not matrix.energy,
         )  # fmt: skip
+    power = round(math.log2(matrix.energy) / 2)
+    if abs(power) > _PLAIN:
+        unit = Resized(matrix, 2.0**-power)
+        found = truncated_svd(unit, rank, key=key, tolerance=tolerance, proof=proof)
+        return found.times(2.0**power, matrix.energy)
     if _exact.cheaper(rows, columns, rank):
         left, values, right = _exact.svd(matrix, rank)
         return _finished(matrix, Svd(left, values, right, matrix.energy, 0.0, values * 0, True))
@@ -242,7 +261,9 @@ class _Iteration:
             self.products += Q.shape[1]
             X = orthonormal(Z, self.X, floor)
             ended = not X.shape[1] or len(self.X) >= _MOST_BLOCKS
-            if likely or ended:
+            # Whether bfloat16 came near enough does not show where nearly nothing is left.
+            early = rough is not None and len(self.X) == 1 and self._left() < _TOLD * matrix.energy
+            if (likely and not early) or ended:
                 excess = self._proof(Basis(self.X, square, Z, R, matrix.energy))
                 proofs += 1
                 enough = float(excess[-1]) <= self._wanted(self.proof)
@@ -251,13 +272,17 @@ class _Iteration:
 
     def _wanted(self, bound: float) -> float:
         """The excess that keeps the error within `bound` times the best."""
-        return (1 - bound**-2) * max(self.matrix.energy - self.captured[-1], 0.0)
+        return (1 - bound**-2) * max(self._left(), 0.0)
+
+    def _left(self) -> float:
+        """What the last block left of ‖A‖², but for the rounding of products."""
+        return self.matrix.energy - self.captured[-1]
 
     def _converged(self, square: Tensor) -> bool:
         """Whether what further blocks would add, as a geometric series, is within the slack."""
         values = torch.linalg.eigvalsh(square).flip(0)[: self.rank]
         self.captured.append(float(values.sum()))
-        error = self.matrix.energy - self.captured[-1]
+        error = self._left()
         # Of rounding noise each block adds about a third of the one before: less is not believed,
         # for the first blocks find what stands out of it, and that goes faster.
         missing = to_come(self.captured, least=0.35)
@@ -270,7 +295,7 @@ class _Iteration:
         wanted = self._wanted(self.proof)
         bordered = Bordered(basis, self.rank)
         excess = free_bound(bordered, basis.left_over)
-        rounding = self.matrix.energy - self.captured[-1] <= ROUNDING**2 * self.matrix.energy
+        rounding = self._left() <= ROUNDING**2 * self.matrix.energy
         if float(excess[-1]) <= wanted or rounding:
             return excess
         probed, used = probed_bound(self.matrix, basis, bordered, self.key + 1, wanted)

@@ -127,6 +127,40 @@ class Turned:
         raise NotImplementedError("a matrix is read as it lies")
 
 
+@dataclass(frozen=True)
+class Resized:
+    """factor · A, as a matrix of its own: AᵀA of very small or large numbers leaves float32.
+
+    Attributes:
+        matrix: A (m, n).
+        factor: A power of two: nothing is rounded.
+    """
+
+    matrix: Matrix
+    factor: float
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        return self.matrix.shape
+
+    @property
+    def energy(self) -> float:
+        return self.matrix.energy * self.factor**2
+
+    def matmul(self, X: Tensor) -> Tensor:
+        return (self.matrix.matmul(X.double()) * self.factor).to(X.dtype)
+
+    def rmatmul(self, Y: Tensor) -> Tensor:
+        return (self.matrix.rmatmul(Y.double()) * self.factor).to(Y.dtype)
+
+    def rough(self) -> Rough | None:
+        return None
+
+    def rows(self) -> Iterator[tuple[int, Tensor]]:
+        for start, block in self.matrix.rows():
+            yield start, block * self.factor
+
+
 def residual(matrix: Matrix, left: Tensor, right: Tensor) -> float:
     """‖A − left @ rightᵀ‖², entry by entry: for differences that lie in ‖A‖²'s rounding.
 

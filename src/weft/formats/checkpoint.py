@@ -345,6 +345,14 @@ def _blocks(ref: TensorRef, size: int = 2**22) -> Iterator[bytes]:
             yield data
 
 
+def bits(ref: TensorRef) -> np.ndarray[tuple[int, ...], np.dtype[np.unsignedinteger]]:
+    """The values of a small tensor as they lie, whatever they mean: whole numbers of their size."""
+    import numpy as np
+
+    width = np.dtype(f"u{ref.nbytes // max(ref.numel, 1)}")
+    return np.fromfile(ref.file, width, ref.numel, offset=ref.start).reshape(ref.shape)
+
+
 def same_values(one: TensorRef, other: TensorRef) -> bool:
     """Whether two tensors are equal in value, perhaps saved in different dtypes."""
     if one.shape != other.shape or not {one.dtype, other.dtype} <= set(_WIDTHS):

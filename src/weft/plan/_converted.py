@@ -10,7 +10,7 @@ import math
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
-import numpy as np
+from weft.formats.checkpoint import bits
 
 if TYPE_CHECKING:
     from weft.core.specs import Adapter, AdapterEntry, TensorRef
@@ -41,9 +41,7 @@ def _block_diagonal(B: TensorRef, experts: int) -> bool:
 
     Training fills the zeros: then it went on after the conversion, with PEFT's scaling.
     """
-    width = np.dtype(f"u{B.nbytes // max(B.numel, 1)}")
-    bits = np.fromfile(B.file, width, B.numel, offset=B.start).reshape(B.shape)
-    used = (bits << 1) != 0  # without the sign: minus zero is zero
+    used = (bits(B) << 1) != 0  # without the sign: minus zero is zero
     half = B.shape[0] // 2
     used = used.reshape(B.shape[0], -1, experts)
     rank = used.shape[1] // 2

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from weft.core.dtypes import WEIGHTS
+from weft.plan._in_memory import in_memory
 from weft.plan._moe import ONE_EXPERT, PARTS, RENAMED, TRANSPOSED, TURNED_ON_DISK
 from weft.plan._targets import CONV1D_MODELS, CONV1D_MODULES
 from weft.plan.preflight import config_value
@@ -87,7 +88,7 @@ class Forms:
     def path(self, name: str) -> str:
         """The parameter `name` of the files, in the model that transformers makes."""
         head = name.split(".")[0] in _HEADS
-        path = name if head else self.prefix + name
+        path = in_memory(name if head else self.prefix + name, self.base.config)
         for new, old in RENAMED if self._moved else ():
             path = path.replace(f".{old}.", f".{new}.")
         return path

@@ -6,10 +6,10 @@ kept theirs; PEFT goes by those in memory. So an adapter has the one or the othe
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from weft.core.specs import Checkpoint
+    from collections.abc import Mapping
 
 # Read off transformers 5.23: model types whose files have `language_model.model.layers…`, the
 # head inside it, and the towers beside it; all of that is under `model` in memory.
@@ -26,9 +26,9 @@ _TOWERS = {
 _WITH_VISUAL = {"qwen2_vl", "qwen2_5_vl"}
 
 
-def in_memory(name: str, base: Checkpoint) -> str:
+def in_memory(name: str, config: Mapping[str, Any]) -> str:
     """`model.language_model.layers…` for `language_model.model.layers…` or `model.layers…`."""
-    kind = base.config.get("model_type")
+    kind = config.get("model_type")
     first, _, rest = name.partition(".")
     if kind in _WITH_TOWERS and first in _TOWERS:
         if name.startswith("language_model.lm_head."):

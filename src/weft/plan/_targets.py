@@ -147,7 +147,7 @@ def _match(
     what = f"{adapter.given} names modules as another release of the model's code did"
     for moved in found.moves.values():
         old, new = moved[0], found.names[moved[0]]
-        if all(in_memory(found.names[name], base) == name for name in moved):
+        if all(in_memory(found.names[name], base.config) == name for name in moved):
             targets.notes.append(
                 f"{adapter.given}: {old} is {new} in the base's files ({len(moved)} tensors)"
             )

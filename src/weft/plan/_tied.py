@@ -9,12 +9,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-import numpy as np
-
 from weft.core.dtypes import WEIGHTS
 from weft.core.errors import Problem
 from weft.formats.adapters._peft_config import trains_originals
-from weft.formats.checkpoint import same_bytes
+from weft.formats.checkpoint import bits, same_bytes
 from weft.plan._targets import Change, Targets
 from weft.plan.preflight import config_value
 
@@ -221,9 +219,4 @@ def _twins(mine: Delta, yours: Delta) -> bool:
 def _transposed(one: TensorRef, other: TensorRef) -> bool:
     if one.dtype != other.dtype or one.shape != other.shape[::-1]:
         return False
-    width = np.dtype(f"u{one.nbytes // max(one.numel, 1)}")
-    first, second = (
-        np.fromfile(ref.file, width, ref.numel, offset=ref.start).reshape(ref.shape)
-        for ref in (one, other)
-    )
-    return bool((first == second.T).all())
+    return bool((bits(one) == bits(other).T).all())

@@ -4,17 +4,15 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
 
+from weft.formats.checkpoint import bits
 from weft.write.adapter import Made
 
 if TYPE_CHECKING:
     from weft.core.specs import Delta, TensorRef
-
-    Array = np.ndarray[tuple[int, ...], np.dtype[np.unsignedinteger]]
 
 
 def as_today(
@@ -42,23 +40,16 @@ def as_today(
 def _values(
     A: TensorRef, B: TensorRef, experts: int, *, turned: bool, grouped: bool
 ) -> tuple[bytes, bytes]:
-    down = _bits(A).reshape(experts, -1, A.shape[1])  # (E, r, d1)
+    down = bits(A).reshape(experts, -1, A.shape[1])  # (E, r, d1)
     rank = down.shape[1]
     if grouped:
-        up = _bits(B).reshape(B.shape[0], experts, rank).transpose(1, 2, 0)
+        up = bits(B).reshape(B.shape[0], experts, rank).transpose(1, 2, 0)
     else:
-        up = _bits(B).reshape(B.shape[0], rank, experts).transpose(2, 1, 0)
+        up = bits(B).reshape(B.shape[0], rank, experts).transpose(2, 1, 0)
     if turned:  # (E, r, d2)
         down, up = up, down
     first = np.ascontiguousarray(down.reshape(experts * rank, -1))
     return first.tobytes(), np.ascontiguousarray(up.transpose(2, 1, 0)).tobytes()
-
-
-def _bits(ref: TensorRef) -> Array:
-    """Its values as they lie, whatever they mean."""
-    width = np.dtype(f"u{ref.nbytes // max(ref.numel, 1)}")
-    raw: Array = np.frombuffer(Path(ref.file).read_bytes()[ref.start : ref.stop], width)
-    return raw.reshape(ref.shape)
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,17 +84,17 @@ class Stacked:
         return len(self.edges) - 1
 
     def _down(self, rank: int, like: TensorRef) -> bytes:
-        values = np.zeros((self.experts, rank, like.shape[1]), _bits(like).dtype)
+        values = np.zeros((self.experts, rank, like.shape[1]), bits(like).dtype)
         for (expert, part), (A, _) in self.places.items():
-            values[expert, self.edges[part] : self.edges[part] + A.shape[0]] = _bits(A)
+            values[expert, self.edges[part] : self.edges[part] + A.shape[0]] = bits(A)
         return values.tobytes()
 
     def _up(self, rank: int, like: TensorRef) -> bytes:
         outer = like.shape[0]
-        values = np.zeros((outer * self._parts, rank, self.experts), _bits(like).dtype)
+        values = np.zeros((outer * self._parts, rank, self.experts), bits(like).dtype)
         for (expert, part), (_, B) in self.places.items():
             ranks = slice(self.edges[part], self.edges[part] + B.shape[1])
-            values[part * outer : (part + 1) * outer, ranks, expert] = _bits(B)
+            values[part * outer : (part + 1) * outer, ranks, expert] = bits(B)
         return values.tobytes()
 
 

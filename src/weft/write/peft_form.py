@@ -108,7 +108,7 @@ def _placed(base: Checkpoint, adapter: Adapter, plan: Plan) -> list[Placed]:
         name, shape, delta = done[entry.tensors]
         if why := _no_form(entry, delta, tied=find_tie(base, [(adapter, 1)]) is not None):
             raise _cannot(adapter, why)
-        path = _path(adapter, entry, in_memory(name, base))
+        path = _path(adapter, entry, in_memory(name, base.config))
         placed.append(Placed(path, delta, shape, _rank(delta)))
     return placed
 

@@ -1,0 +1,38 @@
+"""Sums of products: as exact as float64, and without a word where they overflow."""
+
+from __future__ import annotations
+
+import math
+import warnings
+
+import pytest
+import torch
+
+from weft.core.sums import RUN, dot
+from weft.execute._differences import squares
+
+
+@pytest.mark.parametrize("count", [0, 1, RUN - 1, RUN, 3 * RUN + 5])
+def test_sum_is_that_of_float64(count: int) -> None:
+    generator = torch.Generator().manual_seed(0)
+    x, y = (torch.randn(count, generator=generator) for _ in range(2))
+    terms = (x.double() * y.double()).tolist()
+    rounding = 1e-6 * math.fsum(abs(term) for term in terms)
+    assert dot(x, y) == pytest.approx(math.fsum(terms), abs=rounding)
+
+
+@pytest.mark.parametrize("count", [5, RUN + 5])
+def test_overflow_is_infinite_and_no_warning(count: int) -> None:
+    mixed = torch.zeros(count)
+    mixed[::2] = math.inf
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert dot(torch.full((count,), 1e20), torch.full((count,), 1e20)) == math.inf
+        assert math.isnan(dot(mixed, mixed.roll(1)))
+
+
+@pytest.mark.parametrize("value", [1e20, 1e-25, 3e-45, 0.0])
+def test_squares_of_any_float32_are_finite_and_right(value: float) -> None:
+    x = torch.full((3, RUN + 1), value)
+    exact = float(x.double()[0, 0]) ** 2 * x.numel()
+    assert squares(x) == pytest.approx(exact, rel=1e-6)
