@@ -76,7 +76,7 @@ def _made(folder: Path, index: dict[str, Any]) -> dict[str, Made]:
     for kind, record in index["kinds"].items():
         files = contents(folder / kind)
         config = next(json.loads(data) for name, data in files if name == "adapter_config.json")
-        weights = sorted(file for file in files if file[0] != "adapter_config.json")
+        weights = sorted(file for file in files if not file[0].endswith("adapter_config.json"))
         own = {key: value for key, value in outputs.items() if key.split("/")[0] == kind}
         found[kind] = Made(folder.name, record, config, weights, own)
     return found

@@ -6,6 +6,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
+import wraps
 from models import tokens
 
 if TYPE_CHECKING:
@@ -23,7 +24,11 @@ class Kind:
         options: For that class.
         before: Changes the base before PEFT wraps it.
         after: Changes the filled model.
-        since: The first release that knows the options, where an older one takes them for others.
+        since: The first release that it is made with: an older one takes the options for others,
+            or lacks them.
+        wrap: In place of `get_peft_model`, where that needs something first.
+        adapter: The one that is saved, of a model that has several; else all of them.
+        initial: The adapter is saved before training as well, into `initial`.
     """
 
     name: str
@@ -33,6 +38,9 @@ class Kind:
     before: Callable[[Any], None] | None = None
     after: Callable[[Any], None] | None = None
     since: str = "0"
+    wrap: Callable[[Any, Any], Any] | None = None
+    adapter: str = ""
+    initial: bool = False
 
 
 def _resize(model: Any) -> None:
@@ -75,8 +83,21 @@ def _init(name: str, since: str, **options: Any) -> Kind:
     return replace(_lora(f"init-{name}", init_lora_weights=name, **options), since=since)
 
 
+def _moved(name: str, since: str, wrap: Any = None) -> Kind:
+    """These take their factors off the base: what they took is what they were before training."""
+    kind = _lora(name, init_lora_weights=name.replace("-", "_"))
+    return replace(kind, since=since, wrap=wrap, initial=True)
+
+
 def _method(name: str, config: str, options: dict[str, Any], model: str = "decoder") -> Kind:
     return Kind(name, model, config, options)
+
+
+def _refused(name: str, config: str, wrap: Any = None, **options: Any) -> Kind:
+    """What has no merged weight: the newest release's file is enough."""
+    adapter = "default" if wrap else ""
+    options["task_type"] = "CAUSAL_LM"
+    return Kind(name, "llama", config, options, since="0.21", wrap=wrap, adapter=adapter)
 
 
 LORA = [
@@ -103,11 +124,18 @@ LORA = [
     _init("pissa", "0.11"),
     _init("olora", "0.12"),
     _init("mica", "0.21"),
+    _moved("pissa", "0.18"),
+    _moved("olora", "0.18"),
+    _moved("corda", "0.18", wraps.corda),
+    _moved("lora-ga", "0.19", wraps.lora_ga),
     _init("loftq", "0.7", loftq_config={"loftq_bits": 4, "loftq_iter": 1}),
     _lora("kasa", kasa_config={"beta": 1e-4, "gamma": 1e-3}),
     _lora("bdlora", use_bdlora={"target_modules_bd_a": ["q_proj"], "nblocks": 2,
                                 "target_modules_bd_b": ["o_proj"]}),
     _lora("qalora", use_qalora=True, qalora_group_size=4),
+    replace(_lora("qalora-pooled", use_qalora=True, qalora_group_size=4), since="0.19",
+            wrap=wraps.qalora),
+    replace(_lora("arrow"), since="0.18", wrap=wraps.arrow, adapter="arrow_router"),
     _lora("monteclora", monteclora_config={"num_samples": 4}),
     _lora("velora", velora_config={"num_groups": 4}),
     *(
@@ -276,6 +304,12 @@ OTHERS = [
             "llama"),
     _method("prefix-tuning", "PrefixTuning", {"num_virtual_tokens": 2, "task_type": "CAUSAL_LM"},
             "llama"),
+    _refused("p-tuning", "PromptEncoder", num_virtual_tokens=2, encoder_hidden_size=4),
+    _refused("cpt", "CPT", cpt_token_ids=[1, 2], cpt_mask=[1, 1], cpt_tokens_type_mask=[1, 2]),
+    _refused("adaption-prompt", "AdaptionPrompt", adapter_len=2, adapter_layers=1),
+    _refused("cartridge", "Cartridge", num_virtual_tokens=2),
+    _refused("shadow", "Shadow", r=2, shadow_hidden_size=4, shadow_intermediate_size=4),
+    _refused("xlora", "XLora", wraps.xlora, hidden_size=16, xlora_depth=3, xlora_size=4),
 ]  # fmt: skip
 
 KINDS = {

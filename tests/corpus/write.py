@@ -53,10 +53,12 @@ def load_base(kind: Kind, dtype: torch.dtype = torch.float32) -> Any:
     return model.to(dtype).eval()
 
 
-def train(kind: Kind) -> Any:
+def train(kind: Kind, folder: Path) -> Any:
     torch.manual_seed(0)
     config = getattr(peft, f"{kind.config}Config")(**copy.deepcopy(kind.options))
-    model = peft.get_peft_model(load_base(kind), config)
+    model = (kind.wrap or peft.get_peft_model)(load_base(kind), config)
+    if kind.initial:
+        save_initial(model, folder / "initial")
     if "enable_lora" not in kind.options:  # 0.2 merges these on eval(), and fails
         model.eval()
     fill(model)
@@ -65,8 +67,22 @@ def train(kind: Kind) -> Any:
     return model
 
 
-def save(model: Any, folder: Path) -> None:
-    model.save_pretrained(folder)
+def save_initial(model: Any, folder: Path) -> None:
+    """As PEFT's documentation has it: as an ordinary adapter."""
+    config = model.peft_config["default"]
+    init, config.init_lora_weights = config.init_lora_weights, True
+    save(model, folder)
+    config.init_lora_weights = init
+
+
+def save(model: Any, folder: Path, adapter: str = "") -> None:
+    # Releases before 0.3 do not know the argument.
+    model.save_pretrained(folder, **({"selected_adapters": [adapter]} if adapter else {}))
+    inside = folder / adapter
+    if adapter and inside.exists():  # where others than "default" go
+        for path in inside.iterdir():
+            path.rename(folder / path.name)
+        inside.rmdir()
     for path in folder.rglob("*"):
         if path.name == "README.md":
             path.unlink()
@@ -135,11 +151,11 @@ def precisely(kind: Kind, model: Any) -> tuple[Tensor, str]:
 def record(kind: Kind, folder: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """Write one adapter; returns its entry in the index, and what the trained model computes."""
     compute = MODELS[kind.model].compute
-    model, plain = train(kind), compute(load_base(kind))
+    model, plain = train(kind, folder), compute(load_base(kind))
     output = compute(model)
     if plain.shape == output.shape and distance(plain, output) < 1e-3:
         raise ValueError("the adapter does next to nothing")
-    save(model, folder)
+    save(model, folder, kind.adapter)
     merged = merges(kind, folder)
     entry: dict[str, Any] = {"model": kind.model, **merged[0]}
     exact, problem = precisely(kind, model)
