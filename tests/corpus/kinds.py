@@ -133,7 +133,7 @@ LORA = [
     _lora("bdlora", use_bdlora={"target_modules_bd_a": ["q_proj"], "nblocks": 2,
                                 "target_modules_bd_b": ["o_proj"]}),
     _lora("qalora", use_qalora=True, qalora_group_size=4),
-    replace(_lora("qalora-pooled", use_qalora=True, qalora_group_size=4), since="0.19",
+    replace(_lora("qalora-pooled", use_qalora=True, qalora_group_size=8), since="0.19",
             wrap=wraps.qalora),
     replace(_lora("arrow"), since="0.18", wrap=wraps.arrow, adapter="arrow_router"),
     _lora("monteclora", monteclora_config={"num_samples": 4}),

@@ -44,6 +44,11 @@ class Entry:
     def folder(self, corpus: Path) -> Path:
         return corpus / self.release / self.kind
 
+    def initial(self, corpus: Path) -> Path | None:
+        """The adapter before training, where that is saved."""
+        path = self.folder(corpus) / "initial"
+        return path if path.exists() else None
+
     def config(self, corpus: Path) -> dict[str, Any]:
         path = self.folder(corpus) / "adapter_config.json"
         config: dict[str, Any] = json.loads(path.read_text())
@@ -55,6 +60,10 @@ class Entry:
             return load_file(path)
         tensors: dict[str, Tensor] = torch.load(path.with_suffix(".bin"), weights_only=True)
         return tensors
+
+    def initial_tensors(self, corpus: Path) -> dict[str, Tensor]:
+        path = self.initial(corpus)
+        return load_file(path / "adapter_model.safetensors") if path else {}
 
     def outputs(self, corpus: Path) -> dict[str, Tensor]:
         """What the trained model computes, under ""; the one that PEFT loads and merges."""
@@ -119,6 +128,7 @@ REFUSED = [
     Rule("init-pissa", "was initialised with PiSSA, which moved the base weights"),
     Rule("init-olora", "was initialised with OLoRA, which moved the base weights"),
     Rule("init-loftq", "was initialised with LoftQ, which moved the base weights"),
+    Rule("arrow", "Arrow, which routes each token to another adapter: no merged weight"),
     Rule("llama-alora", "aLoRA, which is active after some tokens only: no merged weight"),
     Rule("conv-boft", "rotates other axes of a convolution than later ones", before="0.14"),
     Rule("conv-oft", "in training PEFT adds up the overlapping patches of a convolution"),
@@ -133,8 +143,16 @@ REFUSED = [
     Rule("tinylora", "is not what projection_seed = 42 gives", before="0.21"),
     *(
         Rule(kind, f"is a {kind.upper().replace('-', '_')} adapter, which cannot be merged")
-        for kind in ("prompt-tuning", "prefix-tuning", "psoft", "adamss", "lily")
+        for kind in ("adaption-prompt", "cartridge", "cpt", "p-tuning", "prefix-tuning",
+                     "prompt-tuning", "adamss", "lily", "psoft", "shadow", "xlora")
     ),
+]  # fmt: skip
+
+# Refused in these words as well, and merged with what the adapter was before training.
+MOVED = [
+    Rule(kind, f"was initialised with {name}, which moved the base weights")
+    for kind, name in (("pissa", "PiSSA"), ("olora", "OLoRA"), ("corda", "CorDA"),
+                       ("lora-ga", "LoRA-GA"))
 ]  # fmt: skip
 
 # The file lacks what was trained: the merged model is the one that PEFT loads.
@@ -176,6 +194,7 @@ SINGLE = [
     Rule("osf", "the decomposition is in float32", before="0.21"),
     Rule("llama-* tied-*", "another release of transformers", before="0.17"),
     Rule("frod", "the decomposition is in float32"),
+    Rule("pissa olora corda lora-ga", "the base was moved in float32"),
 ]  # fmt: skip
 
 _ENDS = "lm_head.weight model.embed_tokens.weight"
@@ -205,6 +224,8 @@ BITS = [
     Rule("kasa frod", "the decomposition is in float32"),
     Rule("osf", "the decomposition is in float32", before="0.21"),
     Rule("road-*", "sums in another order"),
+    Rule("pissa olora", "the base is moved anew, and rounded there"),
+    Rule("lora-ga", "the base is not moved: another model"),
     # It rounds more than once where the base is in bfloat16.
     Rule("*", "the factors take the base's dtype", since="0.7", before="0.12", dtype="bfloat16",
          partly=True),

@@ -60,7 +60,7 @@ class Module:
 
 
 def lora(m: Module) -> Array:
-    """W + s · B A; with KaSA's d in between, with DoRA's norm, of BD-LoRA and of convolutions."""
+    """W + s · (B A − B₀ A₀), B₀ A₀ of a base that was moved; KaSA's d, DoRA's norm, BD-LoRA."""
     A, B = flat(m.t["lora_A.weight"]), flat(m.t["lora_B.weight"])
     W = flat(m.W)
     if m.config.get("use_bdlora"):
@@ -74,7 +74,12 @@ def lora(m: Module) -> Array:
         U, S, Vt = np.linalg.svd(W, full_matrices=False)
         S[-len(A) :] = 0
         W, B = U * S @ Vt, B * d
+    if A.shape[1] < W.shape[1] and m.config.get("use_qalora"):
+        groups, size = A.shape[1], m.config["qalora_group_size"]
+        A = groups * np.repeat(A, size, axis=1) / size  # of `groups` times the mean of each
     V = W + m.scaling(len(A)) * B @ A
+    if "initial_A" in m.t:
+        V -= m.scaling(len(A)) * m.t["initial_B"] @ m.t["initial_A"]
     magnitude = m.t.get("lora_magnitude_vector", m.t.get("lora_magnitude_vector.weight"))
     if magnitude is not None:
         V *= (magnitude.reshape(-1) / np.linalg.norm(V, axis=1))[:, None]
@@ -121,7 +126,10 @@ def merged(entry: Entry, corpus: Path) -> dict[str, Array]:
         if not key.startswith(PREFIX)
     }
     found = replaced(tensors, config, base)
+    initial = by_module(arrays(entry.initial_tensors(corpus)))
     for name, own in by_module(tensors).items():
+        for factor in "AB" if name in initial else "":
+            own[f"initial_{factor}"] = initial[name][f"lora_{factor}.weight"]
         parameter = parameter_of(name, base)
         W = base[parameter]
         turned = entry.model == "gpt2" and W.ndim == 2 and ".h." in name

@@ -38,6 +38,7 @@ pytestmark = [
 ENTRIES = list(known.entries())
 REFUSED = [entry for entry in ENTRIES if known.rule(known.REFUSED, entry)]
 MERGED = [entry for entry in ENTRIES if not known.rule(known.REFUSED, entry)]
+MOVED = [entry for entry in ENTRIES if known.rule(known.MOVED, entry)]
 
 
 @pytest.fixture(scope="session")
@@ -79,7 +80,13 @@ class Case:
         folder = self.tmp / base
         if not folder.exists():
             source = self.corpus / base / self.entry.model
-            weft.merge(source, self.entry.folder(self.corpus), output=folder, threads=1)
+            weft.merge(
+                source,
+                self.entry.folder(self.corpus),
+                output=folder,
+                threads=1,
+                init_adapter=self.entry.initial(self.corpus),
+            )
         return folder
 
     def tensors(self, base: str) -> dict[str, Tensor]:
@@ -124,9 +131,9 @@ def distance(got: Tensor, want: Tensor) -> float:
     return float((got - want).abs().max() / want.abs().max())
 
 
-@each(REFUSED)
+@each([*REFUSED, *MOVED])
 def test_refused(corpus: Path, tmp_path: Path, entry: Entry) -> None:
-    rule = known.rule(known.REFUSED, entry)
+    rule = known.rule([*known.REFUSED, *known.MOVED], entry)
     assert rule
     with pytest.raises(WeftError) as error:
         weft.merge(corpus / "bases" / entry.model, entry.folder(corpus), output=tmp_path / "merged")
@@ -153,7 +160,10 @@ def test_merged(corpus: Path, tmp_path: Path, entry: Entry) -> None:
 def check_warnings(case: Case) -> None:
     """Whatever PEFT saved is what its config says."""
     folder = case.entry.folder(case.corpus)
-    plan = weft.plan_merge(case.corpus / "bases" / case.entry.model, folder)
+    initial = case.entry.initial(case.corpus)
+    assert bool(initial) == bool(known.rule(known.MOVED, case.entry))
+    base = case.corpus / "bases" / case.entry.model
+    plan = weft.plan_merge(base, folder, init_adapter=initial)
     doubt = known.rule(known.DOUBTED, case.entry)
     assert len(plan.warnings) == (1 if doubt else 0)
     assert all(doubt.why in warning for warning in plan.warnings if doubt)
