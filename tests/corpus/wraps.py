@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 from models import tokens
 
 
@@ -61,5 +60,4 @@ def xlora(model: Any, config: Any) -> Any:
 
     model.config.use_cache = False
     config.adapters = {"0": f"{__version__}/llama-lora", "1": f"{__version__}/llama-lora"}
-    torch.manual_seed(0)
     return get_peft_model(model, config)
