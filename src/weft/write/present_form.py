@@ -188,8 +188,8 @@ def _fields(form: Form) -> None:
 
 def _idle_patterns(form: Form) -> None:
     """PEFT warns of patterns that match nothing."""
-    # Those of experts name parameters, which this does not look for.
-    if form.config.get("target_parameters"):
+    # Those of experts name parameters, and AdaLoRA's are something else.
+    if form.config.get("peft_type") != "LORA" or form.config.get("target_parameters"):
         return
     for each in ("rank_pattern", "alpha_pattern"):
         patterns = form.config.get(each) or {}
