@@ -22,7 +22,20 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from merge import BENCH, HERE, MB, WEFT, Sample, Verdict, execute, prepare, rss, save, wall
+from merge import (
+    BENCH,
+    HERE,
+    MB,
+    WEFT,
+    Sample,
+    Verdict,
+    clean,
+    execute,
+    prepare,
+    rss,
+    save,
+    wall,
+)
 from safetensors import safe_open
 from setting import environment
 
@@ -111,7 +124,9 @@ def measure(
                 (f"mergekit, rank {ranks[0]}", ranks[0], mergekit(peer, folder, tuned, ranks[0]))
             ]
         for name, rank, command in jobs:
-            shutil.rmtree(folder / "out", ignore_errors=True)
+            clean(folder)
+            shutil.copytree(folder / "base", folder / "out")  # as in `merge.sample`, and for why
+            clean(folder)
             took, memory, _ = execute(command, folder)
             found.setdefault(name, []).append(Sample(took, None, memory))
             if name not in ratios:

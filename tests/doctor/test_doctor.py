@@ -232,6 +232,15 @@ def test_fix_keeps_the_scaling(folders: Folders) -> None:
         assert one.read_bytes() == two.read_bytes()
 
 
+def test_fix_drops_patterns_that_match_nothing(folders: Folders) -> None:
+    """PEFT warns of them; those that match stay."""
+    adapter = folders.adapter(MODULES, alpha_pattern={"nothing": 64, "q_proj": 32})
+    found = weft.doctor(adapter, fix=folders.root / "fixed")
+    assert found.rewritten == ("alpha_pattern without nothing: no module is called so",)
+    config = json.loads((folders.root / "fixed" / "adapter_config.json").read_text())
+    assert config["alpha_pattern"] == {"q_proj": 32}
+
+
 # -------------------------------------------------------------------------------------------- PEFT
 
 

@@ -552,6 +552,13 @@ def test_a_density_above_one_keeps_all_and_is_said() -> None:
     assert list(found.notes) == ["a density of 50 keeps all of b: it is a share, up to 1"]
 
 
+def test_a_density_that_nothing_reads_is_said() -> None:
+    text = "merge_method: task_arithmetic\nbase_model: a\nmodels: [{model: b}]\n"
+    (found,) = read(text + "parameters: {weight: 1, density: 0.3}\n", "merge.yml")
+    (note,) = found.notes
+    assert "task_arithmetic keeps all of a task vector: density changes nothing" in note
+
+
 def test_a_base_that_is_merged_like_any_model_is_said() -> None:
     text = "merge_method: karcher\nbase_model: c\nmodels: [{model: a}, {model: b}]\n"
     (found,) = read(text, "merge.yml")

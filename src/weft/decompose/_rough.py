@@ -52,8 +52,10 @@ class Rough:
 
     def matmul(self, X: Tensor) -> Tensor:
         """A @ X, each result rounded to bfloat16, in float32."""
-        A = self.values.T if self.turned else self.values
-        return (A @ X.to(A.device, A.dtype)).cpu().float()
+        A = self.values
+        X = X.to(A.device, A.dtype)
+        # The product of Xᵀ and the values as they lie is faster than that of their transpose and X.
+        return ((X.T @ A).T if self.turned else A @ X).cpu().float()
 
     def rmatmul(self, Y: Tensor) -> Tensor:
         """Aᵀ @ Y, the same."""

@@ -219,6 +219,20 @@ class _Checker:
         )
 
     def _densities(self, place: Place, base: ModelName | None) -> None:
+        models = [source.model for source in place.slice.sources]
+        if self.recipe.method == "task_arithmetic":
+            idle = [
+                name
+                for name in ("density", "rescale")
+                if any(self._said(name, place, model) for model in [None, *models])
+            ]
+            if idle:
+                what = f"{' and '.join(idle)} change{'s' * (len(idle) == 1)} nothing"
+                self.notes.append(
+                    f"task_arithmetic keeps all of a task vector: {what}, here as in "
+                    "MergeKit; ties, dare_linear and others drop some"
+                )
+            return
         for source in place.slice.sources:
             density = self._constant("density", place, source.model)
             if (

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from weft.core.errors import WeftError
 from weft.core.specs import AddDeltas
-from weft.formats.adapters._peft_config import FOREIGN, KNOWN, trains_in_place
+from weft.formats.adapters._peft_config import FOREIGN, KNOWN, matching, trains_in_place
 from weft.formats.adapters._peft_lora import SUFFIXES
 from weft.formats.adapters._peft_methods import methods
 from weft.formats.adapters._repairs import PREFIX
@@ -186,7 +186,21 @@ def _fields(form: Form) -> None:
         form.done.append(f"without {', '.join(dropped)}, which PEFT's config does not have")
 
 
+def _idle_patterns(form: Form) -> None:
+    """PEFT warns of patterns that match nothing."""
+    # Those of experts name parameters, and AdaLoRA's are something else.
+    if form.config.get("peft_type") != "LORA" or form.config.get("target_parameters"):
+        return
+    for each in ("rank_pattern", "alpha_pattern"):
+        patterns = form.config.get(each) or {}
+        modules = [entry.module for entry in form.adapter.entries]
+        idle = [p for p in patterns if not any(matching({p: 0}, name) for name in modules)]
+        if idle:
+            form.config[each] = {p: v for p, v in patterns.items() if p not in idle}
+            form.done.append(f"{each} without {', '.join(idle)}: no module is called so")
+
+
 RULES: tuple[Callable[[Form], None], ...] = (
     *(_parts_of_fused, _trained_in_place, _tied_factors, _biases, _bone, _lokr, _oft),
-    *(turned_experts, single_experts, fused_by_peft, _fields),
+    *(turned_experts, single_experts, fused_by_peft, _fields, _idle_patterns),
 )
