@@ -128,6 +128,22 @@ def test_bound_is_never_below_the_truth(
         )
 
 
+@pytest.mark.parametrize("left", [1e-2, 1e-3, 1e-4, 3e-5, 1e-5, 3e-6])
+@pytest.mark.parametrize("start", ["random", "rough"])
+def test_bound_where_next_to_nothing_is_left(
+    left: float, start: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What float32 rounds off is not proved away."""
+    monkeypatch.setattr(matrices, "multiplies_bfloat16", lambda device: start == "rough")
+    for seed in range(4):
+        tail = left * (0.9 + 0.1 * falling(192)) / math.sqrt(192)
+        A = with_spectrum(220, 200, np.r_[np.full(8, 1 / math.sqrt(8)), tail], seed)
+        best = float(np.linalg.norm(np.linalg.svd(A.double().numpy(), compute_uv=False)[8:]))
+        found = truncated_svd(Dense(A), 8, key=seed)
+        assert not found.exact
+        assert true_error(A, found) <= found.bound * best
+
+
 def test_proof_fails_where_the_iteration_missed_something(monkeypatch: pytest.MonkeyPatch) -> None:
     """A start that is orthogonal to the first singular vector: the probes see what it cannot."""
     # Products in bfloat16 are rounded: they see it too.

@@ -13,6 +13,7 @@ from pairs import differences, extract, merged
 from safetensors.torch import load_file
 
 from weft.core.errors import WeftError
+from weft.decompose import krylov
 from weft.execute import extraction
 
 if TYPE_CHECKING:
@@ -119,9 +120,10 @@ def test_a_difference_that_is_read_again_for_every_product(
     two, streamed = extract(tmp_path, "streamed", rank=8)
     a, b = pairs.delta_of(one), pairs.delta_of(two)
     norm = pairs.distance(a, {name: 0 * dW for name, dW in a.items()})
+    # Only what is held begins in bfloat16: each is within 1.002 of the same optimum, no nearer.
     assert pairs.distance(a, b) < 1e-2 * norm
     assert held["totals"]["relative_error"] == pytest.approx(
-        streamed["totals"]["relative_error"], rel=2e-3
+        streamed["totals"]["relative_error"], rel=krylov.TOLERANCE - 1
     )
 
 

@@ -176,15 +176,20 @@ EXPERTS = {
 }
 
 
+def both_forms(lab: Lab, model: str) -> list[Path]:
+    """A base with its experts one by one, and the same with them fused."""
+    return [
+        lab.make(f"moe-{model}-{form}", test_experts.save_base_as(model, form))
+        for form in ("hub", "fused")
+    ]
+
+
 @pytest.mark.filterwarnings("ignore:.*(rank|alpha)_pattern.*")
 @pytest.mark.parametrize("name", EXPERTS)
 def test_single_experts(lab: Lab, tmp_path: Path, name: str) -> None:
     """Of transformers 4, on a base of transformers 5: told, fused, and by PEFT the same model."""
     model, options = EXPERTS[name]
-    hub, fused = (
-        lab.make(f"moe-{model}-{form}", test_experts.save_base_as(model, form))
-        for form in ("hub", "fused")
-    )
+    hub, fused = both_forms(lab, model)
     names = test_experts.EXPERTS[model]
     adapter = test_experts.write_expert_adapter(hub, tmp_path / "adapter", names=names)
     test_experts.edit(adapter, **options)
@@ -214,10 +219,7 @@ def test_single_experts(lab: Lab, tmp_path: Path, name: str) -> None:
 
 def test_single_experts_on_a_square_base(lab: Lab, tmp_path: Path) -> None:
     """The copy is read as what it is, and not by the release that trained the single experts."""
-    hub, fused = (
-        lab.make(f"moe-mixtral-square-{form}", test_experts.save_base_as("mixtral-square", form))
-        for form in ("hub", "fused")
-    )
+    hub, fused = both_forms(lab, "mixtral-square")
     names = test_experts.EXPERTS["mixtral"]
     adapter = test_experts.write_expert_adapter(hub, tmp_path / "adapter", names=names)
     test_experts.edit(adapter, peft_version="0.17.1")
@@ -232,10 +234,7 @@ def test_single_experts_on_a_square_base(lab: Lab, tmp_path: Path) -> None:
 @pytest.mark.filterwarnings("ignore:.*(rank|alpha)_pattern.*")
 def test_experts_of_several_alphas(lab: Lab, tmp_path: Path) -> None:
     """Fused they have one scaling, and the copy would be another adapter."""
-    hub, fused = (
-        lab.make(f"moe-mixtral-{form}", test_experts.save_base_as("mixtral", form))
-        for form in ("hub", "fused")
-    )
+    hub, fused = both_forms(lab, "mixtral")
     names = test_experts.EXPERTS["mixtral"]
     adapter = test_experts.write_expert_adapter(hub, tmp_path / "adapter", names=names)
     test_experts.edit(adapter, alpha_pattern={"w3": 9})
@@ -246,10 +245,7 @@ def test_experts_of_several_alphas(lab: Lab, tmp_path: Path) -> None:
 @pytest.mark.filterwarnings("ignore:.*(rank|alpha)_pattern.*")
 def test_fused_by_peft(lab: Lab, tmp_path: Path) -> None:
     """PEFT's own conversion of rsLoRA is √2 too large, and its copy by Weft is not."""
-    hub, fused = (
-        lab.make(f"moe-mixtral-{form}", test_experts.save_base_as("mixtral", form))
-        for form in ("hub", "fused")
-    )
+    hub, fused = both_forms(lab, "mixtral")
     names = test_experts.EXPERTS["mixtral"]
     adapter = test_experts.write_expert_adapter(hub, tmp_path / "adapter", names=names)
     test_experts.edit(adapter, use_rslora=True)

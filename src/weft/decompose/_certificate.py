@@ -26,12 +26,14 @@ import torch
 from weft.decompose._orthogonal import gram, whitened, without
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from torch import Tensor
 
     from weft.decompose.matrices import Matrix
 
 _DOUBT = 1e-6
-_PROBES = 16
+_PROBES = 24
 _STEPS = 12
 _STEEP = 1e-5  # smaller singular values of β, to the largest, are rounding
 
@@ -98,8 +100,36 @@ def free_bound(bordered: Bordered, left_over: float) -> Tensor:
     return bordered.excess(left_over).clamp_max(left_over)
 
 
+@dataclass(frozen=True, slots=True)
+class Probes:
+    """Random vectors beside a basis.
+
+    Attributes:
+        V, R: G = V R, without what of it is in the basis; V (n, s) has orthonormal columns.
+        image, back: A V and Aᵀ A V, where they are known already.
+    """
+
+    V: Tensor
+    R: Tensor
+    image: Tensor | None = None
+    back: Tensor | None = None
+
+
+def probes(X: Sequence[Tensor], key: int) -> Probes:
+    """Drawn for the basis X (n, l).
+
+    Args:
+        X: Its blocks.
+        key: Of the random numbers: not the one that the basis was made with.
+    """
+    numbers = np.random.Generator(np.random.Philox(key=key)).standard_normal(
+        (X[0].shape[0], _PROBES), dtype=np.float32
+    )
+    return Probes(*whitened(without(torch.from_numpy(numbers), X)))
+
+
 def probed_bound(
-    matrix: Matrix, basis: Basis, bordered: Bordered, key: int, wanted: float
+    matrix: Matrix, basis: Basis, bordered: Bordered, first: Probes, wanted: float
 ) -> tuple[Tensor, int]:
     """(rank) the excess that probes prove, with probability 1 − 10⁻⁶; and the columns multiplied.
 
@@ -107,13 +137,10 @@ def probed_bound(
         matrix: A (m, n), m ≥ n.
         basis: Of it.
         bordered: Of the basis.
-        key: Of the random numbers: not the one that the basis was made with.
+        first: Drawn for the basis.
         wanted: The excess of all the rank that is enough.
     """
-    numbers = np.random.Generator(np.random.Philox(key=key)).standard_normal(
-        (matrix.shape[1], _PROBES), dtype=np.float32
-    )
-    V, R = whitened(without(torch.from_numpy(numbers), basis.X))
+    V, R, image, raw = first.V, first.R, first.image, first.back
     best = torch.full((bordered.rank,), math.inf, dtype=torch.float64)
     if V.shape[1] < _PROBES:
         return best, 0
@@ -123,15 +150,18 @@ def probed_bound(
     products = 0
     noise = 1e-6 * float(torch.linalg.eigvalsh(basis.square)[-1])
     for _ in range(_STEPS):
-        image = matrix.matmul(seen[-1])
-        raw = without(matrix.rmatmul(image), [*basis.X, *seen])
-        products += 2 * _PROBES
-        V, R = whitened(raw)
+        if image is None or raw is None:
+            image = matrix.matmul(V)
+            raw = matrix.rmatmul(image)
+            products += 2 * _PROBES
+        alpha = gram(image)
+        V, R = whitened(without(raw, [*basis.X, *seen]))
+        image = None
         ended = float(R.norm()) <= noise  # nothing of H₂ is out of the vectors' reach
         steep = V.shape[1] < _PROBES or float(R[-1].norm()) < _STEEP * float(R[0].norm())
         if steep and not ended:
             break  # a few eigenvalues alone: the recurrence would need β⁻¹
-        lanczos.add(gram(image), None if ended else R)
+        lanczos.add(alpha, None if ended else R)
         mu = lanczos.bound()
         best = torch.minimum(best, bordered.excess(mu))
         if ended or float(best[-1]) <= wanted:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from weft.decompose._orthogonal import orthonormal
+from weft.decompose._orthogonal import orthonormal, whitened
 from weft.decompose._series import to_come
 
 if TYPE_CHECKING:
@@ -75,18 +75,26 @@ def directions(matrix: Rough, X: Tensor, rank: int, energy: float) -> Tensor:
     blocks, captured = [X], list[float]()
     T = X.new_zeros(0, 0, dtype=torch.float64)
     while True:
-        Q, R = torch.linalg.qr(matrix.matmul(X))
+        Q, R = whitened(matrix.matmul(X))
         Z = matrix.rmatmul(Q)
         found = torch.cat(blocks, 1)
-        T = _bordered(T, found.T @ (Z @ R))  # Xᵀ AᵀA Xⱼ
-        values, vectors = torch.linalg.eigh(T)
-        captured.append(float(values[-rank:].sum()))
+        T = _bordered(T, found.T @ (Z @ R.to(Z.dtype)))  # Xᵀ AᵀA Xⱼ
+        captured.append(float(torch.linalg.eigvalsh(T)[-rank:].sum()))
         settled = max(_SETTLED * (energy - captured[-1]), _ROUNDED * captured[-1])
-        X = orthonormal(Z, [found], _NOISE * float(Z.norm(dim=0).max()))
-        if to_come(captured) <= settled or len(blocks) >= _MOST_BLOCKS or not X.shape[1]:
+        ended = to_come(captured) <= settled or len(blocks) >= _MOST_BLOCKS
+        if not ended:
+            floor = _NOISE * float(Z.norm(dim=0).max())
+            X = _beside(orthonormal(_beside(Z, found), (), floor), found)
+        if ended or not X.shape[1]:
+            vectors = torch.linalg.eigh(T)[1]
             best: Tensor = found @ vectors[:, -width:].float()
             return best
         blocks.append(X)
+
+
+def _beside(X: Tensor, basis: Tensor) -> Tensor:
+    """X − Q Qᵀ X."""
+    return X.addmm(basis, basis.T @ X, alpha=-1)
 
 
 def _bordered(T: Tensor, column: Tensor) -> Tensor:

@@ -24,7 +24,7 @@ import numpy as np
 import torch
 
 from weft.decompose import _exact
-from weft.decompose._certificate import Basis, Bordered, free_bound, probed_bound
+from weft.decompose._certificate import Basis, Bordered, Probes, free_bound, probed_bound, probes
 from weft.decompose._orthogonal import gram, orthonormal, whitened
 from weft.decompose._rough import directions
 from weft.decompose._series import to_come
@@ -101,10 +101,8 @@ class Svd:
 
         1 where the error is below what float32 can tell; infinite where nothing is proved.
         """
-        if self.exact or self.error <= ROUNDING**2 * self.energy:
-            return 1.0
-        best = self.error - (float(self.excess[-1]) if self.rank else 0.0)
-        return math.sqrt(self.error / best) if best > 0 else math.inf
+        excess = float(self.excess[-1]) if self.rank else 0.0
+        return 1.0 if self.exact else times_the_best(self.error, excess, self.energy)
 
     def cut(self, rank: int) -> Svd:
         """The same, to a smaller rank: what is left out is orthogonal to the rest."""
@@ -128,6 +126,21 @@ class Svd:
             error=self.error * factor**2,
             excess=self.excess * factor**2,
         )
+
+
+def times_the_best(error: float, excess: float, energy: float) -> float:
+    """√(error / the least error), at most, of an A with ‖A‖² = `energy`; infinite without proof.
+
+    Args:
+        error: ‖A − U Σ Vᵀ‖².
+        excess: What the best of this rank may keep of ‖A‖² beyond U Σ Vᵀ.
+        energy: ‖A‖².
+    """
+    if error <= ROUNDING**2 * energy:
+        return 1.0
+    # The error itself is known to no more than what float32 tells.
+    best = (math.sqrt(error) - ROUNDING * math.sqrt(energy)) ** 2 - excess
+    return math.sqrt(error / best) if best > 0 else math.inf
 
 
 def key_of(seed: int, name: str) -> int:
@@ -250,25 +263,39 @@ class _Iteration:
         if rough is not None:
             X = orthonormal(directions(rough, X, self.rank, matrix.energy), (), 0.0)
         while True:
-            Y = matrix.matmul(X)
-            self.products += X.shape[1]
+            # After a rough start one block is mostly enough: the probes that are to prove it are
+            # multiplied with it, which takes less time than one after the other.
+            drawn = probes([X], self.key + 1) if rough is not None and not self.X else None
+            Y, Z, R, first = self._multiplied(X, drawn)
             self.X.append(X)
             self.Y.append(Y)
             square = gram(torch.cat(self.Y, 1))
             likely = self._converged(square) or (rough is not None and not proofs)
-            Q, R = whitened(Y)
-            Z = matrix.rmatmul(Q)
-            self.products += Q.shape[1]
             X = orthonormal(Z, self.X, floor)
             ended = not X.shape[1] or len(self.X) >= _MOST_BLOCKS
             # Whether bfloat16 came near enough does not show where nearly nothing is left.
             early = rough is not None and len(self.X) == 1 and self._left() < _TOLD * matrix.energy
             if (likely and not early) or ended:
-                excess = self._proof(Basis(self.X, square, Z, R, matrix.energy))
+                excess = self._proof(Basis(self.X, square, Z, R, matrix.energy), first)
                 proofs += 1
                 enough = float(excess[-1]) <= self._wanted(self.proof)
                 if ended or enough or proofs >= _MOST_PROOFS:
                     return self._result(square, excess)
+
+    def _multiplied(
+        self, X: Tensor, drawn: Probes | None
+    ) -> tuple[Tensor, Tensor, Tensor, Probes | None]:
+        """Y = A X = Q R, Z = Aᵀ Q and R; and the same of the probes, if there are any."""
+        width = X.shape[1]
+        both = X if drawn is None else torch.cat([X, drawn.V], 1)
+        images = self.matrix.matmul(both)
+        Q, R = whitened(images[:, :width])
+        rest = images[:, width:]
+        back = self.matrix.rmatmul(torch.cat([Q, rest], 1))
+        self.products += both.shape[1] + back.shape[1]
+        kept = Q.shape[1]
+        found = drawn and Probes(drawn.V, drawn.R, rest, back[:, kept:])
+        return images[:, :width], back[:, :kept], R, found
 
     def _wanted(self, bound: float) -> float:
         """The excess that keeps the error within `bound` times the best."""
@@ -291,14 +318,15 @@ class _Iteration:
             or error <= ROUNDING**2 * self.matrix.energy
         )
 
-    def _proof(self, basis: Basis) -> Tensor:
+    def _proof(self, basis: Basis, first: Probes | None) -> Tensor:
         wanted = self._wanted(self.proof)
         bordered = Bordered(basis, self.rank)
         excess = free_bound(bordered, basis.left_over)
         rounding = self._left() <= ROUNDING**2 * self.matrix.energy
         if float(excess[-1]) <= wanted or rounding:
             return excess
-        probed, used = probed_bound(self.matrix, basis, bordered, self.key + 1, wanted)
+        first = first or probes(basis.X, self.key + 1)
+        probed, used = probed_bound(self.matrix, basis, bordered, first, wanted)
         self.products += used
         return torch.minimum(excess, probed)
 

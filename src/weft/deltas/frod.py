@@ -61,10 +61,11 @@ def prepare(delta: Delta, source: Source, blocks: Blocks) -> State:
     for _, weight in blocks():
         squares += (weight.double() @ inverse).square_().sum(0)
     norms = squares.sqrt()
-    S = torch.diag(source.whole("l").double())
-    where = _indices.load(delta, source, "indices", *S.shape)
-    S.index_put_((where[0], where[1]), source.whole("values").double(), accumulate=True)
-    return State(inverse * torch.where(norms > _NOTHING, 1 / norms, 0), S @ V.T)
+    where = _indices.load(delta, source, "indices", *V.shape)
+    S = torch.sparse_coo_tensor(where, source.whole("values").double(), V.shape)
+    right = V.T.contiguous()
+    after = torch.sparse.mm(S, right).addcmul_(source.whole("l").double()[:, None], right)
+    return State(inverse * torch.where(norms > _NOTHING, 1 / norms, 0), after)
 
 
 def block(state: State, weight: Tensor, start: int, out: Tensor) -> None:

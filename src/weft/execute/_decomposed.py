@@ -10,6 +10,7 @@ import torch
 
 from weft.decompose import noise
 from weft.decompose.factors import split
+from weft.decompose.krylov import times_the_best
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -62,10 +63,7 @@ class Spectrum:
         rank = min(rank, self.rank)
         error = math.fsum(self.errors(rank))
         excess = math.fsum(self.excess[:, rank - 1].tolist()) if rank else 0.0
-        if not excess or error <= 1e-12 * float(self.energy.sum()):
-            return 1.0
-        best = error - excess
-        return math.sqrt(error / best) if best > 0 else math.inf
+        return times_the_best(error, excess, float(self.energy.sum()))
 
     def signal(self, matrix: int = 0) -> Signal:
         """What of a matrix stands above the noise of rounding."""

@@ -1,7 +1,7 @@
 """The arithmetic of a difference: bytes of A and of B in, sums out; numpy alone.
 
 Bytes that are equal need none. Elsewhere A − B is taken in float32 (in float64 for float64 and
-integers); squares are summed in runs of `_RUN` in the same dtype, and from there on in float64.
+integers); squares are summed in short runs in the same dtype, and from there on in float64.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from weft.core.dtypes import WEIGHTS, itemsize
+from weft.core.sums import dot_of_arrays
 from weft.execute._sides import FLOATING, Buffers, native, widen, working
 
 if TYPE_CHECKING:
@@ -21,7 +22,6 @@ if TYPE_CHECKING:
     from weft.execute._sides import Raw, Values
 
 NEAR = 2**19  # elements: the interpreter's lock is asked for seldom, and the cache still holds them
-_RUN = 2**12  # BLAS takes no threads for a dot product of so few
 # Smaller squares may have lost digits to underflow, larger ones to overflow: done in float64.
 _TINY, _HUGE = 1e-28, 1e37
 
@@ -87,11 +87,12 @@ def base(raw: Raw, dtype: str, buffers: Buffers) -> float:
     """‖B‖²."""
     kind = working(dtype, dtype)
     B = widen(raw, dtype, buffers.get("B", native(raw, dtype).size, kind))
-    square = _square(B)
+    square = dot_of_arrays(B, B)
     if _TINY < square < _HUGE:
         return square
     wide = B.astype("f8")
-    return _square(np.where(np.isfinite(wide), wide, 0.0))
+    finite = np.where(np.isfinite(wide), wide, 0.0)
+    return dot_of_arrays(finite, finite)
 
 
 def difference(
@@ -124,7 +125,7 @@ def same_bytes(a: Raw, b: Raw) -> bool:
 def _fast(B: Values, D: Values, mask: NDArray[np.bool_]) -> Sums:
     np.not_equal(D, 0, out=mask)
     largest = max(float(D.max(initial=0)), -float(D.min(initial=0)))
-    return Sums(int(np.count_nonzero(mask)), _square(D), _square(B), largest)
+    return Sums(int(np.count_nonzero(mask)), dot_of_arrays(D, D), dot_of_arrays(B, B), largest)
 
 
 def _sound(found: Sums) -> bool:
@@ -134,25 +135,18 @@ def _sound(found: Sums) -> bool:
     return _TINY < found.difference < _HUGE and _TINY < found.base < _HUGE
 
 
-def _square(values: Values) -> float:
-    """Σ x²."""
-    even = values.size // _RUN * _RUN
-    runs = values[:even].reshape(-1, _RUN)
-    total = float(np.matmul(runs[:, None, :], runs[:, :, None]).sum(dtype=np.float64))
-    return total + float(np.dot(values[even:], values[even:]))
-
-
 def _careful(A: Values, B: Values) -> Sums:
     """In float64, and around what is not finite."""
     one, other = A.astype("f8"), B.astype("f8")
     sound = np.isfinite(one), np.isfinite(other)
     same = (one == other) | (np.isnan(one) & np.isnan(other))
     D = np.where(sound[0] & sound[1], one - other, 0.0)
+    B = np.where(sound[1], other, 0.0)
     largest = max(float(D.max(initial=0)), -float(D.min(initial=0)))
     return Sums(
         int(np.count_nonzero(~same)),
-        _square(D),
-        _square(np.where(sound[1], other, 0.0)),
+        dot_of_arrays(D, D),
+        dot_of_arrays(B, B),
         largest,
         (int(np.count_nonzero(~sound[0])), int(np.count_nonzero(~sound[1]))),
     )
