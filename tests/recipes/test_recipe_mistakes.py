@@ -191,6 +191,10 @@ MISTAKES = {
         "merge_method: ties\n" + TWO,
         ["ties needs a base_model", "base_model: path/or/id"],
     ),
+    "two models and no base": (
+        "merge_method: slerp\nparameters: {t: 0.5}\n" + TWO,
+        ["slerp needs a base_model"],
+    ),
     "a base that is no source": (
         (
             "merge_method: ties\nbase_model: c\nparameters: {weight: 1}\n"
@@ -431,7 +435,7 @@ def test_a_mistake_gets_an_answer(what: str) -> None:
 # What one mistake must not lead to.
 ALONE = sorted(
     set(MISTAKES)
-    - {"models by name alone", "a gradient with a hole", "a number that is none", "a circle"}
+    - {"models by name alone", "a gradient with a hole", "a number that is none"}
     - {"two of a name", "a tag", "made from itself"}
 )
 
@@ -588,7 +592,7 @@ def test_no_mistake_of_the_user_is_a_defect_of_weft() -> None:
 def test_a_circle_is_said_of_its_own_documents_only() -> None:
     """Not of the last one, which has no name and only uses them."""
     message = refused(f"name: a\n{ONE}b}}]\n---\nname: b\n{ONE}a}}]\n---\n{ONE}a}}]\n")
-    assert message.startswith("2 problems in")
+    assert message.startswith("1 problem in")
     assert "None" not in message
 
 

@@ -194,7 +194,9 @@ def test_filters_that_match_nothing(root: Path) -> None:
     (root / "recipe.yml").write_text(text)
     (warning,) = weft.plan_run("recipe.yml").warnings
     assert "the filter 'self_atn' of weight matches no tensor, and so does nothing" in warning
-    assert "@ parameters" in warning
+    assert "did you mean 'self_attn'?" in warning
+    line = text[: text.index("self_atn")].count("\n") + 1
+    assert f"@ parameters.weight, line {line}, column " in warning
 
 
 # ------------------------------------------------------------------------------ NaN and infinity

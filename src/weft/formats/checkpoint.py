@@ -180,12 +180,12 @@ def _refuse_adapter(path: Path, tensors: Iterable[str]) -> None:
 def _read_index(path: Path) -> dict[str, str]:
     weight_map = read_json(path).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
-        raise FormatError(f"{path} has no weight_map")
+        raise FormatError(f"{path} has no weight_map", _CORRECT)
     for name, shard in weight_map.items():
         # A shard is a file beside the index; anything else could reach out of the folder.
         if not isinstance(shard, str) or not _is_file_name(shard):
             shown = repr(shard)[:80]
-            raise FormatError(f"{path}: weight_map[{name!r}] is {shown}, not a file name")
+            raise FormatError(f"{path}: weight_map[{name!r}] is {shown}, not a file name", _CORRECT)
         if not (path.parent / shard).is_file():
             raise NotFound(
                 f"{path.parent} lacks {shard}, which holds {name!r}", "finish the download"
@@ -221,7 +221,10 @@ def _tensors(
                 continue  # the index says that another shard's copy is the one that counts
             if ref.name in tensors:
                 other = Path(tensors[ref.name].file).name
-                raise FormatError(f"{folder}: tensor {ref.name!r} is in {other} and in {file}")
+                raise FormatError(
+                    f"{folder}: tensor {ref.name!r} is in {other} and in {file}",
+                    "move the file that does not belong to the model out of the folder",
+                )
             tensors[ref.name] = ref
     for name, file in (weight_map or {}).items():
         if name not in tensors:
@@ -231,10 +234,11 @@ def _tensors(
                 f"the nearest name there is {near[0]!r}" if near else None,
             )
     if not tensors:
-        raise FormatError(f"{folder}: {', '.join(headers)} hold no tensors")
+        raise FormatError(f"{folder}: {', '.join(headers)} hold no tensors", _AGAIN)
     return tensors
 
 
+_AGAIN = "save or download the model again"
 _CORRECT = "correct it there, or save or download the file again"
 
 

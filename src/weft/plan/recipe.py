@@ -346,16 +346,23 @@ def _unmatched(draft: _Draft) -> list[str]:
         for each in module.slices:
             places.append((each.parameters, f"{each.where}.parameters"))
             places += [(s.parameters, f"{s.where}.parameters") for s in each.sources]
+    parts = {part for name in names for part in name.split(".") if not part.isdigit()}
     for settings, where in places:
         for parameter, conditions in settings.items():
-            for condition in conditions:
+            for number, condition in enumerate(conditions):
                 text = condition.filter
-                if text and text != "*" and not any(text in name for name in names):
-                    found.append(
-                        f"the filter {text!r} of {parameter} matches no tensor, and so does "
-                        f"nothing  @ {where}; a filter is a plain part of a tensor's name, such "
-                        "as self_attn or mlp.down_proj"
-                    )
+                if not text or text == "*" or any(text in name for name in names):
+                    continue
+                near = nearest(text, parts, 1)
+                meant = f", did you mean {near[0]!r}?" if near else ";"
+                own = f"{where}.{parameter}"
+                exact = (f"{own}[{number}].filter", f"{own}.filter", own)
+                line = next((recipe.positions[x] for x in exact if x in recipe.positions), None)
+                at = f"{own}, line {line[0]}, column {line[1]}" if line else own
+                found.append(
+                    f"the filter {text!r} of {parameter} matches no tensor, and so does nothing"
+                    f"{meant} a filter is a plain part of a tensor's name  @ {at}"
+                )
     return found
 
 

@@ -122,7 +122,9 @@ class _Checker:
         apart = self.own.BASE != "none"
         models = [s for s in place.slice.sources if not apart or s.model != base]
         least, most = self.own.INPUTS
-        if least <= len(models) and (most is None or len(models) <= most):
+        # Where the base is missing, it may be one of them: that has been said.
+        counts = {len(models), len(models) - (self.own.BASE == "required" and base is None)}
+        if any(least <= count and (most is None or count <= most) for count in counts):
             return
         wanted = f"{least} or more" if most is None else f"{least} to {most}"
         wanted = f"exactly {least}" if least == most else wanted

@@ -47,13 +47,15 @@ def in_order(recipes: list[tuple[Recipe, Document]], faults: Faults) -> list[Rec
 
 def _circle(waiting: list[tuple[Recipe, Document]], open: set[str], faults: Faults) -> None:
     by_name = {recipe.name: recipe for recipe, _ in waiting}
+    told: set[str] = set()
     for recipe, document in waiting:
         path: list[str] = []
         name = recipe.name
         while name is not None and name not in path:
             path.append(name)
             name = min(needs(by_name[name], open), default=None)
-        if name is not None and name == recipe.name:
+        if name is not None and name == recipe.name and name not in told:
+            told.update(path)
             faults.add(
                 document,
                 ("name",),

@@ -189,7 +189,8 @@ def _refuse_unknown(config: dict[str, Any], given: str, known: set[str]) -> None
         value = config[field]
         if (field.startswith("use_") and value is True) or (field.endswith("_config") and value):
             raise Unsupported(
-                f"{given} sets {clean(field)}, a variant of {kind} that this release does not know"
+                f"{given} sets {clean(field)}, a variant of {kind} that this release does not know",
+                "a newer weft may know it; false, if it was not trained so",
             )
 
 

@@ -266,6 +266,7 @@ def _factor_shapes(
     if A.shape[0] != B.shape[1] * blocks:
         return Problem(
             f"module {module!r} in {A.file}: {shapes} do not share a rank "
-            f"({A.shape[0]} rows of A, {B.shape[1]} columns of B)"
+            f"({A.shape[0]} rows of A, {B.shape[1]} columns of B)",
+            "one of the two is of another save: take both from the same one",
         )
     return None
