@@ -106,3 +106,41 @@ def test_dora(model: Path, tmp_path: Path) -> None:
         write_config(model, use_dora=False)
     for name, values in one.items():
         assert (values != other[name]).float().mean() <= 1e-3
+
+
+@pytest.fixture(scope="module")
+def tuned(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A base and two models tuned from it, of the shapes above."""
+    folder = tmp_path_factory.mktemp("tuned")
+    torch.manual_seed(1)
+    base = {f"{name}.weight": torch.randn(shape) / 50 for name, shape in SHAPES.items()}
+    for name in ("base", "a", "b"):
+        (folder / name).mkdir()
+        size = 0.0 if name == "base" else 0.004
+        tensors = {key: (w + size * torch.randn(w.shape)).bfloat16() for key, w in base.items()}
+        save_file(tensors, folder / name / "model.safetensors", {"format": "pt"})
+        (folder / name / "config.json").write_text('{"model_type": "llama"}')
+    return folder
+
+
+@pytest.mark.parametrize("method", ["ties", "dare_ties", "della"])
+def test_recipes(method: str, tuned: Path, tmp_path: Path) -> None:
+    """What is dropped follows from the seed and from exact comparisons, wherever that is done.
+
+    Sums over a tensor are added in another order, so that a last bit may differ.
+    """
+    text = f"merge_method: {method}\nbase_model: {tuned}/base\nout_dtype: float32\nmodels:\n"
+    for name, weight in (("a", 0.7), ("b", 0.4)):
+        settings = f"{{weight: {weight}, density: 0.4}}"
+        text += f"  - {{model: {tuned}/{name}, parameters: {settings}}}\n"
+    (tmp_path / "recipe.yml").write_text(text)
+    results = []
+    for device in ("cpu", "cuda"):
+        weft.run(tmp_path / "recipe.yml", output=tmp_path / device, device=device, threads=3)
+        results.append(load_file(tmp_path / device / "model.safetensors"))
+    base = load_file(tuned / "base" / "model.safetensors")
+    for name, value in results[0].items():
+        change = value - base[name].float()
+        assert 0.3 < (change == 0).float().mean() < 0.7
+        off = (value - results[1][name]).abs() > 1e-5 * change.abs().max()
+        assert off.float().mean() <= 1e-5

@@ -45,18 +45,21 @@ def bfloat16(values: np.ndarray) -> np.ndarray:
 def tensors(case: Case) -> tuple[np.ndarray | None, list[np.ndarray]]:
     """-> the base, if there is one, and the inputs, float32.
 
-    Kinds: `normal` (changes as large as the weights), `near` (small changes), `bfloat16` (rounded,
-    so that many changes are of the same magnitude), `same` (the first input is the base),
+    Kinds: `normal` (changes as large as the weights), `near` (small changes), `faint` (very small,
+    each larger than the one before it), `bfloat16` (rounded, so that many changes are of the same
+    magnitude), `same` (the first input is the base),
     `zero` (all inputs are), `opposite` (the second change is the first with the other sign).
     """
     draw = np.random.RandomState(zlib.crc32(case.name.encode()))
     base = draw.standard_normal(case.shape).astype(np.float32)
-    size = {"near": 0.01, "bfloat16": 0.02, "normal": 0.5}.get(case.kind, 0.5)
+    size = {"near": 0.01, "bfloat16": 0.02, "faint": 1e-4, "normal": 0.5}.get(case.kind, 0.5)
     changes = [size * draw.standard_normal(case.shape) for _ in range(case.count)]
     if case.kind == "zero" or (case.kind == "same" and not case.base):
         changes = [np.zeros(case.shape) for _ in changes]
     elif case.kind == "same":
         changes[0][:] = 0
+    elif case.kind == "faint":
+        changes = [number * change for number, change in enumerate(changes, 1)]
     elif case.kind == "opposite":
         # Multiples of 1/64 are added without rounding.
         base = np.round(base * 64) / 64
@@ -68,7 +71,7 @@ def tensors(case: Case) -> tuple[np.ndarray | None, list[np.ndarray]]:
     return (base.astype(np.float32) if case.base else None), inputs
 
 
-SHAPES = {"vector": (37,), "stack": (3, 5, 8)}
+SHAPES = {"vector": (37,), "stack": (3, 5, 8), "filters": (7, 2, 3, 8)}
 ARITHMETIC = {
     "plain": {},
     "three": {"count": 3, "each": {"weight": [0.5, -0.3, 1.2]}},
@@ -212,6 +215,8 @@ DETERMINISTIC = [
             "near": {"kind": "near", "params": {"select_topk": 0.7}},
             "tiny": {"kind": "bfloat16", "params": {"select_topk": 1.0}},
             "zero": {"kind": "zero", "params": {"select_topk": 0.5}},
+            "faint": {"count": 3, "kind": "faint"},
+            "faint, some": {"count": 3, "kind": "faint", "params": {"select_topk": 0.4}},
             "one": {"count": 1, "params": {"select_topk": 0.5}},
             "same": {"kind": "same", "count": 3, "params": {"select_topk": 0.5}},
             "stack": {"shape": SHAPES["stack"], "params": {"select_topk": 0.5}},

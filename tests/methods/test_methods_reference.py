@@ -1,4 +1,4 @@
-"""docs/reference/methods.md has every method, with its formula's paper, parameters and defaults."""
+"""docs/reference/methods.md has every method, with its formula, source, parameters and defaults."""
 
 from __future__ import annotations
 
@@ -25,8 +25,9 @@ def test_a_method_is_documented(name: str) -> None:
     assert own.USE_WHEN.endswith(".")
     assert "y = " in section
     doc = own.__doc__ or ""
-    for paper in re.findall(r"arXiv:\d{4}\.\d{5}", doc):
-        assert paper in section
+    sources = re.findall(r"arXiv:\d{4}\.\d{5}|https://\S+|Source: MergeKit", doc)
+    assert sources
+    assert all(source in section for source in sources)
     rows = dict(re.findall(r"^\| `(\w+)` \| [\w ]+ \| ([^|]+) \|", section, re.MULTILINE))
     assert list(rows) == list(own.PARAMETERS)
     for parameter, stated in rows.items():

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
 
 import weft
+from weft.cli.app import main
 from weft.formats.hub import repository
 
 if TYPE_CHECKING:
@@ -178,3 +180,27 @@ def test_each_adapter_is_asked(folders: Folders) -> None:
     assert [warning.split(" as its base")[0] for warning in plan.warnings] == [
         f"{folders.root}/{name} names Qwen/{name}" for name in ("one", "two")
     ]
+
+
+def test_in_a_recipe_it_is_said_as_well(
+    folders: Folders, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Of what the shapes let through, the two names are all that tells; on the terminal, too."""
+    base = folders.base(name=CACHE)
+    fits = folders.adapter(name="fits", base_model_name_or_path="meta-llama/Llama-3.1-8B")
+    other = folders.adapter(name="other", base_model_name_or_path="Qwen/Qwen2.5-7B")
+    recipe = folders.root / "recipe.yml"
+    text = f"merge_method: task_arithmetic\nbase_model: {base}\nparameters: {{weight: 1}}\n"
+    text += f"models: [model: {base}+%s]\n"
+    recipe.write_text(text % fits)
+    assert said(weft.plan_run(recipe).plan) == []
+    recipe.write_text(text % other)
+    made = weft.plan_run(recipe)
+    (warning,) = said(made.plan)
+    assert warning in made.warnings
+    assert warning.startswith(f"{other} names Qwen/Qwen2.5-7B as its base, and {base} is another")
+    with pytest.raises(SystemExit) as end:
+        main(["run", str(recipe), "-o", str(folders.root / "out"), "-q"])
+    assert not end.value.code
+    assert f"warning: {warning}" in capsys.readouterr().err
+    assert warning in json.loads((folders.root / "out/weft.json").read_text())["warnings"]

@@ -25,7 +25,9 @@ HERE = Path(__file__).absolute().parent
 
 # MergeKit fuses the experts of a layer before it merges; of one tensor for each expert, as they lie
 # on the disk, its other tool tells the outcome.
-TENSOR_BY_TENSOR = ("mixtral ties", "mixtral slerp")
+TENSOR_BY_TENSOR = ("mixtral ties", "mixtral slerp", "mixtral nuslerp", "mixtral ramplus_tl")
+# Whose config.json says what becomes of a tensor.
+CONFIGS = ("tied base",)
 
 
 def whole(folder: Path) -> None:
@@ -36,19 +38,25 @@ def whole(folder: Path) -> None:
     save_file(tensors, folder.with_suffix(".safetensors"))
 
 
+def rounded(golden: dict[str, list[float]]) -> dict[str, list[float]]:
+    """In ten digits: more than are compared."""
+    return {name: [float(f"{number:.10g}") for number in each] for name, each in golden.items()}
+
+
 def main() -> None:
     recipes = RECIPES | OTHERS
     names = sys.argv[1:] or list(recipes)
     kit = str(Path(sys.executable).with_name("mergekit-yaml"))
     path = HERE / "parity_goldens.json"
-    goldens = json.loads(path.read_text())["recipes"] if sys.argv[1:] else {}
+    known = json.loads(path.read_text()) if sys.argv[1:] else {}
+    goldens, configs = known.get("recipes", {}), known.get("configs", {})
     options = ["--no-write-model-card", "--no-copy-tokenizer"]
     with tempfile.TemporaryDirectory() as folder:
         root = Path(folder)
         write_all(root)
         for name in names:
             text = recipes[name]
-            tool = [kit, "recipe.yml", "out", *options]
+            tool = [kit, "recipe.yml", "out", *options, "--lora-merge-cache", "merged"]
             if name in TENSOR_BY_TENSOR:
                 text = re.sub(r"(model: )(mixtral-\w+)", rf"\1{root}/\2.safetensors", text)
                 tool = [str(Path(kit).with_name("mergekit-pytorch")), "recipe.yml", "out"]
@@ -72,10 +80,13 @@ def main() -> None:
             for file in sorted((root / "out").glob("*.safetensors")):
                 found |= {key: fingerprint(value) for key, value in load_file(file).items()}
             goldens[name] = found
+            if name in CONFIGS:
+                told = json.loads((root / "out/config.json").read_text())
+                configs[name] = {"tie_word_embeddings": told["tie_word_embeddings"]}
             subprocess.run(["rm", "-r", str(root / "out")], check=True)
-    lines = [f"{json.dumps(k)}: {json.dumps(v)}" for k, v in goldens.items()]
-    head = f'{{"mergekit": "{version("mergekit")}",\n"recipes": {{\n'
-    text = head + ",\n".join(lines) + "\n}}\n"
+    lines = [f"{json.dumps(k)}: {json.dumps(rounded(v))}" for k, v in goldens.items()]
+    head = {"mergekit": version("mergekit"), "configs": configs}
+    text = json.dumps(head)[:-1] + ',\n"recipes": {\n' + ",\n".join(lines) + "\n}}\n"
     path.write_text(text)
 
 

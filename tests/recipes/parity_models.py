@@ -12,7 +12,9 @@ import zlib
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import torch
 from safetensors.numpy import save_file
+from safetensors.torch import save_file as save_tensors
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -190,6 +192,44 @@ def write_model(
     (folder / "config.json").write_text(json.dumps(made, indent=1))
 
 
+def write_half(folder: Path) -> None:
+    """The base of the llamas in bfloat16."""
+    folder.mkdir(parents=True)
+    tensors = {
+        name: torch.from_numpy(numbers(f"base {name}", shape, 0.02)).bfloat16()
+        for name, shape in shapes("llama", vocabulary=VOCABULARY, layers=LAYERS, tied=False).items()
+    }
+    save_tensors(tensors, folder / "model.safetensors", {"format": "pt"})
+    made = config("llama", vocabulary=VOCABULARY, layers=LAYERS, tied=False)
+    (folder / "config.json").write_text(json.dumps(made | {"torch_dtype": "bfloat16"}))
+
+
+def write_adapter(
+    folder: Path, *, rms: float, root: str = "model"
+) -> dict[str, np.ndarray[Any, Any]]:
+    """LoRA of rank 4 on every q_proj of `root`; what it adds to the tensor of each, in float64.
+
+    Args:
+        folder: Where it goes.
+        rms: About that of what it adds to a weight.
+        root: Of the layers, as PEFT calls it in memory.
+    """
+    folder.mkdir(parents=True)
+    factors, added = {}, {}
+    for n in range(LAYERS):
+        name = f"layers.{n}.self_attn.q_proj"
+        A = numbers(f"A {name}", (4, HIDDEN), 1.0)
+        B = numbers(f"B {name}", (HIDDEN, 4), rms / 3)
+        factors[f"base_model.model.{root}.{name}.lora_A.weight"] = A
+        factors[f"base_model.model.{root}.{name}.lora_B.weight"] = B
+        added[f"model.{name}.weight"] = 1.5 * B.astype(np.float64) @ A.astype(np.float64)
+    save_file(factors, folder / "adapter_model.safetensors", {"format": "pt"})
+    told = {"peft_type": "LORA", "task_type": "CAUSAL_LM", "r": 4, "lora_alpha": 6}
+    told |= {"target_modules": ["q_proj"], "base_model_name_or_path": None}
+    (folder / "adapter_config.json").write_text(json.dumps(told))
+    return added
+
+
 def write_all(root: Path) -> None:
     """Of every kind a base and three fine-tunes; and the odd ones."""
     for kind in ("llama", "qwen2", "gemma2", "mixtral", "gemma3vl"):
@@ -202,6 +242,8 @@ def write_all(root: Path) -> None:
     write_model(root / "llama-tied-b", "llama", 2, tied=True, shards=2)
     write_model(root / "llama-near-a", "llama", 4, spread=1e-5)
     write_model(root / "llama-deep", "llama", 5, layers=5)
+    write_half(root / "llama-half-base")
+    write_adapter(root / "llama-lora", rms=1e-4)
 
 
 def fingerprint(values: np.ndarray[Any, Any]) -> list[float]:

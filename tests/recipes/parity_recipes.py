@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-# arcee_fusion is compared in tests/methods: the last bit of a score decides on which side of its
-# threshold an element falls.
+# arcee_fusion is below: the last bit of a score decides on which side of its threshold an element
+# falls.
 METHODS = {
     "linear": ("", "weight: 0.7", "weight: 0.4"),
     "linear_raw": ("normalize: false", "weight: 0.7", "weight: -0.2"),
@@ -198,6 +198,23 @@ models:
 dtype: float32
 """
 
+# The first slice has a base of its own; the second one takes that of the recipe.
+SLICE_BASE = """
+merge_method: ties
+base_model: llama-b
+slices:
+  - base_model: llama-base
+    sources:
+      - {model: llama-base, layer_range: [0, 2]}
+      - {model: llama-a, layer_range: [0, 2], parameters: {weight: 0.7, density: 0.4}}
+      - {model: llama-b, layer_range: [0, 2], parameters: {weight: 0.4, density: 0.6}}
+  - sources:
+      - {model: llama-a, layer_range: [2, 3], parameters: {weight: 0.6, density: 0.5}}
+      - {model: llama-b, layer_range: [2, 3]}
+      - {model: llama-deep, layer_range: [4, 5], parameters: {weight: 0.3, density: 0.5}}
+dtype: float32
+"""
+
 SEVERAL = """
 name: left
 merge_method: ties
@@ -232,28 +249,54 @@ slices:
 dtype: float32
 """
 
+FUSION = """
+merge_method: arcee_fusion
+dtype: float32
+base_model: {kind}-base
+models: [model: {kind}-a]
+"""
+ADAPTER_ON_BFLOAT16 = """
+merge_method: task_arithmetic
+base_model: llama-half-base
+models:
+  - {model: llama-half-base+llama-lora, parameters: {weight: 1000}}
+dtype: float32
+"""
+TIED_BASE = """
+merge_method: task_arithmetic
+base_model: llama-tied-base
+models:
+  - {model: llama-a, parameters: {weight: 0.25}}
+dtype: float32
+"""
+
 # What other tools of MergeKit make, or where Weft differs.
 OTHERS = {"several": SEVERAL, "more in the last": MORE_IN_THE_LAST}
 OTHERS |= {"mixtral slerp, fused": of_method("slerp", "mixtral")}
+OTHERS |= {f"{kind} arcee_fusion": FUSION.replace("{kind}", kind) for kind in ("llama", "gemma3vl")}
+OTHERS |= {"adapter on bfloat16": ADAPTER_ON_BFLOAT16, "tied base": TIED_BASE}
+# Which methods are compared on another architecture than Llama: each on one at least, and those of
+# single rows where MergeKit has weights of three or four dimensions.
+ELSEWHERE = {
+    "qwen2": ("linear_raw", "task_arithmetic", "breadcrumbs", "sce", "multislerp", "nearswap"),
+    "gemma2": ("ties_raw", "breadcrumbs_ties", "model_stock", "karcher", "ram"),
+    "mixtral": ("task_arithmetic", "nuslerp", "ramplus_tl", "model_stock_rows"),
+    "gemma3vl": ("nuslerp_rows", "nuslerp_columns"),
+}
+ELSEWHERE = {kind: ("ties", "slerp", "linear", *more) for kind, more in ELSEWHERE.items()}
 RECIPES = {
     **{f"llama {case}": of_method(case, "llama") for case in METHODS},
     **{
-        f"{kind} ties": of_method("ties", kind)
-        for kind in ("qwen2", "gemma2", "mixtral", "gemma3vl")
-    },
-    **{
-        f"{kind} slerp": of_method("slerp", kind)
-        for kind in ("qwen2", "gemma2", "mixtral", "gemma3vl")
-    },
-    **{
-        f"{kind} linear": of_method("linear", kind)
-        for kind in ("qwen2", "gemma2", "mixtral", "gemma3vl")
+        f"{kind} {case}": of_method(case, kind)
+        for kind, cases in ELSEWHERE.items()
+        for case in cases
     },
     "gradients": GRADIENTS,
     "slerp": SLERP,
     "stacked": STACKED,
     "scaled": SCALED,
     "sliced ties": SLICED_TIES,
+    "slice base": SLICE_BASE,
     "modules": MODULES,
     "precedence": PRECEDENCE,
     "tied": ONE_TIED,

@@ -44,6 +44,12 @@ WITH_TOKENIZERS = {
     "    abc: {source: {kind: model_token, model: b, token: abd}, force: true}\n"
     "    d: {source: {kind: model_token, model: c, token_id: 7}, force: true}\n"
     "    e: {source: {kind: zero}, force: true}\n",
+    "slice bases": f"{_TIES}base_model: a\ntokenizer_source: union\nslices:\n"
+    "  - base_model: b\n    sources: &all\n"
+    "      - {model: a, layer_range: [0, 2]}\n"
+    "      - {model: b, layer_range: [0, 2]}\n"
+    "      - {model: c, layer_range: [0, 2]}\n"
+    "  - base_model: c\n    sources: *all\n",
     "passthrough": "merge_method: passthrough\ndtype: float32\nslices:\n"
     "  - sources: [{model: a, layer_range: [0, 2]}]\n"
     "  - sources: [{model: c, layer_range: [1, 3]}]\ntokenizer_source: union\n",

@@ -12,13 +12,16 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from safetensors.numpy import load_file
+from safetensors.torch import load_file as load_tensors
 
 import weft
-from tests.recipes.parity_models import fingerprint, write_all
-from tests.recipes.parity_recipes import OTHERS, RECIPES
+from tests.recipes.parity_models import fingerprint, write_adapter, write_all
+from tests.recipes.parity_recipes import ELSEWHERE, METHODS, OTHERS, RECIPES
 
-GOLDENS = json.loads(Path(__file__).with_name("parity_goldens.json").read_text())["recipes"]
+MERGEKIT = json.loads(Path(__file__).with_name("parity_goldens.json").read_text())
+GOLDENS = MERGEKIT["recipes"]
 
 
 @pytest.fixture(scope="module")
@@ -29,7 +32,7 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def run(root: Path, text: str, out: Path) -> dict[str, np.ndarray[Any, Any]]:
-    (out.parent / "recipe.yml").write_text(re.sub(r"(model: )(?=\w+-)", rf"\1{root}/", text))
+    (out.parent / "recipe.yml").write_text(re.sub(r"(model: |\+)(?=\w+-)", rf"\1{root}/", text))
     weft.run(out.parent / "recipe.yml", output=out)
     found: dict[str, np.ndarray[Any, Any]] = {}
     for file in sorted(out.glob("*.safetensors")):
@@ -100,8 +103,88 @@ def stored(folder: Path) -> dict[str, np.ndarray[Any, Any]]:
     """A model's tensors, in float64."""
     found: dict[str, np.ndarray[Any, Any]] = {}
     for file in folder.glob("*.safetensors"):
-        found |= {name: value.astype(np.float64) for name, value in load_file(file).items()}
+        found |= {name: value.double().numpy() for name, value in load_tensors(file).items()}
     return found
+
+
+def test_every_method_is_compared_on_two_architectures() -> None:
+    assert set(METHODS) <= {case for cases in ELSEWHERE.values() for case in cases}
+
+
+def fusion(
+    base: np.ndarray[Any, Any], other: np.ndarray[Any, Any]
+) -> tuple[np.ndarray[Any, Any], float]:
+    """The fused tensor, and how near to the threshold a score comes, relative to it."""
+
+    def softmax(values: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
+        raised = np.exp(values - values.max(-1, keepdims=True))
+        return np.asarray(raised / raised.sum(-1, keepdims=True) + 1e-8)
+
+    p, q = softmax(other), softmax(base)
+    score = np.abs(other - base) * (p * np.log(p / q)).sum(-1, keepdims=True)
+    ordered = np.sort(score, axis=None)
+    low, middle, high = (ordered[k * (score.size - 1) // 4] for k in (1, 2, 3))
+    threshold = middle + 1.5 * (high - low)
+    margin = float(np.abs(score - threshold).min() / threshold)
+    return np.where(score >= threshold, other, base), margin
+
+
+@pytest.mark.parametrize("kind", ["llama", "gemma3vl"])
+def test_fusion_but_for_the_last_bit_of_a_score(kind: str, models: Path, tmp_path: Path) -> None:
+    """MergeKit's scores are float32, and one beside the threshold may fall on its other side."""
+    name = f"{kind} arcee_fusion"
+    found, golden = run(models, OTHERS[name], tmp_path / "out"), GOLDENS[name]
+    base, other = (stored(models / f"{kind}-{letter}") for letter in ("base", "a"))
+    assert found.keys() == golden.keys() == base.keys()
+    differ, taken = [], []
+    for tensor, expected in golden.items():
+        truth, margin = fusion(base[tensor], other[tensor])
+        assert apart(found[tensor], fingerprint(truth)) < 1e-6, tensor
+        taken.append(float((truth != base[tensor]).mean()))
+        if apart(truth, expected) > 1e-6:
+            differ.append(tensor)
+            assert margin < 1e-2, tensor
+    assert len(differ) < 0.1 * len(golden)
+    assert 0.002 < np.mean(taken) < 0.1
+
+
+def test_what_is_lost_of_an_adapter(models: Path, tmp_path: Path) -> None:
+    """MergeKit adds it to bfloat16 weights, and takes the difference: a third of it is noise.
+
+    The truth is float64: W + 1000 · sBA, on whose scale the noise is seen.
+    """
+    name = "adapter on bfloat16"
+    found, golden = run(models, OTHERS[name], tmp_path / "out"), GOLDENS[name]
+    added = write_adapter(tmp_path / "again", rms=1e-4)
+    base = stored(models / "llama-half-base")
+    assert found.keys() == golden.keys() == base.keys()
+    assert added.keys() < base.keys()
+    for tensor, expected in golden.items():
+        W, delta = base[tensor], added.get(tensor, np.zeros(1))
+        assert apart(found[tensor], fingerprint(W + 1000 * delta)) < 1e-6, tensor
+        sums = torch.from_numpy(W + delta).bfloat16().double().numpy()
+        assert apart(W + 1000 * (sums - W), expected) < 1e-6, tensor
+        if tensor in added:
+            assert apart(W + 1000 * delta, expected) > 0.1, tensor
+            noise = np.linalg.norm(sums - W - delta) / np.linalg.norm(delta)
+            assert 0.2 < noise < 0.5, tensor
+
+
+def test_tied_base_and_untied_fine_tune(models: Path, tmp_path: Path) -> None:
+    """Both merge the head. MergeKit's config goes on to say that it is not used, and it is not."""
+    found, golden = run(models, OTHERS["tied base"], tmp_path / "out"), GOLDENS["tied base"]
+    base, tuned = (stored(models / f"llama-{name}") for name in ("tied-base", "a"))
+    embedding, head = "model.embed_tokens.weight", "lm_head.weight"
+    base[head] = base[embedding]
+    truth = {name: 0.75 * base[name] + 0.25 * value for name, value in tuned.items()}
+    assert found.keys() == golden.keys() == truth.keys()
+    for tensor, expected in golden.items():
+        assert apart(found[tensor], fingerprint(truth[tensor])) < 1e-6, tensor
+        assert apart(truth[tensor], expected) < 1e-6, tensor
+    assert apart(truth[embedding], fingerprint(truth[head])) > 0.1
+    config = json.loads((tmp_path / "out/config.json").read_text())
+    assert config["tie_word_embeddings"] is False
+    assert MERGEKIT["configs"]["tied base"]["tie_word_embeddings"] is True
 
 
 def test_experts_are_merged_each_for_itself(models: Path, tmp_path: Path) -> None:

@@ -13,6 +13,8 @@ import torch
 from running import HIDDEN, VOCABULARY, checkpoint, llama, random, run
 from safetensors.torch import load_file, save_file
 
+import weft
+
 if TYPE_CHECKING:
     from pathlib import Path
 
@@ -143,3 +145,24 @@ def test_tokens_of_their_own(root: Path) -> None:
         base[3], base[4] = (b[name] + d[name])[5], 0
         change[[3, 4]] = 0
         assert_close(found[name], base, 1000 * change)
+
+
+def test_a_tokenizer_of_a_model_with_an_adapter(root: Path) -> None:
+    """As that of the model that the two make when they are merged first, in float32."""
+    embedding_lora(root / "adapter", 1, rms=1e-2)
+    weft.merge("base", "adapter", output="merged", dtype="float32")
+    text = "merge_method: linear\nout_dtype: float32\nmodels:\n"
+    text += "  - {model: c, parameters: {weight: 1}}\n"
+    text += "  - {model: %s, parameters: {weight: 3}}\ntokenizer_source: %s\n"
+    found, first, without = (
+        run(root, text % (name, name), out)
+        for name, out in (("base+adapter", "one"), ("merged", "two"), ("base", "three"))
+    )
+    for name in (TABLE, HEAD):
+        assert found[name].shape == (39, HIDDEN)
+        assert float((found[name] - first[name]).abs().max()) < 2e-8
+        assert float((found[name] - without[name]).abs().max()) > 1e-3
+    for folder in ("one", "two"):
+        tokenizer = json.loads((root / folder / "tokenizer.json").read_text())
+        assert tokenizer["model"]["vocab"]["base"] == 38
+        assert "c" not in tokenizer["model"]["vocab"]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 from typing import TYPE_CHECKING, Any
@@ -281,14 +282,31 @@ def test_all_models_that_do_not_fit_are_said_at_once(root: Path) -> None:
     assert "models[2], line 6" in str(error.value)
 
 
-def test_architecture_may_be_overridden(root: Path) -> None:
-    """As in MergeKit: what the config calls itself is what the user says."""
-    _config(root, "b", architectures=["MyLlamaForCausalLM"])
-    (root / "recipe.yml").write_text(LINEAR)
+@pytest.mark.parametrize("lora", ["", "lora: {path: adapter}, "], ids=["plain", "adapter"])
+def test_architecture_may_be_overridden(lora: str, root: Path) -> None:
+    """What a config calls itself is what the user says; in the donor's it is written, too.
+
+    MergeKit forgets it where there is an adapter.
+    """
+    text = LINEAR.replace("model: a", "model: a+adapter") if lora else LINEAR
+    plain = run(root, text, "plain")
+    _config(root, "a", architectures=["MyLlamaForCausalLM"])
     with pytest.raises(WeftError, match="MyLlamaForCausalLM"):
         weft.run("recipe.yml", output="out")
-    named = "{model: {path: b}, override_architecture: LlamaForCausalLM}"
-    run(root, LINEAR.replace("model: b", f"model: {named}"))
+    named = f"{{model: {{path: a}}, {lora}override_architecture: LlamaForCausalLM}}"
+    found = run(root, LINEAR.replace("model: a", f"model: {named}"))
+    config = json.loads((root / "out/config.json").read_text())
+    assert config["architectures"] == ["LlamaForCausalLM"]
+    assert config["who"] == "a"
+    assert all(torch.equal(value, plain[name]) for name, value in found.items())
+
+
+def test_architecture_of_a_document_may_be_overridden(root: Path) -> None:
+    named = "{model: {path: left}, override_architecture: MyLlamaForCausalLM}"
+    last = f"merge_method: passthrough\nmodels: [model: {named}]\n"
+    run(root, f"name: left\n{LINEAR}---\n{last}")
+    config = json.loads((root / "out/config.json").read_text())
+    assert config["architectures"] == ["MyLlamaForCausalLM"]
 
 
 # --------------------------------------------------------------------------------- command line
@@ -300,12 +318,16 @@ def weft_main(arguments: list[str]) -> int:
     return int(end.value.code or 0)
 
 
-def test_lora_merge_cache_is_ignored(root: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_lora_merge_options_are_ignored(root: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (root / "recipe.yml").write_text(TIES)
     options = ["--lora-merge-cache", "cache", "--lora-merge-dtype", "bfloat16"]
     weft_main(["run", "recipe.yml", "-o", "out", *options])
-    said = capsys.readouterr().err
-    assert len([x for x in said.splitlines() if "--lora-merge-cache" in x]) == 1
+    said = capsys.readouterr().err.splitlines()
+    for option, why in (("cache", "adapters are merged as they stream"), ("dtype", "rounded once")):
+        (line,) = (line for line in said if f"--lora-merge-{option}" in line)
+        assert line.startswith("note: ")
+        assert "not needed: " in line
+        assert why in line
     assert not (root / "cache").exists()
     assert (root / "out/model.safetensors").exists()
 
@@ -373,8 +395,18 @@ def test_methods(capsys: pytest.CaptureFixture[str]) -> None:
 
     weft_main(["methods"])
     listed = capsys.readouterr().out
-    for name in methods.names():
-        assert f"\n{name} " in f"\n{listed}"
+    parts = re.split(r"^(?=\w)", listed, flags=re.MULTILINE)[1:]
+    sections = {part.split()[0]: " ".join(part.split()) for part in parts}
+    assert list(sections) == methods.names()
+    for name, section in sections.items():
+        assert section.startswith(f"{name} {methods.method(name).USE_WHEN}")
+        parameters = methods.method(name).PARAMETERS
+        assert re.findall(r"(\w+) \((?:float|int|bool), ", section) == list(parameters)
+        for key, own in parameters.items():
+            told = section.split(f" {key} (")[1].split(")")[0]
+            assert ("per model" if own.each else "one for all") in told
+            assert ("must be given" if own.required else "default ") in told
+            assert f"{told}): {own.what}" in section
         weft_main(["methods", name])
         shown = capsys.readouterr().out
         assert all(each in shown for each in methods.method(name).PARAMETERS)

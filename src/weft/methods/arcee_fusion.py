@@ -10,6 +10,8 @@ takes them of a random sample beyond a million elements; here they are exact. Ká
 float64: in float32 that of a small change is noise.
 
 No parameters.
+
+Source: MergeKit; there is no paper.
 """
 
 from __future__ import annotations

@@ -10,6 +10,8 @@ detour: the weighted mean of the tangent vectors Σ wᵢ (uᵢ − ⟨uᵢ, m⟩
 
 A single model comes out as it is. Where ‖m‖ < eps, two models are added by their weights; more are
 an error. Defaults: normalize_weights true, eps 1e-8.
+
+Source: https://goddard.blog/posts/multislerp-wow-what-a-cool-idea
 """
 
 from __future__ import annotations

@@ -3,6 +3,8 @@
 y = b + w (x − b), w = t / |x − b| within 0 and 1, where |x − b| counts as 1e-6 at least.
 
 t has no default.
+
+Source: https://huggingface.co/alchemonaut/QuartetAnemoi-70B-t0.0001
 """
 
 from __future__ import annotations

@@ -13,6 +13,8 @@ dimension, as if it lay in the file alone; MergeKit goes across the stack. Exact
 are added by their weights, where MergeKit's float32 may divide by the sine of a rounding error.
 
 Defaults: nuslerp_flatten true, nuslerp_row_wise false.
+
+Source: MergeKit; there is no paper.
 """
 
 from __future__ import annotations

@@ -1,4 +1,7 @@
-"""Passthrough: y = scale · x of the only model, or x itself without a `scale`."""
+"""Passthrough: y = scale · x of the only model, or x itself without a `scale`.
+
+Source: MergeKit.
+"""
 
 from __future__ import annotations
 

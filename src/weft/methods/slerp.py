@@ -5,6 +5,8 @@ and x, neither of them scaled. Nearly parallel or opposite (|cos θ| > 0.9995) i
 (1 − t) b + t x, which is what happens to most tensors of two models tuned from one.
 
 t has no default; 0 is the base, 1 the other model.
+
+Source: https://doi.org/10.1145/325334.325242
 """
 
 from __future__ import annotations

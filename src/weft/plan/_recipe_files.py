@@ -117,7 +117,7 @@ def _layered(recipe: Recipe, views: Mapping[ModelName, View], donor: View) -> di
         if order is None:
             continue
         stack = next(stack for stack in donor.stacks if belongs(f"{stack.path}.0"))
-        for part in _parts_of(stack, config):
+        for where, part in _parts_of(stack, config):
             depth = next(key for key in DEPTHS if part.get(key) == stack.count)
             before = part[depth]
             moved = [new for new, (_, old) in enumerate(order) if new != old]
@@ -134,33 +134,35 @@ def _layered(recipe: Recipe, views: Mapping[ModelName, View], donor: View) -> di
                     part[key] = [
                         new
                         for new, (name, old) in enumerate(order)
-                        if old in (_said(views[name], key) or [])
+                        if old in (_said(views[name], where, key) or [])
                     ]
                 elif isinstance(value, list) and len(value) == before and per_layer(key):
-                    part[key] = [_entry(views[name], key, old, value) for name, old in order]
+                    part[key] = [_entry(views[name], where, key, old, value) for name, old in order]
     return config
 
 
-def _parts_of(stack: Stack, config: dict[str, Any]) -> list[dict[str, Any]]:
-    """The parts of a config that count this stack's layers, and no other tower's."""
+def _parts_of(stack: Stack, config: dict[str, Any]) -> list[tuple[str, dict[str, Any]]]:
+    """The parts of a config that count this stack's layers, and no other tower's, by their keys."""
     named = [("", config), *((k, v) for k, v in config.items() if isinstance(v, dict))]
     counting = [(k, v) for k, v in named if any(v.get(key) == stack.count for key in DEPTHS)]
 
     def tower(name: str) -> bool:
         return any(word in name for word in _TOWERS)
 
-    return [part for name, part in counting if tower(name) == tower(stack.path)]
+    return [(name, part) for name, part in counting if tower(name) == tower(stack.path)]
 
 
-def _entry(view: View, key: str, layer: int, donors: Sequence[Any]) -> Any:
+def _entry(view: View, where: str, key: str, layer: int, donors: Sequence[Any]) -> Any:
     """What the model that a layer is from says of it."""
-    value = _said(view, key)
+    value = _said(view, where, key)
     if value is not None and layer < len(value):
         return value[layer]
     return donors[layer] if layer < len(donors) else donors[-1]
 
 
-def _said(view: View, key: str) -> list[Any] | None:
-    """A list in the config of a model, or of a part of it."""
+def _said(view: View, where: str, key: str) -> list[Any] | None:
+    """A list in the config of a model: in the part called `where`, or in any if there is none."""
+    named = view.config.get(where)
     parts = [view.config, *(v for v in view.config.values() if isinstance(v, dict))]
+    parts = [named] if isinstance(named, dict) else parts
     return next((part[key] for part in parts if isinstance(part.get(key), list)), None)

@@ -23,7 +23,10 @@ if TYPE_CHECKING:
 _LAYER = re.compile(r"^((?:.*?\.)?(?:layers|encoder\.layer|h))\.(0|[1-9][0-9]*)\.(.+)$")
 DEPTH = ("num_hidden_layers", "n_layer", "n_layers", "num_layers")
 # Fields with the numbers of the layers that are special.
-NUMBERS = ("mlp_only_layers", "moe_layers", "cross_attention_layers")
+NUMBERS = (
+    *("mlp_only_layers", "moe_layers", "cross_attention_layers", "full_attn_idxs"),
+    *("attn_layer_indices", "fullatt_block_indexes"),
+)
 # Fields from which a layer's number tells what kind it is, unless one of the lists does so; and the
 # value that makes them all alike.
 _BY_NUMBER = {
@@ -33,16 +36,23 @@ _BY_NUMBER = {
     "moe_layer_freq": 1,
     "attn_layer_period": 1,
     "expert_layer_period": 1,
+    "num_kv_shared_layers": 0,
 }
 # The same of attention, where no `layer_types` lists the kinds.
 _ATTENTION_BY_NUMBER = {
     "sliding_window_pattern": 1,
     "global_attn_every_n_layers": 1,
-    "no_rope_layer_interval": 1,
     "full_attention_interval": 1,
 }
-# Models whose code alternates the kinds of attention, and says so in no field.
-_ALTERNATING = {"gemma2", "cohere2", "gpt_neo"}
+# Models whose code alternates the kinds of attention where no `layer_types` lists them: files of
+# their first releases list none, and say it in no field.
+_ALTERNATING = {
+    *("gemma2", "gemma3_text", "gemma3n_text", "vaultgemma", "cohere2", "exaone4", "gpt_neo"),
+    *("gemma4_text", "gpt_oss", "minimax", "olmo3", "olmo_hybrid", "qwen3_next", "qwen3_5_text"),
+    *("qwen3_5_moe_text", "cwm", "granite_swa", "granitemoe_swa", "modernbert"),
+}
+# The same of positions: in every so many layers there are none, unless `no_rope_layers` lists them.
+_WITHOUT_POSITIONS = {"llama4_text", "smollm3"}
 
 
 def replicated(
@@ -125,7 +135,8 @@ def deeper(config: Mapping[str, Any], order: Sequence[int], before: int) -> dict
 
 
 def per_layer(key: str) -> bool:
-    return any(word in key for word in ("layer", "block", "mixer"))
+    """Whether a list as long as there are layers has an entry for each of them."""
+    return any(word in key for word in ("layer", "block", "mixer", "sparsity", "intermediate_size"))
 
 
 def _numbered(given: str, config: Mapping[str, Any]) -> list[Problem]:
@@ -144,13 +155,18 @@ def _numbered(given: str, config: Mapping[str, Any]) -> list[Problem]:
 def told_by_number(part: Mapping[str, Any]) -> list[str]:
     """Why the number of a layer tells what it is."""
     fields = dict(_BY_NUMBER) if not part.get("moe_layers") else {}
+    kinds: set[str] = set()
     found = []
     if not isinstance(part.get("layer_types"), list):
         fields |= _ATTENTION_BY_NUMBER
         if part.get("use_sliding_window") and isinstance(part.get("max_window_layers"), int):
             found.append(f"max_window_layers = {part['max_window_layers']}")
-        if part.get("model_type") in _ALTERNATING:
-            found.append(f"model_type = {part['model_type']}")
+        kinds |= _ALTERNATING
+    if not part.get("no_rope_layers"):  # Llama 4 has an empty list there
+        fields["no_rope_layer_interval"] = 1
+        kinds |= _WITHOUT_POSITIONS
+    if part.get("model_type") in kinds:
+        found.append(f"model_type = {part['model_type']}")
     found += [
         f"{key} = {part[key]}"
         for key, alike in fields.items()

@@ -60,7 +60,7 @@ def arranged(
     if not all(is_table(views[source.model], name, job) for source, job in tensors):
         return list(tensors)
     models = tuple(dict.fromkeys(source.model for source, _ in tensors))
-    if models == vocabulary.models:
+    if models == vocabulary.models and slice.base_model in (None, base):
         runs = vocabulary.runs
     else:
         runs = rows_of(vocabulary.alignment, models, slice.base_model or base)

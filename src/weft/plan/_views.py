@@ -164,6 +164,13 @@ def adapted(name: str, made: View, adapters: Sequence[tuple[Adapter, float]]) ->
     return outcome(name, plan, made, given)
 
 
+def renamed(made: View, architecture: str | None) -> View:
+    """The view of what an earlier document makes, under another name of its architecture."""
+    if architecture is None:
+        return made
+    return replace(made, config={**made.config, "architectures": [architecture]})
+
+
 def _grafted(expression: Expression, jobs: Mapping[str, TensorJob]) -> Expression:
     """With what the tensors are in place of what would be read."""
     match expression:
