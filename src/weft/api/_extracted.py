@@ -159,8 +159,8 @@ class Extracted:
         loose = [c.path for c in self.low if self._is_loose(c)]
         if loose:
             found.append(
-                f"it is not proved that the error of {some(loose, 'tensor')} is within 0.2 % of the "
-                "least of any matrix of that rank: `bound` in weft.json says what is"
+                f"it is not proved that the error of {some(loose, 'tensor')} is within 0.2 % of "
+                "the least that a matrix of that rank has: `bound` in weft.json says what is"
             )
         if self.plan.wishes.rule.kind == "auto":
             found += self._doubts()
@@ -194,7 +194,7 @@ class Extracted:
         return found
 
 
-# How many times more than what float32 rounds off is left, where a bound says something of the rank.
+# How much more is left than float32 rounds off, where a bound says something of the rank.
 _TELLING = 1000
 _SMALLER = "it is smaller in full than as factors"
 
