@@ -170,9 +170,9 @@ def test_lists_of_what_each_layer_is(
 @pytest.mark.parametrize(
     ("fields", "reason"),
     [
-        ({"model_type": "gemma2"}, "model_type = gemma2"),
-        ({"model_type": "gemma3_text", "sliding_window": 4}, "model_type = gemma3_text"),
-        ({"model_type": "cohere2"}, "model_type = cohere2"),
+        ({"model_type": "gpt_neo"}, "model_type = gpt_neo"),
+        ({"model_type": "olmo3", "sliding_window": 4}, "model_type = olmo3"),
+        ({"model_type": "qwen3_next"}, "model_type = qwen3_next"),
         ({"model_type": "llama4_text", "no_rope_layers": []}, "model_type = llama4_text"),
         ({"no_rope_layer_interval": 4, "layer_types": ["x"] * 3}, "no_rope_layer_interval = 4"),
         ({"sliding_window_pattern": 2}, "sliding_window_pattern = 2"),

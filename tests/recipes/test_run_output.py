@@ -301,14 +301,6 @@ def test_architecture_may_be_overridden(lora: str, root: Path) -> None:
     assert all(torch.equal(value, plain[name]) for name, value in found.items())
 
 
-def test_architecture_of_a_document_may_be_overridden(root: Path) -> None:
-    named = "{model: {path: left}, override_architecture: MyLlamaForCausalLM}"
-    last = f"merge_method: passthrough\nmodels: [model: {named}]\n"
-    run(root, f"name: left\n{LINEAR}---\n{last}")
-    config = json.loads((root / "out/config.json").read_text())
-    assert config["architectures"] == ["MyLlamaForCausalLM"]
-
-
 # --------------------------------------------------------------------------------- command line
 
 

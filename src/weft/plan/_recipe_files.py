@@ -12,7 +12,7 @@ from weft.core.errors import PlanError, Problem
 from weft.core.specs import SideFile
 from weft.formats.side_files import PROCESSOR, TEMPLATE, TOKENIZER, part_of
 from weft.plan._modules import modules_of
-from weft.plan._replicated import NUMBERS, per_layer, told_by_number
+from weft.plan._replicated import KINDS, NUMBERS, attention_kinds, per_layer, told_by_number
 from weft.plan._side_files import patched
 from weft.plan._slices import sequence
 from weft.plan._stacks import DEPTHS
@@ -66,7 +66,7 @@ def recipe_files(
                 "all models: each is a tensor of its own now and tie_word_embeddings is false"
             )
         config = patched(
-            _layered(recipe, views, donor),
+            _layered(recipe, views, donor, notes),
             dtype=dtype,
             cast=bool(recipe.dtype or recipe.out_dtype),
             rows=vocabulary.rows + vocabulary.padding if vocabulary else None,
@@ -109,7 +109,9 @@ def _json(value: Mapping[str, Any]) -> str:
     return json.dumps(value, indent=2, ensure_ascii=False) + "\n"
 
 
-def _layered(recipe: Recipe, views: Mapping[ModelName, View], donor: View) -> dict[str, Any]:
+def _layered(
+    recipe: Recipe, views: Mapping[ModelName, View], donor: View, notes: list[str]
+) -> dict[str, Any]:
     """The donor's config with as many layers as the output has, and the lists of what each is."""
     config: dict[str, Any] = json.loads(json.dumps(donor.config))
     for module, belongs in modules_of(recipe, donor, views, []):
@@ -117,14 +119,22 @@ def _layered(recipe: Recipe, views: Mapping[ModelName, View], donor: View) -> di
         if order is None:
             continue
         stack = next(stack for stack in donor.stacks if belongs(f"{stack.path}.0"))
-        for where, part in _parts_of(stack, config):
+        for called, part in _parts_of(stack, config):
             depth = next(key for key in DEPTHS if part.get(key) == stack.count)
             before = part[depth]
-            moved = [new for new, (_, old) in enumerate(order) if new != old]
+            moved = [(new, where) for new, (_, old, where) in enumerate(order) if new != old]
+            kinds = attention_kinds(part)
+            if moved and kinds and kinds != part.get(KINDS):
+                part[KINDS] = kinds
+                notes.append(
+                    f"{KINDS} of config.json says which attention each layer has, which no longer "
+                    "follows from its number; transformers reads it from 4.53 on"
+                )
             if reasons := told_by_number(part) if moved else []:
                 what = (
                     "layers are stacked in another order, and the config gives a layer its kind "
-                    f"by its number ({', '.join(reasons)}): layer {moved[0]} would become another"
+                    f"by its number ({', '.join(reasons)}): layer {moved[0][0]} would become "
+                    f"another  @ {moved[0][1]}"
                 )
                 raise PlanError("the recipe", [Problem(what, "keep every layer in its place")])
             for key, value in part.items():
@@ -133,11 +143,13 @@ def _layered(recipe: Recipe, views: Mapping[ModelName, View], donor: View) -> di
                 elif key in NUMBERS and isinstance(value, list):
                     part[key] = [
                         new
-                        for new, (name, old) in enumerate(order)
-                        if old in (_said(views[name], where, key) or [])
+                        for new, (name, old, _) in enumerate(order)
+                        if old in (_said(views[name], called, key) or [])
                     ]
                 elif isinstance(value, list) and len(value) == before and per_layer(key):
-                    part[key] = [_entry(views[name], where, key, old, value) for name, old in order]
+                    part[key] = [
+                        _entry(views[name], called, key, old, value) for name, old, _ in order
+                    ]
     return config
 
 
@@ -152,17 +164,18 @@ def _parts_of(stack: Stack, config: dict[str, Any]) -> list[tuple[str, dict[str,
     return [(name, part) for name, part in counting if tower(name) == tower(stack.path)]
 
 
-def _entry(view: View, where: str, key: str, layer: int, donors: Sequence[Any]) -> Any:
+def _entry(view: View, called: str, key: str, layer: int, donors: Sequence[Any]) -> Any:
     """What the model that a layer is from says of it."""
-    value = _said(view, where, key)
+    value = _said(view, called, key)
     if value is not None and layer < len(value):
         return value[layer]
     return donors[layer] if layer < len(donors) else donors[-1]
 
 
-def _said(view: View, where: str, key: str) -> list[Any] | None:
-    """A list in the config of a model: in the part called `where`, or in any if there is none."""
-    named = view.config.get(where)
+def _said(view: View, called: str, key: str) -> list[Any] | None:
+    """A list in the config of a model: in the part of this name, or in any if there is none."""
+    named = view.config.get(called)
     parts = [view.config, *(v for v in view.config.values() if isinstance(v, dict))]
     parts = [named] if isinstance(named, dict) else parts
-    return next((part[key] for part in parts if isinstance(part.get(key), list)), None)
+    found = (attention_kinds(part) if key == KINDS else part.get(key) for part in parts)
+    return next((value for value in found if isinstance(value, list)), None)

@@ -44,12 +44,18 @@ _ATTENTION_BY_NUMBER = {
     "global_attn_every_n_layers": 1,
     "full_attention_interval": 1,
 }
-# Models whose code alternates the kinds of attention where no `layer_types` lists them: files of
-# their first releases list none, and say it in no field.
+KINDS = "layer_types"  # which attention each layer has
+# Models whose code alternates the kinds where no list says them: the field with the period, if
+# there is one, and the usual period.
+_PERIODS: dict[str, tuple[str | None, int]] = {
+    "gemma2": (None, 2),
+    "gemma3_text": ("sliding_window_pattern", 6),
+    "cohere2": ("sliding_window_pattern", 4),
+}
 _ALTERNATING = {
-    *("gemma2", "gemma3_text", "gemma3n_text", "vaultgemma", "cohere2", "exaone4", "gpt_neo"),
-    *("gemma4_text", "gpt_oss", "minimax", "olmo3", "olmo_hybrid", "qwen3_next", "qwen3_5_text"),
-    *("qwen3_5_moe_text", "cwm", "granite_swa", "granitemoe_swa", "modernbert"),
+    *(*_PERIODS, "gemma3n_text", "gemma4_text", "vaultgemma", "exaone4", "gpt_neo", "gpt_oss"),
+    *("minimax", "olmo3", "olmo_hybrid", "qwen3_next", "qwen3_5_text", "qwen3_5_moe_text", "cwm"),
+    *("granite_swa", "granitemoe_swa", "modernbert"),
 }
 # The same of positions: in every so many layers there are none, unless `no_rope_layers` lists them.
 _WITHOUT_POSITIONS = {"llama4_text", "smollm3"}
@@ -152,12 +158,32 @@ def _numbered(given: str, config: Mapping[str, Any]) -> list[Problem]:
     ]
 
 
+def attention_kinds(part: Mapping[str, Any]) -> list[str] | None:
+    """`layer_types` of a config, or the list that transformers makes where there is none.
+
+    With a period p layer n, counted from 0, has full attention where p divides n + 1, and a
+    sliding window elsewhere.
+    """
+    listed, kind = part.get(KINDS), part.get("model_type")
+    if isinstance(listed, list):
+        return listed
+    if kind not in _PERIODS:
+        return None
+    field, usual = _PERIODS[kind]
+    period, depth = part.get(field, usual) if field else usual, part.get("num_hidden_layers")
+    if not isinstance(period, int) or not isinstance(depth, int) or period < 1:
+        return None
+    return [
+        "full_attention" if n % period == 0 else "sliding_attention" for n in range(1, depth + 1)
+    ]
+
+
 def told_by_number(part: Mapping[str, Any]) -> list[str]:
     """Why the number of a layer tells what it is."""
     fields = dict(_BY_NUMBER) if not part.get("moe_layers") else {}
     kinds: set[str] = set()
     found = []
-    if not isinstance(part.get("layer_types"), list):
+    if not isinstance(part.get(KINDS), list):
         fields |= _ATTENTION_BY_NUMBER
         if part.get("use_sliding_window") and isinstance(part.get("max_window_layers"), int):
             found.append(f"max_window_layers = {part['max_window_layers']}")

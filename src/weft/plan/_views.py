@@ -112,6 +112,13 @@ def view(
     return View(name, plan, config, tie, beside or Path(base.folder), given)
 
 
+def renamed(view: View, architecture: str | None) -> View:
+    """The view of the same, under the `architectures` that a recipe says, if it does."""
+    if architecture is None:
+        return view
+    return replace(view, config={**view.config, "architectures": [architecture]})
+
+
 def outcome(name: str, plan: Plan, donor: View, given: tuple[str, ...]) -> View:
     """The view of what a recipe makes, for the documents after it."""
     config = _config(plan, donor.config)
@@ -162,13 +169,6 @@ def adapted(name: str, made: View, adapters: Sequence[tuple[Adapter, float]]) ->
     )
     given = (*made.given, *(adapter.given for adapter, _ in adapters))
     return outcome(name, plan, made, given)
-
-
-def renamed(made: View, architecture: str | None) -> View:
-    """The view of what an earlier document makes, under another name of its architecture."""
-    if architecture is None:
-        return made
-    return replace(made, config={**made.config, "architectures": [architecture]})
 
 
 def _grafted(expression: Expression, jobs: Mapping[str, TensorJob]) -> Expression:
