@@ -8,7 +8,8 @@ have singular values that fall as 1/√i over 256 dimensions, before they are ro
 second pair, `--noise`, differs by nothing but noise: the worst case, in which no rank is better
 than another. Results go to `results/extract.json`.
 
-Of one matrix of each shape the factors are held against the exact SVD in float64.
+Of one matrix of each shape the factors are held against the exact SVD in float64. Ranks after the
+first are run once.
 """
 
 from __future__ import annotations
@@ -29,12 +30,12 @@ from merge import (
     WEFT,
     Sample,
     Verdict,
-    clean,
     execute,
     prepare,
     rss,
     save,
     wall,
+    warm,
 )
 from safetensors import safe_open
 from setting import environment
@@ -80,7 +81,7 @@ def tensor(folder: Path, name: str) -> torch.Tensor:
 
 
 def excess(folder: Path, tuned: str, rank: int, spectra: dict[str, torch.Tensor]) -> float:
-    """The worst ratio of ‖ΔW − BA‖ to the optimum, over one matrix of each shape."""
+    """The worst ratio of ‖ΔW − BA‖ to the optimum, over one matrix of each shape of higher rank."""
     worst = 0.0
     for short in SHAPES:
         module = f"model.layers.3.{short}"
@@ -88,6 +89,8 @@ def excess(folder: Path, tuned: str, rank: int, spectra: dict[str, torch.Tensor]
         delta = tensor(folder / tuned, weight) - tensor(folder / "base", weight)
         if short not in spectra:
             spectra[short] = torch.linalg.svdvals(delta)
+        if rank >= len(spectra[short]):
+            continue
         key = f"base_model.model.{module}"
         A, B = (tensor(folder / "out", f"{key}.lora_{x}.weight") for x in "AB")
         best = float(spectra[short][rank:].square().sum()) ** 0.5
@@ -118,15 +121,15 @@ def measure(
     for number in range(max(rounds, peer_rounds)):
         jobs: list[tuple[str, int, tuple[str, ...]]] = []
         if number < rounds:
-            jobs += [(f"weft, rank {rank}", rank, weft(tuned, rank)) for rank in ranks]
+            # A rank of hundreds takes minutes, and one run tells.
+            own = ranks[:1] if number else ranks
+            jobs += [(f"weft, rank {rank}", rank, weft(tuned, rank)) for rank in own]
         if peer and number < peer_rounds:
             jobs += [
                 (f"mergekit, rank {ranks[0]}", ranks[0], mergekit(peer, folder, tuned, ranks[0]))
             ]
         for name, rank, command in jobs:
-            clean(folder)
-            shutil.copytree(folder / "base", folder / "out")  # as in `merge.sample`, and for why
-            clean(folder)
+            warm(folder)
             took, memory, _ = execute(command, folder)
             found.setdefault(name, []).append(Sample(took, None, memory))
             if name not in ratios:

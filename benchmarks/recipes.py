@@ -21,7 +21,21 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from merge import BENCH, HERE, MB, WEFT, Sample, Verdict, clean, execute, prepare, rss, save, wall
+from merge import (
+    BENCH,
+    HERE,
+    MB,
+    WEFT,
+    Sample,
+    Verdict,
+    clean,
+    execute,
+    prepare,
+    rss,
+    save,
+    wall,
+    warm,
+)
 from merge import work as worked
 from models import make_tuned
 from setting import environment
@@ -64,10 +78,8 @@ def write_recipes(folder: Path) -> None:
 
 
 def sample(command: tuple[str, ...], folder: Path) -> Sample:
-    """One process, with the page cache as its predecessors found it."""
-    clean(folder)
-    shutil.copytree(folder / "base", folder / "out")
-    clean(folder)
+    """One process, with all models in the page cache."""
+    warm(folder)
     took, memory, text = execute(command, folder)
     clean(folder)
     done = json.loads(text)["seconds"] if text.startswith("{") else None

@@ -128,7 +128,7 @@ def test_bound_is_never_below_the_truth(
         )
 
 
-@pytest.mark.parametrize("left", [1e-2, 1e-3, 1e-4, 3e-5, 1e-5, 3e-6])
+@pytest.mark.parametrize("left", [1e-2, 1e-3, 1e-4, 3e-5, 1e-5, 3e-6, 1.5e-6])
 @pytest.mark.parametrize("start", ["random", "rough"])
 def test_bound_where_next_to_nothing_is_left(
     left: float, start: str, monkeypatch: pytest.MonkeyPatch
@@ -136,12 +136,49 @@ def test_bound_where_next_to_nothing_is_left(
     """What float32 rounds off is not proved away."""
     monkeypatch.setattr(matrices, "multiplies_bfloat16", lambda device: start == "rough")
     for seed in range(4):
-        tail = left * (0.9 + 0.1 * falling(192)) / math.sqrt(192)
+        tail = left * np.linspace(1, 0.9, 192) / math.sqrt(192)
         A = with_spectrum(220, 200, np.r_[np.full(8, 1 / math.sqrt(8)), tail], seed)
         best = float(np.linalg.norm(np.linalg.svd(A.double().numpy(), compute_uv=False)[8:]))
         found = truncated_svd(Dense(A), 8, key=seed)
         assert not found.exact
         assert true_error(A, found) <= found.bound * best
+
+
+@pytest.mark.parametrize("left", [1e-1, 1e-2, 3e-3, 1e-3])
+@pytest.mark.parametrize("start", ["random", "rough"])
+def test_bound_of_noise_behind_a_strong_head(
+    left: float, start: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The rank is more than the head has: directions of the noise count, all alike."""
+    monkeypatch.setattr(matrices, "multiplies_bfloat16", lambda device: start == "rough")
+    noisy = noise(1000, 1000, seed=9)
+    head = with_spectrum(1000, 1000, np.r_[np.ones(5), np.zeros(995)])
+    A = head / head.norm() + left * noisy / noisy.norm()
+    best = float(np.linalg.norm(np.linalg.svd(A.double().numpy(), compute_uv=False)[8:]))
+    found = truncated_svd(Dense(A), 8)
+    assert not found.exact
+    assert true_error(A, found) <= min(found.bound, 1.002) * best
+
+
+def test_probes_beside_the_first_block_see_what_it_missed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """They are multiplied with it, and are no part of it."""
+    monkeypatch.setattr(matrices, "multiplies_bfloat16", lambda device: True)
+    monkeypatch.setattr(krylov, "_MOST_BLOCKS", 1)
+    values = np.r_[np.full(8, 2.5), np.full(60, 2.0), 0.3 * np.ones(132)]
+    A = with_spectrum(220, 200, values)
+    V = torch.linalg.svd(A)[2].T
+    missed = {
+        "nothing": V[:, :48],
+        "the first": V[:, 1:49],
+        "the last": V[:, [*range(7), *range(8, 49)]],
+    }
+    for what, basis in missed.items():
+        monkeypatch.setattr(krylov, "directions", lambda *_, basis=basis: basis.contiguous())
+        found = truncated_svd(Dense(A), 8)
+        best = float(np.linalg.norm(values[8:]))
+        error = true_error(A, found)
+        assert (error > 1.002 * best) == (what != "nothing")
+        assert error <= found.bound * best
 
 
 def test_proof_fails_where_the_iteration_missed_something(monkeypatch: pytest.MonkeyPatch) -> None:

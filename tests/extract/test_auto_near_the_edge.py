@@ -1,7 +1,7 @@
 """`--rank auto` on merged adapters whose weakest direction is hardly above the noise of rounding.
 
-The guide states the limits that hold here, and one more: in matrices of 768 columns and more, of which
-one or two directions hold nearly all, rounding has structure of its own, and too many are found.
+The guide states the limits that hold here, and one more: in matrices of 768 columns and more, where
+one or two directions hold nearly all of ΔW, rounding has structure, and too many are found.
 """
 
 from __future__ import annotations
@@ -30,10 +30,7 @@ def mean_square_ulp(W: Tensor) -> float:
 def singular_values(W: Tensor, rank: int, times: float, ulps: float) -> Tensor:
     """The least is `times` σₙ (√m + √n), and the root mean square of ΔW so many `ulps`, or more.
 
-    Args:
-        W: (m, n), bfloat16; σₙ² = mean(ulp²) / 12.
-        rank: The values fall to the least by one ratio.
-        times, ulps: As above.
+    `W` (m, n) is bfloat16, and σₙ² = mean(ulp²) / 12. The values fall to the least by one ratio.
     """
     m, n = W.shape
     square = mean_square_ulp(W)

@@ -292,13 +292,13 @@ MISTAKES = {
             "such as gamma: 0.01",
         ],
     ),
-    "a selection of more than all": (
+    "a selection below none": (
         (
             "merge_method: sce\nbase_model: a\nmodels: [{model: b}]\n"
-            "parameters:\n  select_topk: [{filter: mlp, value: [0.5, 2]}, {value: 1}]\n"
+            "parameters:\n  select_topk: [{filter: mlp, value: [0.5, -2]}, {value: 1}]\n"
         ),
         [
-            '"select_topk" should be from 0 to 1, not 2',
+            '"select_topk" should be 0 or more, not -2',
             "@ parameters.select_topk[0].value[1], line 5",
         ],
     ),
@@ -319,7 +319,7 @@ MISTAKES = {
             "merge_method: della\nbase_model: a\n"
             "models: [{model: b, parameters: {weight: 1, density: 0.5, epsilon: -0.1}}]\n"
         ),
-        ['"epsilon" should be from 0 to 0.5, not -0.1  @ models[0].parameters.epsilon, line 3'],
+        ['"epsilon" should be 0 or more, not -0.1  @ models[0].parameters.epsilon, line 3'],
     ),
     "epsilon too wide": (
         (
@@ -328,7 +328,25 @@ MISTAKES = {
         ),
         ["density 0.9 ± epsilon 0.15 of b", "an epsilon below 0.1"],
     ),
+    "epsilon wider than a half": (
+        (
+            "merge_method: della\nbase_model: a\n"
+            "models: [{model: b, parameters: {weight: 1, density: 0.5, epsilon: 0.6}}]\n"
+        ),
+        ["density 0.5 ± epsilon 0.6 of b", "an epsilon below 0.5"],
+    ),
     "unknown dtype": (LINEAR + "dtype: float8\n", ["unknown dtype", "one of float32, float16"]),
+    **{
+        f"a dtype of whole numbers: {name}": (
+            LINEAR + f"{key}: {name}\n",
+            [
+                f"{key}: {name} would make whole numbers of the weights, and most of them 0",
+                f"@ {key}, line 3, column 1",
+                "one of float32, float16, bfloat16, float64",
+            ],
+        )
+        for key, name in (("dtype", "int64"), ("out_dtype", "int8"), ("dtype", "torch.uint8"))
+    },
     "unknown template": (
         LINEAR + "chat_template: chatlm\n",
         ['unknown chat_template "chatlm", did you mean "chatml"?  @ chat_template, line 3'],
@@ -415,7 +433,7 @@ MISTAKES = {
     ),
     "a circle": (
         f"name: a\n{ONE}b}}]\n---\nname: b\n{ONE}a}}]\n",
-        ["documents that are made from each other: a ← b ← a", "write ./b"],
+        ["documents that are made from each other: a ← b ← a", "write ./a"],
     ),
     "made from itself": (
         f"name: a\n{LINEAR}",
@@ -554,6 +572,24 @@ def test_a_density_above_one_keeps_all_and_is_said() -> None:
     text = "merge_method: ties\nbase_model: a\nmodels: [{model: b}]\n"
     (found,) = read(text + "parameters: {weight: 1, density: 50}\n", "merge.yml")
     assert list(found.notes) == ["a density of 50 keeps all of b: it is a share, up to 1"]
+
+
+@pytest.mark.parametrize(
+    ("method", "line", "said"),
+    [
+        ("sce", "select_topk: 2", "a select_topk of 2 selects all: it is a share, up to 1"),
+        (
+            "della",
+            "weight: 1, epsilon: 0.6",
+            "an epsilon of 0.6 changes nothing where the density is 1",
+        ),
+    ],
+)
+def test_a_share_above_its_range_is_said(method: str, line: str, said: str) -> None:
+    """And runs, as in MergeKit, which says nothing."""
+    text = f"merge_method: {method}\nbase_model: a\nmodels: [{{model: b}}, {{model: c}}]\n"
+    (found,) = read(text + f"parameters: {{{line}}}\n", "merge.yml")
+    assert found.notes == (said,)
 
 
 def test_a_density_that_nothing_reads_is_said() -> None:

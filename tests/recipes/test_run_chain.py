@@ -9,6 +9,9 @@ import pytest
 import torch
 from running import MATRIX, checkpoint, llama, load, lora, run
 
+from weft.core.errors import WeftError
+from weft.methods import _random
+
 if TYPE_CHECKING:
     from pathlib import Path
 
@@ -82,6 +85,58 @@ def test_the_card_credits_all_and_quotes_all(root: Path) -> None:
     assert (root / "out/mergekit_config.yml").read_text() == CHAIN
     files = {entry["file"] for entry in _manifest(root)["inputs"]}
     assert files >= {str(root / name / "model.safetensors") for name in ("base", "a", "b", "c")}
+
+
+DARE = """\
+merge_method: dare_linear
+base_model: base
+models: [model: {}]
+parameters: {{weight: 1, density: 0.5, rescale: false}}
+"""
+
+
+def test_documents_draw_apart(root: Path) -> None:
+    """Two that keep half of the elements each keep a quarter, and not the same half twice."""
+    found = run(root, f"name: x\n{DARE.format('a')}---\nname: y\n{DARE.format('x')}")
+    base = load(root / "base")
+    kept = torch.cat([(value != base[name]).flatten() for name, value in found.items()])
+    assert abs(kept.double().mean() - 0.25) < 5 * (0.25 * 0.75 / len(kept)) ** 0.5
+
+
+def test_a_document_without_a_name_draws_by_seed_method_and_tensor(root: Path) -> None:
+    """A merge of today is made again by any later version: its key must never change."""
+    kept = (run(root, DARE.format("a"))[NAME] != load(root / "base")[NAME]).flatten()
+    mask = _random.bernoulli(f"0 0:dare_linear:{NAME}", 0.5, 0, len(kept))
+    assert kept.tolist() == mask.tolist()
+
+
+def test_a_document_under_another_architecture(root: Path) -> None:
+    config = root / "c/config.json"
+    other = {"architectures": ["MyLlamaForCausalLM"]}
+    config.write_text(json.dumps(json.loads(config.read_text()) | other))
+    last = "merge_method: linear\nmodels: [model: left, model: c]\nparameters: {weight: 1}\n"
+    with pytest.raises(WeftError, match="c is a MyLlamaForCausalLM, and left a Llama"):
+        run(root, f"name: left\n{LEFT}---\n{last}")
+    named = "model: {model: {path: left}, override_architecture: MyLlamaForCausalLM}"
+    run(root, f"name: left\n{LEFT}---\n{last.replace('model: left', named)}")
+    written = json.loads((root / "out/config.json").read_text())
+    assert written["architectures"] == ["MyLlamaForCausalLM"]
+
+
+def test_what_is_wrong_with_all_documents_is_said_at_once(root: Path) -> None:
+    """But not what only follows from it: the last one lacks x, whose own model is not there."""
+    checkpoint(root / "deep", llama(1, layers=3, dtype="float32"))
+    one = "name: {}\nmerge_method: linear\nparameters: {{weight: 1}}\nmodels: [{}]\n---\n"
+    text = one.format("x", "model: ./nowhere") + one.format("y", "model: a, model: deep")
+    text += "merge_method: slerp\nbase_model: x\nmodels: [model: x, model: ./neither]\n"
+    with pytest.raises(WeftError) as error:
+        run(root, text + "parameters: {t: 0.5}\n")
+    message = str(error.value)
+    assert message.startswith("3 problems in recipe.yml\n")
+    assert "./nowhere" in message
+    assert "@ models[0], line 4, column 10" in message
+    assert "2 layers in a, and 3 in deep  @ models[1], line 9, column 20" in message
+    assert "@ models[1], line 13, column 20" in message
 
 
 def _manifest(root: Path) -> dict[str, list[dict[str, str]]]:

@@ -35,8 +35,8 @@ SMALL: dict[str, Any] = {
 
 def made(kind: str, seed: int, folder: Path, **config: Any) -> Any:
     """A model of random weights, saved in `folder` in float32."""
-    own = getattr(transformers, f"{kind}Config")(**(SMALL | config))
-    model = getattr(transformers, f"{kind}ForCausalLM")(own)
+    kind_of_model = getattr(transformers, f"{kind}ForCausalLM")
+    model = kind_of_model(kind_of_model.config_class(**(SMALL | config)))
     randomise(model, seed)
     model.eval().save_pretrained(folder)
     return model
@@ -89,16 +89,7 @@ def test_layers_of_two_models_stacked(kind: str, tmp_path: Path) -> None:
     order = [(one, 0), (one, 1), (one, 2), (two, 1), (two, 2), (two, 3)]
     config = json.loads((tmp_path / "out/config.json").read_text())
     assert config["num_hidden_layers"] == 6
-    want = {k: v for k, v in one.config.to_dict().items() if k not in ("layer_types", "dtype")}
-    built = type(one.config)(**(want | {"num_hidden_layers": 6} | _types(order, extra)))
-    reference = type(one)(built).eval()
-    state = {k: v for k, v in one.state_dict().items() if ".layers." not in k}
-    for new, (model, old) in enumerate(order):
-        part = f"model.layers.{old}."
-        for name, value in model.state_dict().items():
-            if name.startswith(part):
-                state[name.replace(part, f"model.layers.{new}.")] = value
-    reference.load_state_dict(state)
+    reference = stacked(order, **_types(order, extra))
     found = opened(tmp_path / "out")
     assert torch.equal(logits(found), logits(reference))
     if extra:
@@ -108,6 +99,63 @@ def test_layers_of_two_models_stacked(kind: str, tmp_path: Path) -> None:
 
 def _types(order: list[tuple[Any, int]], extra: dict[str, Any]) -> dict[str, Any]:
     return {"layer_types": [m.config.layer_types[old] for m, old in order]} if extra else {}
+
+
+def stacked(order: list[tuple[Any, int]], **config: Any) -> Any:
+    """A model of these layers, made by transformers; what is in no layer is the first one's."""
+    one = order[0][0]
+    want = {k: v for k, v in one.config.to_dict().items() if k not in ("layer_types", "dtype")}
+    built = type(one.config)(**(want | {"num_hidden_layers": len(order)} | config))
+    reference = type(one)(built).eval()
+    state = {k: v for k, v in one.state_dict().items() if ".layers." not in k}
+    for new, (model, old) in enumerate(order):
+        part = f"model.layers.{old}."
+        for name, value in model.state_dict().items():
+            if name.startswith(part):
+                state[name.replace(part, f"model.layers.{new}.")] = value
+    reference.load_state_dict(state)
+    return reference
+
+
+@pytest.mark.parametrize(
+    ("kind", "said"),
+    [
+        ("Gemma2", {}),
+        ("Gemma3", {}),
+        ("Gemma3", {"sliding_window_pattern": 3}),
+        ("Cohere2", {"sliding_window_pattern": 2}),
+    ],
+)
+def test_kinds_of_attention_that_only_numbers_tell(
+    kind: str, said: dict[str, int], tmp_path: Path
+) -> None:
+    """Configs from before transformers 4.53 have no `layer_types`; moved layers need them."""
+    extra: dict[str, Any] = {"num_hidden_layers": 7, "sliding_window": 3} | said
+    models = [made(kind, n, tmp_path / str(n), tie_word_embeddings=True, **extra) for n in (1, 2)]
+    for n in (1, 2):
+        file = tmp_path / f"{n}/config.json"
+        config = json.loads(file.read_text())
+        del config["layer_types"]
+        file.write_text(json.dumps(config | said))
+    run(
+        tmp_path,
+        f"""
+        merge_method: passthrough
+        slices:
+          - sources: [{{model: {tmp_path}/1, layer_range: [0, 3]}}]
+          - sources: [{{model: {tmp_path}/2, layer_range: [2, 7]}}]
+          - sources: [{{model: {tmp_path}/1, layer_range: [2, 2]}}]
+        """,
+    )
+    order = [(models[0], n) for n in range(3)] + [(models[1], n) for n in range(2, 7)]
+    types = [model.config.layer_types[old] for model, old in order]
+    assert json.loads((tmp_path / "out/config.json").read_text())["layer_types"] == types
+    reference = stacked(order, layer_types=types)
+    assert torch.equal(logits(opened(tmp_path / "out")), logits(reference))
+    by_number = type(reference.config)(**(SMALL | extra | {"num_hidden_layers": 8}))
+    assert by_number.layer_types != types
+    notes = json.loads((tmp_path / "out/weft.json").read_text())["notes"]
+    assert any("layer_types" in note for note in notes)
 
 
 def test_sparse_layers_by_their_numbers(tmp_path: Path) -> None:

@@ -7,6 +7,7 @@ import re
 from typing import TYPE_CHECKING
 
 import pytest
+import torch
 from running import MATRIX, checkpoint, llama, load, lora, run
 from safetensors.torch import save_file
 
@@ -104,6 +105,89 @@ def test_layers_that_the_model_has_not(layers: str, cure: str, root: Path) -> No
     assert f"layer_range {layers} reaches past the 2 layers of a" in message
     assert "@ slices[0].sources[0].layer_range, line 2, column 31" in message
     assert f"its last layer is 1: layer_range: {cure}" in message
+
+
+def test_layers_that_their_numbers_tell_apart(root: Path) -> None:
+    checkpoint(root / "mixed", llama(1), {"first_k_dense_replace": 1})
+    slice = "  - sources: [{model: mixed, layer_range: [0, 2]}]\n"
+    message = refused(root, f"merge_method: passthrough\nslices:\n{slice}{slice}")
+    assert "by its number (first_k_dense_replace = 1): layer 2 would become another" in message
+    assert "@ slices[1], line 4, column 5" in message
+    assert "keep every layer in its place" in message
+
+
+def test_a_module_that_the_recipe_leaves_out(root: Path) -> None:
+    tensors = llama(1)
+    for layer in range(3):
+        tensors[f"vision_tower.layers.{layer}.attn.weight"] = tensors["lm_head.weight"][:4].clone()
+    checkpoint(root / "sees", tensors)
+    text = "merge_method: passthrough\nmodules:\n  text_decoder: {models: [model: sees]}\n"
+    message = refused(root, text)
+    assert "says nothing of the module vision_tower of sees, whose 3 tensors" in message
+    assert "@ modules, line 2, column 1" in message
+
+
+@pytest.mark.parametrize("line", ["tokenizer_source: union", "tokenizer: {source: base}"])
+def test_a_config_that_does_not_say_how_many_rows(line: str, root: Path) -> None:
+    checkpoint(root / "old", llama(1), {"vocab_size": None})
+    message = refused(root, f"{LINEAR.replace('model: b', 'model: old')}{line}\n")
+    key = line.partition(":")[0]
+    assert "the config.json of old says no vocab_size, so its tokens have no rows" in message
+    assert f"@ {key}, line 4, column 1" in message
+    assert f"leave `{key}` out of the recipe" in message
+
+
+@pytest.mark.parametrize(
+    ("method", "parameter"), [("linear", "normalize"), ("multislerp", "normalize_weights")]
+)
+def test_weights_that_add_up_to_nothing(method: str, parameter: str, root: Path) -> None:
+    """What is advised works."""
+    text = f"merge_method: {method}\nmodels:\n  - {{model: a, parameters: {{weight: 0.5}}}}\n"
+    text += "  - {model: b, parameters: {weight: -0.5}}\n"
+    message = refused(root, text)
+    assert "the weights 0.5, -0.5 add up to 0" in message
+    assert "@ models, line 2, column 1" in message
+    assert f"parameters:\n        {parameter}: false" in message
+    run(root, f"{text}parameters:\n  {parameter}: false\n")
+
+
+def test_ranks_that_leave_what_is_a_probability(root: Path) -> None:
+    """A gradient does so in one layer: only the plan can tell."""
+    text = TIES.replace("ties", "della") + "parameters: {weight: 1, density: [0.5, 0.9]}\n"
+    message = refused(root, text)
+    assert "density 0.9 with epsilon 0.15" in message
+    assert "write an epsilon below 0.1, such as" in message
+    run(root, text.replace("density", "epsilon: 0.05, density"))
+
+
+@pytest.mark.parametrize(
+    ("method", "above", "same"),
+    [
+        ("sce", "select_topk: 2", "select_topk: 1"),
+        ("della", "weight: 1, epsilon: 0.6", "weight: 1"),
+    ],
+)
+def test_more_than_all_is_all(method: str, above: str, same: str, root: Path) -> None:
+    """As in MergeKit: sce selects below 1 only, and della drops below a density of 1 only."""
+    text = TIES.replace("ties", method)
+    found = run(root, f"{text}parameters: {{{above}}}\n", "above")
+    expected = run(root, f"{text}parameters: {{{same}}}\n", "same")
+    assert all(torch.equal(value, expected[name]) for name, value in found.items())
+
+
+def test_dtypes_are_advised_as_a_recipe_has_them(root: Path) -> None:
+    """`--dtype` is an option of other commands."""
+    text = "merge_method: passthrough\nmodels: [model: a]\nout_dtype: float16\n"
+    with pytest.raises(NumericsError, match="overflows float16") as error:
+        run(root, f"{text}parameters: {{scale: 1.0e+8}}\n")
+    assert "`out_dtype: bfloat16` in the recipe" in str(error.value.hint)
+    text = TIES.replace("ties", "task_arithmetic") + "parameters: {weight: 1.0e-3}\n"
+    (root / "recipe.yml").write_text(text)
+    (warning,) = weft.run("recipe.yml", output="out").warnings
+    assert "`out_dtype: float32` in the recipe keeps all of it" in warning
+    assert "--dtype" not in warning
+    (root / "recipe.yml").write_text(f"{text}out_dtype: float32\n")
+    assert weft.run("recipe.yml", output="wide").warnings == ()
 
 
 def test_weights_are_no_recipe(root: Path, capsys: pytest.CaptureFixture[str]) -> None:

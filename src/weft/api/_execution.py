@@ -115,7 +115,7 @@ def execute(
             sink.discard()  # another run on these inputs ends the same way
             raise
         sums = totals(plan, sink.receipts)
-        warnings = (*found, *plan.warnings, *_doubtful(sums, plan, sink.receipts))
+        warnings = (*found, *plan.warnings, *_doubtful(sums, plan, sink.receipts, operation))
         content = manifest(
             plan,
             sink.receipts,
@@ -151,7 +151,9 @@ def unchanged(plan: Plan) -> None:
             )
 
 
-def _doubtful(sums: Totals, plan: Plan, receipts: Mapping[str, Receipt]) -> list[str]:
+def _doubtful(
+    sums: Totals, plan: Plan, receipts: Mapping[str, Receipt], operation: str
+) -> list[str]:
     """Warnings that only the result can give cause for."""
     warnings = []
     models = {e.role.partition(" adapter")[0] for e in plan.inputs if e.role[:7] != "adapter"}
@@ -168,16 +170,16 @@ def _doubtful(sums: Totals, plan: Plan, receipts: Mapping[str, Receipt]) -> list
         more = f" and {len(unsound) - 1} more" if len(unsound) > 1 else ""
         warnings.append(f"NaN or infinity in {min(unsound)}{more}, taken over as they were")
     narrow = ", ".join(sorted({job.dtype for job in plan.jobs if not job.is_copy}))
+    wide = "`out_dtype: float32` in the recipe" if operation == "run" else "--dtype float32"
     if sums.survival is not None and sums.survival < 0:
         warnings.append(
             f"the update is smaller than the rounding of the weights themselves: writing them as "
-            f"{narrow} moves them {1 - sums.survival:.3g} times as far; --dtype float32 keeps all "
-            "of it"
+            f"{narrow} moves them {1 - sums.survival:.3g} times as far; {wide} keeps all of it"
         )
     elif sums.survival is not None and sums.survival < 0.5:
         warnings.append(
             f"only {units.show_survival(sums.survival)} of the update is left after rounding to "
-            f"{narrow}: --dtype float32 keeps all of it"
+            f"{narrow}: {wide} keeps all of it"
         )
     return warnings
 

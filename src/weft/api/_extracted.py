@@ -156,9 +156,24 @@ class Extracted:
                 f"{some([c.path for c in self.left], 'changed tensor')} left as in the base, "
                 f"{show_share(lost / whole if whole else 0.0)} of ‖ΔW‖²: {reasons}"
             )
+        loose = [c.path for c in self.low if self._is_loose(c)]
+        if loose:
+            found.append(
+                f"it is not proved that the error of {some(loose, 'tensor')} is within 0.2 % of "
+                "the least that a matrix of that rank has: `bound` in weft.json says what is"
+            )
         if self.plan.wishes.rule.kind == "auto":
             found += self._doubts()
         return found
+
+    def _is_loose(self, change: Change) -> bool:
+        """Whether the proof failed, and not for float32 alone."""
+        from weft.decompose.krylov import ROUNDING, TOLERANCE
+
+        spectrum, rank = self.spectra[change.name], self.form.ranks[change.name]
+        error = math.fsum(spectrum.errors(rank))
+        telling = error > (_TELLING * ROUNDING) ** 2 * float(spectrum.energy.sum())
+        return telling and spectrum.bound(rank) > TOLERANCE + 2 / _TELLING
 
     def _doubts(self) -> list[str]:
         """About what auto took for noise."""
@@ -179,6 +194,8 @@ class Extracted:
         return found
 
 
+# How much more is left than float32 rounds off, where a bound says something of the rank.
+_TELLING = 1000
 _SMALLER = "it is smaller in full than as factors"
 
 

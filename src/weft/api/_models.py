@@ -61,13 +61,14 @@ class Models:
         Raises:
             WeftError: It does not exist, or its adapters do not fit it.
         """
-        from weft.plan._views import adapted, view
+        from weft.plan._views import adapted, renamed, view
         from weft.plan.float8 import dequantised
         from weft.plan.merge import plan_merge
 
         adapters = [(self._adapter(p, revision), weight) for p, revision, weight in name.adapters]
         if made is not None:
-            return adapted(str(name), made, adapters) if adapters else made
+            found = adapted(str(name), made, adapters) if adapters else made
+            return renamed(found, name.override_architecture)
         path, revision = name.path, name.revision
         if names_adapter(path, revision=revision, cache_dir=self._cache_dir):
             first = self._adapter(path, revision)

@@ -24,7 +24,7 @@ from weft.recipes.mergekit import read
 from weft.recipes.records import ModelName
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Mapping, Sequence
 
     from weft.core.specs import Plan
     from weft.plan._views import View
@@ -219,30 +219,51 @@ def _plan(
 
     if tensors not in (SAME, UNION, INTERSECTION):
         raise WeftError(f"tensors={tensors!r}", f"one of {SAME}, {UNION}, {INTERSECTION}")
-    made: dict[str, View] = {}
+    made: dict[str, View | None] = {}  # by the name of the document; None where it cannot be made
+    wrong: list[Problem] = []
     recipes = read_recipe(path)
     used = {name.path for recipe in recipes for name in recipe.models()}
     idle = [each.name for each in recipes[:-1] if each.name not in used]
     said = f"no document uses {', '.join(map(str, idle))}, and only the last one is written"
     for recipe in recipes:
-        views: dict[ModelName, View] = {}
-        problems: list[Problem] = []
-        for name in recipe.models():
-            try:
-                views[name] = opened.view(name, made.get(name.path))
-            except WeftError as error:
-                at = _place(name, recipe)
-                problems += [Problem(f"{p.what}  @ {at}", p.hint) for p in as_problems(error)]
+        made[recipe.name or ""] = None
         try:
-            if problems:
-                raise PlanError("", problems)
+            views = _views(recipe, opened, made)
+            if len(views) < len(recipe.models()):
+                continue
             plan = plan_recipe(recipe, views, seed=seed, max_shard_size=limit, tensors=tensors)
         except PlanError as error:
-            raise RecipeError(Path(path).name, _located(error.problems, recipe)) from None
+            wrong += _located(error.problems, recipe)
+            continue
         donor = views[recipe.base_model or recipe.models()[0]]
         given = tuple(dict.fromkeys(text for view in views.values() for text in view.given))
         made[recipe.name or ""] = outcome(recipe.name or "", plan, donor, given)
+    if wrong:
+        raise RecipeError(Path(path).name, wrong)
     return recipe, replace(plan, warnings=(*plan.warnings, said)) if idle else plan
+
+
+def _views(
+    recipe: Recipe, opened: Models, made: Mapping[str, View | None]
+) -> dict[ModelName, View]:
+    """The models of a recipe, but for those that an earlier document failed to make.
+
+    Raises:
+        PlanError: Models that do not exist, or adapters that do not fit theirs; all of them.
+    """
+    views: dict[ModelName, View] = {}
+    problems: list[Problem] = []
+    for name in recipe.models():
+        if name.path in made and made[name.path] is None:
+            continue
+        try:
+            views[name] = opened.view(name, made.get(name.path))
+        except WeftError as error:
+            at = _place(name, recipe)
+            problems += [Problem(f"{p.what}  @ {at}", p.hint) for p in as_problems(error)]
+    if problems:
+        raise PlanError("", problems)
+    return views
 
 
 def _place(name: ModelName, recipe: Recipe) -> str:

@@ -41,9 +41,8 @@ def _verdict(found: Diff) -> list[str]:
             lines.append("hint: the merge changed nothing: weft doctor says what its adapter is")
         return lines
     apart = len(found.tensors) - totals.tensors
-    parts = [
-        f"{totals.different} of {count_of(totals.tensors, 'tensor')} differ{'s' if totals.tensors == 1 else ''}"
-    ]
+    verb = "differs" if totals.tensors == 1 else "differ"
+    parts = [f"{totals.different} of {count_of(totals.tensors, 'tensor')} {verb}"]
     parts += [f"{apart} cannot be compared"] if apart else []
     return [f"{found.a} differs from {found.b}: {', '.join(parts)}; {size}"]
 

@@ -35,7 +35,8 @@ if TYPE_CHECKING:
 _DOUBT = 1e-6
 _PROBES = 24
 _STEPS = 12
-_STEEP = 1e-5  # smaller singular values of β, to the largest, are rounding
+_STEEP = 1e-5  # β is not inverted, if its singular values differ by more
+_ROUNDED = 1e-6  # of √(‖H‖ ‖H₂‖): what float32 may add to a product with H₂
 
 
 @dataclass(frozen=True, slots=True)
@@ -148,7 +149,7 @@ def probed_bound(
     lanczos = _Lanczos(float(R[0].norm()) ** 2 / short)
     seen = [V]
     products = 0
-    noise = 1e-6 * float(torch.linalg.eigvalsh(basis.square)[-1])
+    head = float(torch.linalg.eigvalsh(basis.square)[-1])
     for _ in range(_STEPS):
         if image is None or raw is None:
             image = matrix.matmul(V)
@@ -157,15 +158,15 @@ def probed_bound(
         alpha = gram(image)
         V, R = whitened(without(raw, [*basis.X, *seen]))
         image = None
-        ended = float(R.norm()) <= noise  # nothing of H₂ is out of the vectors' reach
-        steep = V.shape[1] < _PROBES or float(R[-1].norm()) < _STEEP * float(R[0].norm())
-        if steep and not ended:
-            break  # a few eigenvalues alone: the recurrence would need β⁻¹
-        lanczos.add(alpha, None if ended else R)
-        mu = lanczos.bound()
+        lanczos.add(alpha, R)
+        # Below this β is what float32 made of nothing.
+        noise = _ROUNDED * math.sqrt(head * max(lanczos.largest, 0.0))
+        least = max(_STEEP * lanczos.rest, noise)
+        steep = V.shape[1] < _PROBES or float(R[-1].norm()) <= least
+        mu = lanczos.short_bound() if steep else lanczos.bound()
         best = torch.minimum(best, bordered.excess(mu))
-        if ended or float(best[-1]) <= wanted:
-            break
+        if steep or float(best[-1]) <= wanted:
+            break  # the recurrence would need β⁻¹
         # What no proof can do: the bound is never below what the probes have seen.
         if float(bordered.excess(lanczos.largest)[-1]) > wanted:
             break
@@ -182,7 +183,7 @@ class _Lanczos:
         self.betas: list[Tensor] = []
         self.largest = 0.0
 
-    def add(self, alpha: Tensor, beta: Tensor | None) -> None:
+    def add(self, alpha: Tensor, beta: Tensor) -> None:
         self.alphas.append(alpha)
         width = alpha.shape[0]
         size = width * len(self.alphas)
@@ -194,13 +195,27 @@ class _Lanczos:
                 after = slice((n + 1) * width, (n + 2) * width)
                 T[after, at], T[at, after] = self.betas[n], self.betas[n].T
         self.largest = float(torch.linalg.eigvalsh(T)[-1])
-        if beta is not None:
-            self.betas.append(beta)
+        self.betas.append(beta)
+
+    @property
+    def rest(self) -> float:
+        """‖β‖ of the last block."""
+        return float(self.betas[-1][0].norm()) if len(self.betas[-1]) else 0.0
+
+    def short_bound(self) -> float:
+        """The μ that needs no β⁻¹, and tells little unless the last β is next to nothing.
+
+        Of H₂ W = W T + V β Eᵀ for all vectors W so far, λ (Wᵀv) = T (Wᵀv) + E βᵀ (Vᵀv): so
+        (λ − ‖T‖) ‖Wᵀv‖ ≤ ‖β‖, and ‖Wᵀv‖² is at least 1 / `most`.
+        """
+        return self.largest + self.rest * math.sqrt(self.most)
 
     def bound(self) -> float:
-        """μ ≥ ‖H₂‖, but for the probability of very short random vectors."""
-        if len(self.betas) < len(self.alphas):
-            return self.largest * (1 + 1e-6)
+        """μ ≥ ‖H₂‖, but for the probability of very short random vectors.
+
+        That σ_min grows with λ above T's eigenvalues is known of one vector, and taken to hold for
+        blocks.
+        """
         low, high = self.largest, 2 * self.largest
         while self._growth(high) < self.most:
             low, high = high, 2 * high

@@ -102,7 +102,7 @@ class Svd:
         1 where the error is below what float32 can tell; infinite where nothing is proved.
         """
         excess = float(self.excess[-1]) if self.rank else 0.0
-        return 1.0 if self.exact else times_the_best(self.error, excess, self.energy)
+        return times_the_best(self.error, excess, self.energy)
 
     def cut(self, rank: int) -> Svd:
         """The same, to a smaller rank: what is left out is orthogonal to the rest."""
@@ -133,10 +133,10 @@ def times_the_best(error: float, excess: float, energy: float) -> float:
 
     Args:
         error: ‖A − U Σ Vᵀ‖².
-        excess: What the best of this rank may keep of ‖A‖² beyond U Σ Vᵀ.
+        excess: What the best of this rank may keep of ‖A‖² beyond U Σ Vᵀ; 0 if this is the best.
         energy: ‖A‖².
     """
-    if error <= ROUNDING**2 * energy:
+    if not excess or error <= ROUNDING**2 * energy:
         return 1.0
     # The error itself is known to no more than what float32 tells.
     best = (math.sqrt(error) - ROUNDING * math.sqrt(energy)) ** 2 - excess
@@ -337,4 +337,6 @@ class _Iteration:
         left = torch.cat(self.Y, 1) @ (vectors / sizes.clamp_min(1e-300)).to(torch.float32)
         right = torch.cat(self.X, 1) @ vectors.to(torch.float32)
         energy = self.matrix.energy
+        # No products in float32 prove that there is nothing more.
+        excess = excess.clamp_min(ROUNDING**2 * energy)
         return Svd(left, sizes, right, energy, energy, excess, products=self.products)

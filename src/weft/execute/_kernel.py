@@ -207,6 +207,7 @@ class Kernel:
             largest = exact[new].abs().max().item()
             raise NumericsError(
                 f"{self.job.name} overflows {self.job.dtype}: it reaches {largest:.4g}",
-                "write --dtype bfloat16 or --dtype float32",
+                "write bfloat16 or float32: --dtype bfloat16 in weft merge, and for weft run "
+                "`out_dtype: bfloat16` in the recipe",
             )
         return bool(exact.isfinite().all())

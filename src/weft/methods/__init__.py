@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
+    from weft.core.errors import Problem
     from weft.core.specs import Param, Shape
 
     T = TypeVar("T")
@@ -148,8 +149,9 @@ class Method(Protocol):
     # Where whole rows are not enough, of how many elements a block must hold all or none:
     #     def together(shape: Shape) -> int
     #
-    # And where some values of the parameters make no sense, what is wrong with them, if anything:
-    #     def check(task: Task) -> str | None
+    # And where some values of the parameters make no sense, what is wrong with them, if anything,
+    # and what to write:
+    #     def check(task: Task) -> Problem | None
 
     def block(self, task: Task, state: Any, block: Block) -> Tensor:
         """The merged rows: a tensor of its own, or one of the block's."""
@@ -166,7 +168,7 @@ def method(name: str) -> Method:
     return cast("Method", importlib.import_module(f"{__name__}.{name}"))
 
 
-def check(own: Method, task: Task) -> str | None:
+def check(own: Method, task: Task) -> Problem | None:
     """What is wrong with the parameters of `task`, if anything; nothing is read for it."""
     ask = getattr(own, "check", None)
     return ask(task) if ask else None

@@ -14,6 +14,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from weft.core.errors import Problem
 from weft.methods import Parameter, _sparsify
 
 if TYPE_CHECKING:
@@ -45,6 +46,17 @@ def parameters(*, normalize: bool, rescale: bool, **more: Parameter) -> dict[str
         "rescale": Parameter("give a task vector its L1 norm back", bool, rescale),
         "int8_mask": Parameter("accepted; it never changed the values", bool, False),
     }
+
+
+def check_sum(weights: Sequence[float], parameter: str) -> Problem | None:
+    """Weights that add up to 0, by which they are to be divided since `parameter` says so."""
+    if abs(sum(weights)) > 1e-8 * sum(map(abs, weights)):  # 0.1 + 0.2 − 0.3 leaves some noise
+        return None
+    return Problem(
+        f"the weights {', '.join(map(str, weights))} add up to 0, by which {parameter} divides",
+        "give one of them another weight; or, to take them as they are, write\n"
+        f"parameters:\n  {parameter}: false",
+    )
 
 
 @dataclass(frozen=True, slots=True)

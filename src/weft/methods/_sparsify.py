@@ -10,6 +10,7 @@ from bisect import bisect_right
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Protocol
 
+from weft.core.errors import Problem
 from weft.methods import Parameter, _random, _select
 
 if TYPE_CHECKING:
@@ -199,7 +200,7 @@ GAMMA = Parameter(
     "share of the largest elements that is dropped", float, 0.01, each=True, low=0, high=1
 )
 EPSILON = Parameter(
-    "how far a probability is from the density, at most", float, 0.15, each=True, low=0, high=0.5
+    "how far a probability is from the density, at most", float, 0.15, each=True, low=0
 )
 
 
@@ -268,13 +269,15 @@ def _ranked(shape: Shape) -> tuple[int, int]:
     return shape[1], math.prod(shape[2:])
 
 
-def check_ranks(task: Task) -> str | None:
+def check_ranks(task: Task) -> Problem | None:
     """Probabilities that are none."""
     for density, epsilon in zip(task.of_each("density"), task.of_each("epsilon"), strict=True):
         if 0 < density < 1 and not 0 < density - epsilon <= density + epsilon < 1:
-            return (
+            room = min(density, 1 - density)
+            return Problem(
                 f"density {density:g} with epsilon {epsilon:g}: density − epsilon and "
-                "density + epsilon must lie between 0 and 1"
+                "density + epsilon must lie between 0 and 1",
+                f"write an epsilon below {room:g}, such as\nparameters:\n  epsilon: {room / 2:g}",
             )
     return None
 

@@ -20,6 +20,7 @@ from weft.methods import _arithmetic, _sparsify
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from weft.core.errors import Problem
     from weft.core.specs import Shape
     from weft.methods import Block, Blocks, Task
 
@@ -35,7 +36,7 @@ def together(shape: Shape) -> int:
     return _sparsify.ranked_together(shape)
 
 
-def check(task: Task) -> str | None:
+def check(task: Task) -> Problem | None:
     return _sparsify.check_ranks(task)
 
 

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from weft.methods import Parameter
+from weft.methods import Parameter, _arithmetic
 
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from weft.core.errors import Problem
     from weft.methods import Block, Task
 
 USE_WHEN = "Models tuned from one base, averaged: the plain choice, and a strong one."
@@ -22,15 +23,10 @@ TASK_VECTORS = False
 ROWS = False
 
 
-def check(task: Task) -> str | None:
+def check(task: Task) -> Problem | None:
     """Weights that cannot be normalised."""
     weights = task.of_each("weight")
-    least = 1e-8 * sum(
-        abs(weight) for weight in weights
-    )  # what is left of 0.1 + 0.2 − 0.3 is noise
-    if task.params["normalize"] and abs(sum(weights)) <= least:
-        return f"the weights {', '.join(map(str, weights))} add up to 0, by which normalize divides"
-    return None
+    return _arithmetic.check_sum(weights, "normalize") if task.params["normalize"] else None
 
 
 def block(task: Task, state: None, block: Block) -> Tensor:

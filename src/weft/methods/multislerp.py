@@ -18,11 +18,12 @@ import math
 from typing import TYPE_CHECKING
 
 from weft.core.errors import NumericsError
-from weft.methods import Parameter, _gram
+from weft.methods import Parameter, _arithmetic, _gram
 
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from weft.core.errors import Problem
     from weft.methods import Block, Blocks, Task
 
 USE_WHEN = "More than two models as slerp would merge two: their mean direction, not shrunk."
@@ -37,13 +38,11 @@ TASK_VECTORS = True
 ROWS = False
 
 
-def check(task: Task) -> str | None:
+def check(task: Task) -> Problem | None:
     """Weights that cannot be normalised."""
     weights = [float(weight) for weight in task.of_each("weight")]
-    least = 1e-8 * sum(abs(weight) for weight in weights)
-    if task.count > 1 and task.params["normalize_weights"] and abs(sum(weights)) <= least:
-        return f"the weights {', '.join(map(str, weights))} add up to 0, and are divided by it"
-    return None
+    divided = task.count > 1 and task.params["normalize_weights"]
+    return _arithmetic.check_sum(weights, "normalize_weights") if divided else None
 
 
 def prepare(task: Task, blocks: Blocks) -> list[float]:

@@ -30,7 +30,9 @@ if TYPE_CHECKING:
 
 USE_WHEN = "Models that differ most where they know something: their shares are found, not given."
 PARAMETERS = {
-    "select_topk": Parameter("share of the elements that is merged", float, 1.0, low=0, high=1),
+    "select_topk": Parameter(
+        "share of the elements that is merged, all from 1 on", float, 1.0, low=0
+    ),
     "int8_mask": Parameter("accepted; it never changed the values", bool, False),
 }
 BASE = "required"

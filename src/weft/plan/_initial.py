@@ -71,7 +71,7 @@ def _not_given(adapter: Adapter) -> Problem:
     return Problem(
         f"{adapter.given} was initialised with {name}, which moved the base weights: its ΔW does "
         "not belong to the base that it names",
-        hint,
+        f"{hint}; only `weft merge` has it, and a recipe takes what it wrote",
     )
 
 

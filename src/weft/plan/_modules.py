@@ -86,7 +86,7 @@ def modules_of(
     problems += [
         Problem(
             f"the recipe says nothing of the module {path} of {donor.name}, whose {len(names)} "
-            "tensors would be missing from the output",
+            "tensors would be missing from the output  @ modules",
             "add it under `modules:`, with the models that it is to be made from:\n"
             f"  {path.rpartition('.')[2]}:\n    models:\n      - model: {donor.name}",
         )

@@ -12,7 +12,7 @@ from weft.core.errors import PlanError, Problem
 from weft.core.specs import SideFile
 from weft.formats.side_files import PROCESSOR, TEMPLATE, TOKENIZER, part_of
 from weft.plan._modules import modules_of
-from weft.plan._replicated import NUMBERS, per_layer, told_by_number
+from weft.plan._replicated import KINDS, NUMBERS, attention_kinds, per_layer, told_by_number
 from weft.plan._side_files import patched
 from weft.plan._slices import sequence
 from weft.plan._stacks import DEPTHS
@@ -66,7 +66,7 @@ def recipe_files(
                 "all models: each is a tensor of its own now and tie_word_embeddings is false"
             )
         config = patched(
-            _layered(recipe, views, donor),
+            _layered(recipe, views, donor, notes),
             dtype=dtype,
             cast=bool(recipe.dtype or recipe.out_dtype),
             rows=vocabulary.rows + vocabulary.padding if vocabulary else None,
@@ -109,7 +109,9 @@ def _json(value: Mapping[str, Any]) -> str:
     return json.dumps(value, indent=2, ensure_ascii=False) + "\n"
 
 
-def _layered(recipe: Recipe, views: Mapping[ModelName, View], donor: View) -> dict[str, Any]:
+def _layered(
+    recipe: Recipe, views: Mapping[ModelName, View], donor: View, notes: list[str]
+) -> dict[str, Any]:
     """The donor's config with as many layers as the output has, and the lists of what each is."""
     config: dict[str, Any] = json.loads(json.dumps(donor.config))
     for module, belongs in modules_of(recipe, donor, views, []):
@@ -120,11 +122,19 @@ def _layered(recipe: Recipe, views: Mapping[ModelName, View], donor: View) -> di
         for part in _parts_of(stack, config):
             depth = next(key for key in DEPTHS if part.get(key) == stack.count)
             before = part[depth]
-            moved = [new for new, (_, old) in enumerate(order) if new != old]
+            moved = [(new, where) for new, (_, old, where) in enumerate(order) if new != old]
+            kinds = attention_kinds(part)
+            if moved and kinds and kinds != part.get(KINDS):
+                part[KINDS] = kinds
+                notes.append(
+                    f"{KINDS} of config.json says which attention each layer has, which no longer "
+                    "follows from its number; transformers reads it from 4.53 on"
+                )
             if reasons := told_by_number(part) if moved else []:
                 what = (
                     "layers are stacked in another order, and the config gives a layer its kind "
-                    f"by its number ({', '.join(reasons)}): layer {moved[0]} would become another"
+                    f"by its number ({', '.join(reasons)}): layer {moved[0][0]} would become "
+                    f"another  @ {moved[0][1]}"
                 )
                 raise PlanError("the recipe", [Problem(what, "keep every layer in its place")])
             for key, value in part.items():
@@ -133,11 +143,11 @@ def _layered(recipe: Recipe, views: Mapping[ModelName, View], donor: View) -> di
                 elif key in NUMBERS and isinstance(value, list):
                     part[key] = [
                         new
-                        for new, (name, old) in enumerate(order)
+                        for new, (name, old, _) in enumerate(order)
                         if old in (_said(views[name], key) or [])
                     ]
                 elif isinstance(value, list) and len(value) == before and per_layer(key):
-                    part[key] = [_entry(views[name], key, old, value) for name, old in order]
+                    part[key] = [_entry(views[name], key, old, value) for name, old, _ in order]
     return config
 
 
@@ -163,4 +173,5 @@ def _entry(view: View, key: str, layer: int, donors: Sequence[Any]) -> Any:
 def _said(view: View, key: str) -> list[Any] | None:
     """A list in the config of a model, or of a part of it."""
     parts = [view.config, *(v for v in view.config.values() if isinstance(v, dict))]
-    return next((part[key] for part in parts if isinstance(part.get(key), list)), None)
+    found = (attention_kinds(part) if key == KINDS else part.get(key) for part in parts)
+    return next((value for value in found if isinstance(value, list)), None)

@@ -41,8 +41,15 @@ _ATTENTION_BY_NUMBER = {
     "no_rope_layer_interval": 1,
     "full_attention_interval": 1,
 }
-# Models whose code alternates the kinds of attention, and says so in no field.
-_ALTERNATING = {"gemma2", "cohere2", "gpt_neo"}
+KINDS = "layer_types"  # which attention each layer has
+# Models whose code alternates the kinds where no list says them: the field with the period, if
+# there is one, and the usual period.
+_PERIODS: dict[str, tuple[str | None, int]] = {
+    "gemma2": (None, 2),
+    "gemma3_text": ("sliding_window_pattern", 6),
+    "cohere2": ("sliding_window_pattern", 4),
+}
+_ALTERNATING = {*_PERIODS, "gpt_neo"}
 
 
 def replicated(
@@ -141,11 +148,31 @@ def _numbered(given: str, config: Mapping[str, Any]) -> list[Problem]:
     ]
 
 
+def attention_kinds(part: Mapping[str, Any]) -> list[str] | None:
+    """`layer_types` of a config, or the list that transformers makes where there is none.
+
+    With a period p layer n, counted from 0, has full attention where p divides n + 1, and a
+    sliding window elsewhere.
+    """
+    listed, kind = part.get(KINDS), part.get("model_type")
+    if isinstance(listed, list):
+        return listed
+    if kind not in _PERIODS:
+        return None
+    field, usual = _PERIODS[kind]
+    period, depth = part.get(field, usual) if field else usual, part.get("num_hidden_layers")
+    if not isinstance(period, int) or not isinstance(depth, int) or period < 1:
+        return None
+    return [
+        "full_attention" if n % period == 0 else "sliding_attention" for n in range(1, depth + 1)
+    ]
+
+
 def told_by_number(part: Mapping[str, Any]) -> list[str]:
     """Why the number of a layer tells what it is."""
     fields = dict(_BY_NUMBER) if not part.get("moe_layers") else {}
     found = []
-    if not isinstance(part.get("layer_types"), list):
+    if not isinstance(part.get(KINDS), list):
         fields |= _ATTENTION_BY_NUMBER
         if part.get("use_sliding_window") and isinstance(part.get("max_window_layers"), int):
             found.append(f"max_window_layers = {part['max_window_layers']}")

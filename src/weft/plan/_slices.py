@@ -72,14 +72,17 @@ def planned(
                 break
 
 
-def sequence(module: Module) -> list[tuple[ModelName, int]] | None:
-    """The model and the layer that each layer of the output is first made of; None for all."""
+def sequence(module: Module) -> list[tuple[ModelName, int, str]] | None:
+    """The model and the layer that each layer of the output is first made of, and the slice.
+
+    None for all layers of whole models.
+    """
     order = []
     for each in module.slices:
         first = each.sources[0]
         if first.layers is None:
             return None
-        order += [(first.model, layer) for layer in range(*first.layers)]
+        order += [(first.model, layer, each.where) for layer in range(*first.layers)]
     return order
 
 

@@ -27,8 +27,13 @@ def vocabulary_of(recipe: Recipe, views: Views) -> tuple[Vocabulary | None, list
         return None, []
     from weft.plan._vocabulary import build
 
+    where = "tokenizer" if "tokenizer" in recipe.positions else "tokenizer_source"
     problems = [
-        Problem(f"the config.json of {name} says no vocab_size, so its tokens have no rows")
+        Problem(
+            f"the config.json of {name} says no vocab_size, so its tokens have no rows  @ {where}",
+            "write into it how many rows its embedding has, as vocab_size, such as 32000; or "
+            f"leave `{where}` out of the recipe",
+        )
         for name, view in views.items()
         if view.vocabulary is None
     ]
@@ -39,7 +44,6 @@ def vocabulary_of(recipe: Recipe, views: Views) -> tuple[Vocabulary | None, list
     try:
         return build(recipe.tokenizer, recipe.base_model, folders(views), sizes), []
     except PlanError as error:
-        where = "tokenizer" if "tokenizer" in recipe.positions else "tokenizer_source"
         return None, [Problem(f"{p.what}  @ {where}", p.hint) for p in error.problems]
 
 

@@ -112,6 +112,13 @@ def view(
     return View(name, plan, config, tie, beside or Path(base.folder), given)
 
 
+def renamed(view: View, architecture: str | None) -> View:
+    """The view of the same, under the `architectures` that a recipe says, if it does."""
+    if architecture is None:
+        return view
+    return replace(view, config={**view.config, "architectures": [architecture]})
+
+
 def outcome(name: str, plan: Plan, donor: View, given: tuple[str, ...]) -> View:
     """The view of what a recipe makes, for the documents after it."""
     config = _config(plan, donor.config)

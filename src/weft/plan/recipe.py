@@ -150,11 +150,12 @@ def _add(draft: _Draft, module: Module, each: Planned) -> None:
     if found is None:
         return
     shared, per_input = found
-    key = f"{draft.seed}:{recipe.method}:{each.name}"
+    # Documents of one file draw apart: masks that are alike would drop the same elements again.
+    key = ":".join([str(draft.seed), *filter(None, [recipe.name]), recipe.method, each.name])
     asked = tuple(dict(params) for params in per_input)
     task = methods.Task(tensors[0][1].shape, 1, len(inputs), dict(shared), asked, key)
     if wrong := methods.check(own, task):
-        problem = Problem(f"{recipe.method}: {wrong}  @ {each.slice.where}")
+        problem = Problem(f"{recipe.method}: {wrong.what}  @ {each.slice.where}", wrong.hint)
         if problem not in draft.problems:  # once for all the tensors that it is the same for
             draft.problems.append(problem)
         return
@@ -172,9 +173,10 @@ def _add(draft: _Draft, module: Module, each: Planned) -> None:
     if dtype in WEIGHTS:
         dtype = recipe.out_dtype or recipe.dtype or dtype
     elif not _identical(jobs):
+        models = ", ".join(str(source.model) for source in each.slice.sources)
         draft.problems.append(
             Problem(
-                f"{each.name} holds {dtype} and differs between {_list(each.slice.sources)}: "
+                f"{each.name} holds {dtype} and differs between {models}: "
                 f"numbers that are no weights cannot be merged  @ {each.slice.where}",
                 "give it to one model by a filter, or make the models agree in it",
             )
@@ -315,10 +317,6 @@ def _identical(jobs: Sequence[TensorJob]) -> bool:
     )
 
 
-def _list(sources: Sequence[Source]) -> str:
-    return ", ".join(str(source.model) for source in sources)
-
-
 def _left_out(draft: _Draft) -> list[str]:
     """What not all models hold, and so is left out, or made of those that do."""
     notes = [
@@ -378,11 +376,8 @@ def _sharded(jobs: list[TensorJob], donor: View, limit: int | None) -> list[Tens
         same = {job.shard for job in jobs} == set(homes.values())
         sizes = {job.name: job_bytes(job) for job in donor.plan.jobs}
         if same and all(job_bytes(job) <= sizes[job.name] for job in jobs):
-            return (
-                jobs
-                if len(set(homes.values())) > 1
-                else [replace(job, shard=ALONE) for job in jobs]
-            )
+            several = len(set(homes.values())) > 1
+            return jobs if several else [replace(job, shard=ALONE) for job in jobs]
     return reshard(jobs, limit or SHARD)
 
 

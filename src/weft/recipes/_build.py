@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
@@ -25,7 +26,7 @@ if TYPE_CHECKING:
     from weft.recipes._yaml import Document, Loc
     from weft.recipes.records import Settings
 
-_DTYPES = ("float32", "float16", "bfloat16", "float64", "int64")
+_DTYPES = ("float32", "float16", "bfloat16", "float64")
 _SHORT = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32", "fp64": "float64"}
 _TEMPLATES = ("auto", "alpaca", "chatml", "exaone", "llama3", "mistral")
 
@@ -204,8 +205,11 @@ class Builder:
             if found.lower() in _SHORT:
                 self.notes.append(f"`{key}: {found}` is read as `{key}: {name}`")
             return name
+        what = unknown("dtype", found, _DTYPES)
+        if re.fullmatch(r"bool|u?int\d*", name):  # int64 is one to MergeKit
+            what = f"{key}: {found} would make whole numbers of the weights, and most of them 0"
         cure = "one of " + ", ".join(_DTYPES)
-        self.faults.add(self.document, (key,), unknown("dtype", found, _DTYPES), cure)
+        self.faults.add(self.document, (key,), what, cure)
         return None
 
     def _chat_template(self) -> str | None:

@@ -76,6 +76,7 @@ class _Checker:
         self._lengths(place)
         self._required(place, base)
         self._densities(place, base)
+        self._selection(place)
         if self.recipe.method.startswith("della"):
             self._della(place, base)
 
@@ -247,6 +248,11 @@ class _Checker:
                     f"a density of {density:g} keeps all of {source.model}: it is a share, up to 1"
                 )
 
+    def _selection(self, place: Place) -> None:
+        share = self._constant("select_topk", place, None)
+        if share and share > 1:
+            self.notes.append(f"a select_topk of {share:g} selects all: it is a share, up to 1")
+
     def _della(self, place: Place, base: ModelName | None) -> None:
         """MagPrune drops with probabilities from density − ε to density + ε: both inside (0, 1)."""
         for source, loc in zip(place.slice.sources, place.sources, strict=True):
@@ -254,7 +260,12 @@ class _Checker:
                 continue
             density = self._constant("density", place, source.model)
             epsilon = self._constant("epsilon", place, source.model)
-            if density is None or epsilon is None or density >= 1 or density <= 0:
+            if density is None or epsilon is None:
+                continue
+            if not 0 < density < 1:
+                if epsilon > 0.5:
+                    what = f"an epsilon of {epsilon:g} changes nothing where the density is"
+                    self.notes.append(f"{what} {density:g}")
                 continue
             if density + epsilon >= 1 or density - epsilon <= 0:
                 room = min(density, 1 - density)
@@ -267,8 +278,8 @@ class _Checker:
                     f"parameters:\n  epsilon: {room / 2:g}",
                 )
 
-    def _constant(self, name: str, place: Place, model: ModelName) -> float | None:
-        """The parameter, if it is one number for all tensors."""
+    def _constant(self, name: str, place: Place, model: ModelName | None) -> float | None:
+        """The parameter (of all, if `model` is None), if it is one number for all tensors."""
         for level in levels(self.recipe, place.module, place.slice, model):
             settings: Settings = level
             for condition in settings.get(name, ()):
