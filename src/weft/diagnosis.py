@@ -89,7 +89,7 @@ def doctor(
         base: The model that it should fit.
         fix: Folder for a sound copy: a PEFT folder that PEFT loads without a warning. Of another
             tool's adapter it needs `base`.
-        force: Replace an adapter that is there already.
+        force: Replace an adapter that is there already, or what an interrupted run left.
         revision: Of the base on the hub.
         cache_dir: The hub's cache, in place of HF_HOME's.
 

@@ -156,6 +156,7 @@ COMMANDS = {
     "merge": "weft merge base adapter -o out",
     "diff-help": "weft diff --help",
     "diff-equal": "weft diff base base",
+    "extract-help": "weft extract --help",
     "error-diff-filter": "weft diff base base --filter /(/",
     "merge-quiet": "weft merge base adapter -o out -q",
     "run-help": "weft run --help",

@@ -1,4 +1,4 @@
-"""Sums of products: as exact as float64, and without a word where they overflow."""
+"""Sums of products: no float32 between the runs, and without a word where they overflow."""
 
 from __future__ import annotations
 
@@ -19,6 +19,16 @@ def test_sum_is_that_of_float64(count: int) -> None:
     terms = (x.double() * y.double()).tolist()
     rounding = 1e-6 * math.fsum(abs(term) for term in terms)
     assert dot(x, y) == pytest.approx(math.fsum(terms), abs=rounding)
+
+
+def test_runs_are_added_in_float64() -> None:
+    """Numbers whose runs are exact in float32, in any order, and whose sum no float32 is."""
+    x, y = torch.ones(5 * RUN + 1), torch.full((5 * RUN + 1,), 1000.0)
+    y[-1] = 1
+    exact = 5 * RUN * 1000 + 1
+    assert RUN * 1000 < 2**24 < exact
+    assert dot(x, y) == exact
+    assert exact not in (float(x @ y), float((x * y).sum()))
 
 
 @pytest.mark.parametrize("count", [5, RUN + 5])

@@ -59,9 +59,34 @@ def test_json_and_dry_run(tmp_path: Path) -> None:
     assert planned["plan"] == found["manifest"]["plan"]
 
 
+def test_ranks_of_single_modules(tmp_path: Path) -> None:
+    pairs.pair(tmp_path, moved=lambda name: "_proj.weight" in name)
+    out = tmp_path / "adapter"
+    ranks = ("--rank", "layers.0.self_attn.o_proj,down_proj=9", "--rank", "4", "--rank", "/o_p/=5")
+    assert run(tmp_path, "-o", str(out), *ranks, "--quiet") == (0, "", "")
+    modules = json.loads((out / "weft.json").read_text())["modules"]
+    found = {name.split(".")[2] + name.split(".")[4]: m["rank"] for name, m in modules.items()}
+    assert found == {
+        "0q_proj": 4,
+        "0down_proj": 9,
+        "0o_proj": 9,
+        "0k_proj": 4,
+        "1q_proj": 4,
+        "1down_proj": 9,
+        "1o_proj": 5,
+        "1k_proj": 4,
+    }
+
+
 @pytest.mark.parametrize(
     ("arguments", "error"),
     [
+        (["-o", "out", "--rank", "4", "--rank", "8"], "one of them is the rank of every module"),
+        (["-o", "out", "--rank", "q_proj=many"], "--rank q_proj=many is no filter with a number"),
+        (["-o", "out", "--rank", "=8"], "--rank =8 is no filter with a number"),
+        (["-o", "out", "--rank", "q_proj=0"], "a rank below 1 makes no sense"),
+        (["-o", "out", "--rank", "q_prj=8"], "did you mean 'q_proj'?"),
+        (["-o", "out", "--uniform-rank", "--rank", "q_proj=8"], "contradict each other"),
         (["--rank", "4"], "no output given"),
         (["-o", "out", "--rank", "4", "--size", "3MB"], "rank and size are given"),
         (["-o", "out", "--rank", "none"], "a number or auto"),

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import json
 import math
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import pairs
 import pytest
 import torch
+import vllm_rules as vllm
 from pairs import differences, extract, merged
 from safetensors.torch import load_file
 
@@ -41,6 +42,18 @@ def test_every_module_is_as_near_as_the_truncated_svd(tmp_path: Path, rank: int)
         assert said["relative_error"] * float(dW.norm()) == pytest.approx(error, rel=1e-4)
         assert said["bound"] is None or error <= said["bound"] * optimum * (1 + 1e-5)
         assert said["norm"] == pytest.approx(float(dW.norm()), rel=1e-6)
+    assert_split_evenly(load_file(adapter / "adapter_model.safetensors"))
+
+
+def assert_split_evenly(tensors: dict[str, Tensor]) -> None:
+    """Each row of A is as long as the column of B that it is multiplied with: √σ both."""
+    for key, A in tensors.items():
+        if "lora_A" in key or "embedding_A" in key:
+            B = tensors[key.replace("lora_A", "lora_B").replace("embedding_A", "embedding_B")]
+            rows, columns = A.double().norm(dim=1), B.double().norm(dim=0)
+            assert torch.allclose(rows, columns, rtol=1e-4)
+            values = torch.linalg.svdvals(B.double() @ A.double())[: len(rows)]
+            assert torch.allclose(rows * columns, values, rtol=1e-4)
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
@@ -132,7 +145,10 @@ def test_a_difference_that_is_read_again_for_every_product(
 
 def test_energy_takes_the_smallest_rank_that_keeps_it(tmp_path: Path) -> None:
     pairs.pair(tmp_path)
-    _, manifest = extract(tmp_path, energy=0.8)
+    adapter, manifest = extract(tmp_path, energy=0.8)
+    config = json.loads((adapter / "adapter_config.json").read_text())
+    assert config["lora_alpha"] == config["r"]  # so that every scaling is 1
+    assert config["alpha_pattern"] == config["rank_pattern"] != {}
     for name, dW in differences(tmp_path).items():
         if dW.dim() == 2:
             squares = torch.linalg.svdvals(dW).square()
@@ -218,6 +234,23 @@ def test_a_model_tuned_in_full_by_less_than_an_ulp(tmp_path: Path) -> None:
             assert float((found[name] - true).norm()) < float((seen[name] - true).norm())
 
 
+def test_auto_says_where_the_noise_is_not_that_of_rounding(tmp_path: Path) -> None:
+    """TUNED was tuned from float32, and BASE is its rounding, too: √2 of the noise of one side."""
+    made = pairs.low_rank(3, 2e-3)
+    base, tuned = pairs.weights(torch.bfloat16), pairs.weights(torch.bfloat16)
+    for number, (name, W) in enumerate(pairs.weights().items()):
+        tuned[name] = (W + made(tuple(W.shape), torch.Generator().manual_seed(number))).bfloat16()
+    pairs.write(tmp_path / "base", base)
+    pairs.write(tmp_path / "tuned", tuned)
+    _, manifest = extract(tmp_path, rank="auto")
+    (warning,) = (each for each in manifest["warnings"] if "what auto takes for noise" in each)
+    assert "is not as large as that of rounding in 10 tensors" in warning
+    assert {module["noise"]["fits"] for module in manifest["modules"].values()} == {False}
+    assert all(module["rank"] > 3 for module in manifest["modules"].values())
+    _, manifest = extract(tmp_path, "three", rank=3)
+    assert manifest["warnings"] == []
+
+
 def test_an_update_that_rounding_does_not_hide_is_said_to_have_large_factors(
     tmp_path: Path,
 ) -> None:
@@ -239,6 +272,24 @@ def test_one_rank_for_all_and_nothing_in_full(tmp_path: Path) -> None:
     assert manifest["totals"]["left_out"] == 5
     assert any("--uniform-rank" in warning for warning in manifest["warnings"])
     assert manifest["serving"].startswith("PEFT, vLLM")
+    assert vllm.refusals(adapter) == []
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"rank": 8, "exclude": "norm, bias, embed, lm_head"},
+        {"rank": 8, "embed": "lora", "exclude": "norm, bias"},
+        {"energy": 0.5, "exclude": "norm, bias, embed, lm_head"},
+        {"rank": 8, "exclude": "norm, embed, lm_head"},
+        {"rank": 8, "exclude": "norm, bias", "embed": "save"},
+        {"rank": "auto", "uniform_rank": True},
+    ],
+)
+def test_vllm_is_named_where_it_takes_the_adapter(tmp_path: Path, options: dict[str, Any]) -> None:
+    pairs.pair(tmp_path)
+    adapter, manifest = extract(tmp_path, **options)
+    assert manifest["serving"].startswith("PEFT, vLLM") == (vllm.refusals(adapter) == [])
 
 
 # ---------------------------------------------------------------------------- what is left as it is

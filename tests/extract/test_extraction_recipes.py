@@ -8,46 +8,103 @@ from typing import TYPE_CHECKING, Any
 import pairs
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 import weft
+from weft.cli.app import main
 from weft.core.errors import RecipeError, WeftError
 
 if TYPE_CHECKING:
     from pathlib import Path
 
 RECIPE = """\
-finetune: tuned
-base_model: base
+finetune: path or org/name or model+lora
+base_model: path or org/name
 rank: 128
-alpha: 64
+alpha: 128
 targeted_modules:
   filter: self_attn, mlp, lm_head
 saved_modules:
   filter: input_layernorm, embed_tokens, norm
-"""
+""".replace("path or org/name or model+lora", "tuned").replace("path or org/name", "base")
+
+
+def with_mlp(root: Path) -> None:
+    """TUNED and BASE, of which some matrices are an MLP's."""
+    pairs.pair(root)
+    for name in ("tuned", "base"):
+        file = root / name / "model.safetensors"
+        tensors = load_file(file)
+        save_file(
+            {n.replace("self_attn.down", "mlp.down"): W for n, W in tensors.items()}, file,
+            {"format": "pt"},
+        )  # fmt: skip
 
 
 def test_the_recipe_of_its_users(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    pairs.pair(tmp_path)
+    with_mlp(tmp_path)
     monkeypatch.chdir(tmp_path)
-    (tmp_path / "e.yml").write_text(RECIPE.replace("mlp, ", ""))  # which this model does not have
-    weft.run("e.yml", output="adapter")
+    (tmp_path / "e.yml").write_text(RECIPE)
+    report = weft.run("e.yml", output="adapter")
     weft.extract(
         "tuned",
         base="base",
         output="same",
         rank=128,
-        alpha=64,
-        target="self_attn, lm_head",
+        alpha=128,
+        target="self_attn, mlp, lm_head",
         save="input_layernorm, embed_tokens, norm",
     )
     one, two = (load_file(tmp_path / n / "adapter_model.safetensors") for n in ("adapter", "same"))
     assert one.keys() == two.keys()
     assert all(one[key].equal(two[key]) for key in one)
     config = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())
-    assert config["lora_alpha"] == 64
-    assert "model.embed_tokens" in config["modules_to_save"]
+    assert (config["r"], config["lora_alpha"], config["alpha_pattern"]) == (128, 128, {})
+    assert set(config["modules_to_save"]) == {
+        *("model.embed_tokens", "lm_head", "model.norm"),
+        *(f"model.layers.{layer}.input_layernorm" for layer in range(2)),
+    }
+    decomposed = {name.split(".", 3)[-1] for name in report.manifest["modules"]}
+    assert decomposed == {
+        *("self_attn.q_proj.weight", "self_attn.k_proj.weight", "self_attn.o_proj.weight"),
+        "mlp.down_proj.weight",
+    }
+    # The head is asked for, too, and smaller in full than as factors of its whole rank.
+    assert "smaller in full" in report.manifest["saved"]["lm_head.weight"]["why"]
+
+
+def test_the_command_runs_recipes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with_mlp(tmp_path)
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "e.yml").write_text(RECIPE)
+
+    def run(*arguments: str) -> str:
+        with pytest.raises(SystemExit) as end:
+            main(["run", "e.yml", *arguments])
+        said = capsys.readouterr()
+        assert end.value.code == 0, said.err
+        return said.out
+
+    assert run("--check") == "e.yml: sound; an adapter, rank 128\n"
+    text = run("-o", "out", "--dry-run")
+    assert "ranks    rank 128" in text
+    assert "decompose (linear)" in text
+    assert text.splitlines()[-1].startswith("dry run: nothing was read or written")
+    planned = json.loads(run("-o", "out", "--dry-run", "--json"))
+    assert planned["operation"] == "extract"
+    assert run("-o", "out", "--dry-run", "--quiet") == ""
+    assert not (tmp_path / "out").exists()
+    text = run("-o", "out")
+    assert text.startswith("8 modules of ranks 96 to 128, ")
+    assert f"in {tmp_path / 'out'}" in text or " in out, " in text
+    found = json.loads(run("-o", "again", "--json"))
+    assert found["output"] == "again"
+    assert found["manifest"] == json.loads((tmp_path / "again" / "weft.json").read_text())
+    assert found["manifest"]["plan"] == planned["plan"]
+    assert run("-o", "silent", "--quiet") == ""
+    assert (tmp_path / "silent" / "adapter_config.json").exists()
 
 
 def test_ranks_by_filter(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

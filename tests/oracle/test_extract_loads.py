@@ -18,6 +18,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import weft
+from tests.extract import vllm_rules as vllm
 from tests.oracle import test_experts
 from tests.oracle.test_lora_layers import PICTURES, Convolutions
 
@@ -120,7 +121,9 @@ def with_the_keys_in_another_order(adapter: Path) -> None:
     path.write_text(json.dumps(config))
 
 
-@pytest.mark.parametrize("kwargs", [{"rank": 6}, {"energy": 0.7}], ids=["rank", "energy"])
+@pytest.mark.parametrize(
+    "kwargs", [{"rank": 6}, {"energy": 0.7}, {"size": "40kB"}], ids=["rank", "energy", "size"]
+)
 @pytest.mark.parametrize("model", ["gpt-oss", "llama4", "mixtral-square", "mixtral-square-up"])
 def test_fused_experts_are_not_lost(tmp_path: Path, model: str, kwargs: dict[str, Any]) -> None:
     made = test_experts.MODELS[model][0]()
@@ -131,6 +134,8 @@ def test_fused_experts_are_not_lost(tmp_path: Path, model: str, kwargs: dict[str
     adapter, manifest = extract(base, tuned, **kwargs)
     kinds = [module["kind"] for module in manifest["modules"].values()]
     assert kinds.count("experts") == 4
+    if "size" in kwargs:
+        assert 35_000 < (adapter / "adapter_model.safetensors").stat().st_size <= 40_000
     merged = helpers.weft_merge(base, adapter, tmp_path / "merged")
     check_error(base, tuned, merged, manifest)
 
@@ -139,6 +144,38 @@ def test_fused_experts_are_not_lost(tmp_path: Path, model: str, kwargs: dict[str
         return type(made).from_pretrained(folder, **options).eval()
 
     check(base, adapter, merged, same_class)
+
+
+@pytest.mark.parametrize(
+    ("options", "rank"), [({"rank": 4}, 7), ({"rank": 9}, 9), ({"energy": 0.5}, 7)]
+)
+def test_a_rank_of_some_experts_is_that_of_all_and_said(
+    tmp_path: Path, options: dict[str, Any], rank: int
+) -> None:
+    """PEFT has one for all of them: the largest asked for, no other layer padded with zeros."""
+    made = test_experts.MODELS["mixtral-square"][0]()
+    helpers.randomise(made)
+    base = tmp_path / "base"
+    made.save_pretrained(base)
+    tuned = tune(base, tmp_path / "tuned")
+    adapter, manifest = extract(base, tuned, ranks=[("layers.0.mlp.experts", 7)], **options)
+    experts = {n: m["rank"] for n, m in manifest["modules"].items() if m["kind"] == "experts"}
+    assert set(experts.values()) == {rank}
+    (warning,) = (each for each in manifest["warnings"] if "one rank for all" in each)
+    assert f"is {rank}, the largest asked for" in warning
+    for key, A in load_file(adapter / "adapter_model.safetensors").items():
+        if "experts" in key and "lora_A" in key:
+            assert bool((A.norm(dim=1) > 0).all())
+
+
+def test_vllm_is_not_named_for_modules_that_it_has_no_lora_for(lab: Lab, tmp_path: Path) -> None:
+    """One rank, nothing in full, and yet no server takes it."""
+    base = lab.base("gpt2")
+    tuned = tune(base, tmp_path / "tuned")
+    adapter, manifest = extract(base, tuned, uniform_rank=True)
+    assert vllm.refusals(adapter, base) == ["Conv1D"]
+    assert "they have no LoRA for Conv1D" in manifest["serving"]
+    assert "vLLM, SGLang and TGI refuse it" in manifest["serving"]
 
 
 def test_bias_deltas_are_not_lost(lab: Lab, tmp_path: Path) -> None:
@@ -262,6 +299,8 @@ def test_convolutions(tmp_path: Path) -> None:
     tuned = tune(base, tmp_path / "tuned")
     adapter, manifest = extract(base, tuned, rank=4)
     assert manifest["modules"]["two.weight"]["kind"] == "kernel"
+    assert "no LoRA for convolutions" in manifest["serving"]
+    assert "a convolution" in vllm.refusals(adapter, base)
     assert {"one.weight", "strided.weight"} <= set(manifest["saved"])
     merged = helpers.weft_merge(base, adapter, tmp_path / "merged")
     check_error(base, tuned, merged, manifest)

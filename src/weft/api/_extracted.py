@@ -74,7 +74,7 @@ class Extracted:
             "rule": str(self.plan.wishes.rule),
             "dtype": self.plan.dtype,
             "totals": self._totals(),
-            "serving": _serving(self.form.config),
+            "serving": _serving(self.form),
             "worst": worst,
             "modules": modules,
             "saved": {c.path: {"why": c.why or _SMALLER} | self._size(c) for c in self.saved},
@@ -219,16 +219,24 @@ def _bytes(dtype: str, shape: Iterable[int]) -> int:
     return math.prod(shape) * itemsize(dtype)
 
 
-def _serving(config: Mapping[str, Any]) -> str:
+# Kind of a module -> what it is called; servers have layers with LoRA for none of them.
+_PEFTS_ALONE = {"conv1d": "Conv1D", "kernel": "convolutions"}
+
+
+def _serving(form: AdapterForm) -> str:
     """Which servers take the adapter as it is, and which do not."""
-    reasons = []
+    config, reasons = form.config, []
+    kinds = {entry.change.form.kind for entry in form.entries if entry.role != "value"}
     if config["rank_pattern"]:
         reasons.append("the ranks differ")
     if config["modules_to_save"] or config["bias"] != "none":
         reasons.append("some tensors are saved in full")
     if config["target_parameters"]:
         reasons.append("target_parameters are PEFT's alone")
+    others = [name for kind, name in _PEFTS_ALONE.items() if kind in kinds]
+    if others:
+        reasons.append(f"they have no LoRA for {' and '.join(others)}")
     if not reasons:
         return "PEFT, vLLM and others: one rank, and nothing saved in full"
-    rest = " (--uniform-rank)" if not config["target_parameters"] else ""
+    rest = "" if config["target_parameters"] or others else " (--uniform-rank)"
     return f"PEFT; vLLM, SGLang and TGI refuse it or leave parts out: {', '.join(reasons)}{rest}"

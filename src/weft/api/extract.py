@@ -90,7 +90,7 @@ def extract(
         save: Filter of what is saved in full.
         exclude: Filter of what is left as it is in the base.
         embed: `lora`, `save` or `skip`, for embedding and head; None takes the smaller of the
-            first two.
+            first two, and saves a tied table in full.
         uniform_rank: One rank for all modules, and nothing saved in full.
         seed: Of the random vectors.
         threads: None takes what affinity and cgroup allow; the bits do not depend on it.
@@ -282,7 +282,7 @@ def _wants_more(
 ) -> bool:
     if plan.wishes.rule.kind != "size" or change.rank is not None:
         return False
-    return rank == found == asked[change.name] < change.form.full_rank
+    return rank >= found == asked[change.name] < change.form.full_rank
 
 
 def _changed(plan: ExtractPlan, receipts: Mapping[str, Receipt]) -> list[Change]:

@@ -101,7 +101,7 @@ def resize(
         energy: The smallest rank per module that keeps this share of ‖ΔW‖², such as 0.95.
         size: The best ranks for which the weights' file has at most so many bytes, such as `50MB`.
         dtype: `bfloat16`, `float16` or `float32` for the factors; None keeps each one's own.
-        force: Replace an adapter that is there already.
+        force: Replace an adapter that is there already, or what an interrupted run left.
         cache_dir: The hub's cache, in place of HF_HOME's.
         command: What the card and the manifest quote; None writes the Python call.
 
@@ -109,14 +109,14 @@ def resize(
         WeftError: See `weft.core.errors`; the output is not there.
     """
     from weft.execute._blocks import Files
-    from weft.write.adapter import check_folder
+    from weft.write.adapter import check_places
 
     rule = {"rank": rank, "energy": energy, "size": size}
     _check(rule)
     kind = dtypes.parse(dtype) if dtype else None
     opened = open_adapter(resolve(str(adapter), cache_dir=cache_dir), str(adapter))
     groups = groups_of(opened)
-    check_folder(Path(output), opened.files, force=force)
+    check_places(Path(output), opened.files, force=force)
     warnings = _examined(opened)
     options = {
         name: value for name, value in (*rule.items(), ("dtype", dtype)) if value is not None

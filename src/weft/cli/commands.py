@@ -191,7 +191,7 @@ def doctor(
     output
         Folder to create.
     force
-        Replace an adapter that is there.
+        Replace an adapter that is there, or what an interrupted run left.
     revision
         Branch, tag or commit of the base on the hub.
     cache_dir

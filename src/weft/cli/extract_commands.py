@@ -4,10 +4,17 @@ from __future__ import annotations
 
 import shlex
 import sys
+from typing import TYPE_CHECKING, Annotated
+
+from cyclopts import Parameter
 
 from weft.cli import console, show_extract
 from weft.cli.commands import Flag, Output, Quiet, emit, warn
 from weft.cli.recipe_commands import Json
+from weft.core.errors import WeftError
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
 
 
 def extract(
@@ -15,7 +22,7 @@ def extract(
     *,
     base: str,
     output: Output | None = None,
-    rank: str | None = None,
+    rank: Annotated[list[str] | None, Parameter(negative=())] = None,
     energy: float | None = None,
     size: str | None = None,
     alpha: float | None = None,
@@ -44,6 +51,7 @@ def extract(
 
     - weft extract TUNED --base BASE -o ADAPTER --rank 64
     - weft extract TUNED --base BASE -o ADAPTER --rank auto
+    - weft extract TUNED --base BASE -o ADAPTER --rank 32 --rank q_proj,k_proj=64
     - weft extract TUNED --base BASE -o ADAPTER --size 50MB
 
     Parameters
@@ -56,6 +64,8 @@ def extract(
         Folder to create; it appears when it is complete.
     rank
         Of every module (32 if nothing is said), or auto: what stands above the noise of rounding.
+        Again with a filter before it, for modules of their own: --rank q_proj=64. The first filter
+        that fits counts.
     energy
         In place of it, such as 0.95: the smallest rank per module that keeps so much of ‖ΔW‖².
     size
@@ -71,7 +81,8 @@ def extract(
     exclude
         Filter: these stay as they are in the base.
     embed
-        lora, save or skip, for embedding and head; without it the smaller of the first two.
+        lora, save or skip, for embedding and head; without it the smaller of the first two, and a
+        tied table in full.
     uniform_rank
         One rank for all and nothing saved in full, as serving engines want it.
     seed
@@ -94,11 +105,12 @@ def extract(
         Nothing but warnings and errors, and what --json prints.
     """
     from weft.api import extract as api
-    from weft.core.errors import WeftError
     from weft.core.wishes import wishes_of
 
+    common, own = _ranks(rank or ())
     wishes = wishes_of(
-        rank=rank,
+        rank=common,
+        ranks=own,
         energy=energy,
         size=size,
         alpha=alpha,
@@ -145,3 +157,28 @@ def extract(
     if json or not quiet:
         emit(show_extract.report_as_dict(report) if json else show_extract.report_as_text(report))
     warn(report.warnings)
+
+
+def _ranks(given: Sequence[str]) -> tuple[str | None, list[tuple[str, int]]]:
+    """The rank of all modules, if one is given, and the filters that have one of their own.
+
+    Raises:
+        WeftError: Two for all, or something else than a number behind a filter.
+    """
+    common = [text for text in given if "=" not in text]
+    if len(common) > 1:
+        raise WeftError(
+            f"--rank {' and --rank '.join(common)}: one of them is the rank of every module",
+            f"a filter before the other, such as --rank q_proj={common[-1]}",
+        )
+    own = []
+    for text in given:
+        names, is_own, rank = text.rpartition("=")
+        if not is_own:
+            continue
+        if not names.strip() or not rank.strip().isdecimal():
+            raise WeftError(
+                f"--rank {text} is no filter with a number behind it", "such as --rank q_proj=64"
+            )
+        own.append((names, int(rank)))
+    return (common[0] if common else None), own

@@ -55,7 +55,7 @@ def resize(
     cache_dir
         The hub's cache, in place of the one under HF_HOME.
     force
-        Replace an adapter that is there.
+        Replace an adapter that is there, or what an interrupted run left.
     json
         Print one JSON object on stdout: output, and weft.json as manifest.
     quiet

@@ -44,7 +44,7 @@ class Wishes:
         save: What is saved in full.
         exclude: What is left as it is in the base.
         embed: What becomes of tables of the vocabulary: `lora`, `save`, `skip`, or None for the
-            smaller one of the first two.
+            smaller one of the first two; a tied table is saved in full then.
         uniform: One rank for all modules, and nothing saved in full.
         seed: Of the random vectors.
     """

@@ -89,6 +89,10 @@ def _plain(tuned: Tensor, base: Tensor, dtype: str | None, mean_square: float) -
     """Of what lies in `dtype`, or in a wider one that it was copied to.
 
     What lies nowhere (None) was computed in float32, as a sum: some ulps of the difference itself.
+
+    The rounding of BASE is not in it: a model is tuned from the base as it is stored, and that is
+    exact then. Of a TUNED and a BASE that were both rounded, from wider weights, the deviation is
+    √(σ² + σ²), √2 of this one, which shows in what is left of ΔW (`Signal.fits`).
     """
     if dtype is None:
         whole = _SUMMED**2 * ulps(tuned, "float32").mean_square / 12

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+from itertools import zip_longest
 from typing import TYPE_CHECKING
 
 from weft.core.dtypes import itemsize
@@ -117,13 +119,27 @@ def _under_budget(
         rank = budget // max(sum(cost(change, wishes) for change in changes), 1)
         rank = min(rank, max((each.rank for each in found.values()), default=0))
         return dict.fromkeys(names, rank) if rank > 0 else None
-    candidates = [
-        ranks.Candidate(
-            found[change.name].together()[: change.rank],
-            cost(change, wishes),
-            change.rank or 0,
-        )
-        for change in changes
-    ]
+    groups = _of_one_rank(changes)
+    candidates = [_candidate(group, found, wishes) for group in groups]
     chosen = ranks.ranks_for_size(candidates, budget)
-    return None if chosen is None else dict(zip(names, chosen, strict=True))
+    if chosen is None:
+        return None
+    return {c.name: rank for group, rank in zip(groups, chosen, strict=True) for c in group}
+
+
+def _of_one_rank(changes: Sequence[Change]) -> list[list[Change]]:
+    """What shares a rank: fused experts all together, as PEFT has them; else each its own."""
+    experts = [change for change in changes if change.form.kind == "experts"]
+    alone = [[change] for change in changes if change.form.kind != "experts"]
+    return [*alone, experts] if experts else alone
+
+
+def _candidate(
+    group: Sequence[Change], found: Mapping[str, Spectrum], wishes: Wishes
+) -> ranks.Candidate:
+    """What each further unit of rank adds to all of a group, and takes."""
+    each = [found[change.name].together() for change in group]
+    values = [math.hypot(*units) for units in zip_longest(*each, fillvalue=0.0)]
+    asked = group[0].rank  # of experts, that of all
+    bytes_of_a_unit = sum(cost(change, wishes) for change in group)
+    return ranks.Candidate(values[:asked], bytes_of_a_unit, asked or 0)

@@ -9,16 +9,18 @@ from __future__ import annotations
 
 import re
 from collections import Counter, defaultdict
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
+from weft.core.units import some
 from weft.plan._extract_forms import task_type
 from weft.plan._moe import PEFT_RELEASE
 
 if TYPE_CHECKING:
-    from collections.abc import Collection, Iterable, Mapping
+    from collections.abc import Collection, Iterable, Mapping, Sequence
 
     from weft.core.specs import Shape
+    from weft.core.wishes import Rule
     from weft.plan.extract import Change, ExtractPlan
 
 PREFIX = "base_model.model."
@@ -190,6 +192,25 @@ def _factors(change: Change, rank: int, dtype: str, layers: _Layers) -> list[Ent
 
 
 _EXPERTS = ("gate_up_proj", "up_proj", "down_proj")
+
+
+def with_one_rank(changes: Sequence[Change], rule: Rule) -> tuple[list[Change], list[str]]:
+    """Fused experts with the largest rank that is asked for any of them, and what to say of it."""
+    default = int(rule.value) if rule.kind == "rank" else None
+    asked = {
+        change.name: default if change.rank is None else change.rank
+        for change in changes
+        if change.form.kind == "experts" and change.action == "decompose"
+    }
+    if len(set(asked.values())) < 2:
+        return list(changes), []
+    most = max(rank or 0 for rank in asked.values())
+    others = [change.path for change in changes if asked.get(change.name, most) != most]
+    said = (
+        f"PEFT has one rank for all fused experts: that of {some(others, 'tensor')} is {most}, "
+        "the largest asked for"
+    )
+    return [replace(c, rank=most) if c.name in asked else c for c in changes], [said]
 
 
 def _evened(ranks: Mapping[str, tuple[Change, int]]) -> dict[str, int]:

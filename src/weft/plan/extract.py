@@ -15,6 +15,7 @@ from weft.core.filters import Filter, any_of
 from weft.core.names import match, nearest
 from weft.core.specs import Expression, Input, Load, Merge, Plan, Shape, TensorJob, job_bytes
 from weft.formats.checkpoint import same_bytes
+from weft.plan._adapter_form import with_one_rank
 from weft.plan._computed import is_computed
 from weft.plan._extract_forms import Form, Forms
 from weft.plan._moe import FUSED, ONE_EXPERT
@@ -122,7 +123,8 @@ def plan_extract(tuned: View, base: View, wishes: Wishes, revision: str | None) 
     draft.notes += dict.fromkeys(alone)
     changes = draft.changes()
     draft.check_filters(changes)
-    changes = gathered(changes)
+    changes, said = with_one_rank(gathered(changes), wishes.rule)
+    draft.warnings += said
     if draft.problems:
         raise PlanError(f"{tuned.name} − {base.name}", draft.problems)
     own = dominant_dtype((job.dtype, job_bytes(job)) for job in base.tensors.values())
@@ -304,7 +306,7 @@ class _Draft:
             *(("--target", each) for each in wishes.target or ()),
             *(("--save", each) for each in wishes.save),
             *(("--exclude", each) for each in wishes.exclude),
-            *(("rank", each) for each, _ in wishes.ranks),
+            *(("--rank", each) for each, _ in wishes.ranks),
         ]
         for option, each in given:
             if not any(each.matches(path) for path in paths) and each.text != "lm_head":

@@ -6,7 +6,6 @@ receipt per finished tensor, written after its bytes. It lives in the output's `
 
 from __future__ import annotations
 
-import fcntl
 import json
 import os
 from dataclasses import asdict
@@ -15,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from weft.core.errors import OutputError
 from weft.core.specs import Plan, Receipt
+from weft.write._lock import lock
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -30,15 +30,7 @@ class Journal:
         self.path = folder / NAME
         self.receipts: dict[str, Receipt] = {}
         self._handle = -1
-        # The lock is on the folder: it goes with it through the last rename.
-        self._folder = os.open(folder, os.O_RDONLY | os.O_CLOEXEC)
-        try:
-            fcntl.flock(self._folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            self.close()
-            raise OutputError(
-                f"another run is writing {folder}", "wait for it, or write to another folder"
-            ) from None
+        self._folder = lock(folder)
         try:
             mode = os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC
             self._handle = os.open(self.path, mode, 0o644)

@@ -17,7 +17,9 @@ from weft.core.dtypes import itemsize
 from weft.core.errors import OutputError
 from weft.core.units import show_size
 from weft.formats.safetensors import build_header
-from weft.formats.side_files import part_of
+from weft.formats.side_files import KEPT_FOLDERS, part_of
+from weft.write._lock import lock
+from weft.write._replace import put_in_place, replaced, sync
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -79,6 +81,30 @@ def check_folder(folder: Path, files: Iterable[str], *, force: bool) -> Path:
     return folder
 
 
+def check_places(folder: Path, files: Iterable[str], *, force: bool) -> tuple[Path, Path]:
+    """`check_folder`, and the folder beside it in which the adapter is made.
+
+    Raises:
+        OutputError: One of them is there already, or holds what is read.
+    """
+    files = list(files)
+    folder = check_folder(folder, files, force=force)
+    partial = folder.with_name(f"{folder.name}.partial")
+    for file in files:
+        if Path(os.path.realpath(file)).is_relative_to(partial):
+            raise OutputError(f"{partial} holds the adapter that is read", "give another -o")
+    if partial.is_dir() and (left := list(partial.iterdir())):
+        if not all(map(_is_an_adapters, left)):
+            raise OutputError(
+                f"{partial} is not what an adapter was being made in, and a run would have to "
+                "replace it",
+                "move it away, or give another -o",
+            )
+        if not force:
+            raise OutputError(f"{partial} is what an interrupted run left", "--force starts over")
+    return folder, partial
+
+
 def write_adapter(
     folder: Path,
     tensors: Mapping[str, Piece | Made],
@@ -97,24 +123,24 @@ def write_adapter(
         config: `adapter_config.json`.
         beside: Name in the folder -> the file to copy.
         texts: Asked when all tensors are written: name in the folder -> what it says.
-        force: Replace an adapter that is there already.
+        force: Replace an adapter that is there already, or what an interrupted run left.
         within: A folder of the same disk in which it is made, of a run that can be resumed.
 
     Raises:
-        OutputError: The folder is there already, or cannot be written.
+        OutputError: The folder or its `.partial` is there already, or cannot be written.
     """
     read = [piece.ref.file for piece in tensors.values() if isinstance(piece, Piece)]
-    folder = check_folder(folder, read, force=force)
-    partial = folder.with_name(f"{folder.name}.partial-{os.getpid()}")
     if within is not None:
-        partial = within / "adapter"
-        shutil.rmtree(partial, ignore_errors=True)  # of a run that was killed
-    cure = "free some space, or give another -o"
-    if within is not None:
+        folder, partial = check_folder(folder, read, force=force), within / "adapter"
         cure = "free some space, then run the same command with --resume"
+    else:
+        folder, partial = check_places(folder, read, force=force)
+        cure = "free some space, or give another -o"
     try:
-        partial.mkdir(parents=True)
+        partial.mkdir(parents=True, exist_ok=True)
+        handle = lock(partial)
         try:
+            _clear(partial)
             _check_space(partial, tensors, cure)
             _write_tensors(partial / "adapter_model.safetensors", tensors)
             text = json.dumps(dict(config), indent=2, sort_keys=True, ensure_ascii=False)
@@ -124,10 +150,17 @@ def write_adapter(
                 shutil.copyfile(source, partial / name)
             for name, content in texts().items():
                 (partial / name).write_text(content, encoding="utf-8")
-            _put_in_place(partial, folder)
+            for path in [*partial.rglob("*"), partial]:
+                sync(path)
+            put_in_place(partial, folder)
+            for old in replaced(folder) if force else ():  # by runs that were killed then
+                if all(map(_is_an_adapters, old.iterdir())):
+                    shutil.rmtree(old, ignore_errors=True)
         except BaseException:
             shutil.rmtree(partial, ignore_errors=True)
             raise
+        finally:
+            os.close(handle)
     except OSError as error:
         raise OutputError(f"cannot write {folder}: {error.strerror}", cure) from None
 
@@ -137,23 +170,24 @@ def _replaceable(folder: Path, force: bool) -> bool:
     if not folder.is_dir():
         return False
     found = list(folder.iterdir())
-    ours = all(path.is_file() and _is_an_adapters(path.name) for path in found)
+    ours = all(map(_is_an_adapters, found))
     return not found or (force and ours and (folder / "adapter_config.json").exists())
 
 
-def _is_an_adapters(name: str) -> bool:
-    ours = name.startswith("adapter_") or name in ("README.md", "weft.json")
-    return ours or part_of(name) is not None
+def _is_an_adapters(path: Path) -> bool:
+    if path.is_dir():
+        return path.name in KEPT_FOLDERS
+    ours = path.name.startswith("adapter_") or path.name in ("README.md", "weft.json")
+    return ours or part_of(path.name) is not None
 
 
-def _put_in_place(made: Path, folder: Path) -> None:
-    """At every moment the old adapter or the new one is there, if under another name."""
-    old = folder.with_name(f"{folder.name}.replaced-{os.getpid()}")
-    if folder.exists():
-        folder.rename(old)
-    made.rename(folder)
-    if old.exists():
-        shutil.rmtree(old)
+def _clear(partial: Path) -> None:
+    """Remove what a run that was killed left."""
+    for path in partial.iterdir():
+        if path.is_dir():
+            shutil.rmtree(path)
+        else:
+            path.unlink()
 
 
 def head_of(tensors: Mapping[str, Piece | Made]) -> bytes:
@@ -190,8 +224,6 @@ def _write_tensors(path: Path, tensors: Mapping[str, Piece | Made]) -> None:
                 out.writelines(_read(piece.ref))
             else:
                 out.write(_in_order(piece))
-        out.flush()
-        os.fsync(out.fileno())
 
 
 def _read(ref: TensorRef) -> Iterator[bytes]:
