@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import io
 import json
 from contextlib import redirect_stderr, redirect_stdout
@@ -159,3 +160,24 @@ def test_help_keeps_what_markdown_would_take(command: str, words: str) -> None:
     code, out, _ = run(command, "--help")
     assert code == 0
     assert words in out
+
+
+@pytest.mark.parametrize(
+    ("line", "place", "hinted"),
+    [
+        ("extract T --base B -o OUT --rank 4", "weft.api.extract.run_extraction", True),
+        ("resize A -o OUT --rank 4", "weft.api.resize.resize", False),
+    ],
+)
+def test_an_interrupt_advises_resume_where_there_is_one(
+    monkeypatch: pytest.MonkeyPatch, line: str, place: str, hinted: bool
+) -> None:
+    def interrupted(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    module, _, name = place.rpartition(".")
+    monkeypatch.setattr(importlib.import_module(module), name, interrupted)
+    code, _, err = run(*line.split())
+    assert code == 130
+    assert "interrupted" in err
+    assert ("--resume" in err) == hinted

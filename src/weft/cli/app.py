@@ -22,6 +22,7 @@ from weft.core.errors import WeftError
 from weft.core.units import clean
 from weft.formats.hub import asked_once
 
+_RESUMABLE = {"merge", "run", "extract"}
 # name -> (function, the line in `weft --help`)
 _COMMANDS = {
     "merge": ("weft.cli.commands:merge", "Merge adapters into a base model."),
@@ -102,7 +103,8 @@ def main(arguments: list[str] | None = None) -> None:
         sys.exit(error.exit_code)
     except KeyboardInterrupt:
         _say("error", "interrupted")
-        _say("hint", "run the same command with --resume to go on from there")
+        if _RESUMABLE & set(arguments[:1]):
+            _say("hint", "run the same command with --resume to go on from there")
         sys.exit(130)
     except BrokenPipeError:
         # The reader of our output left, as `| head` does; keep the interpreter from complaining.
