@@ -239,4 +239,16 @@ def _serving(form: AdapterForm) -> str:
     if not reasons:
         return "PEFT, vLLM and others: one rank, and nothing saved in full"
     rest = "" if config["target_parameters"] or others else " (--uniform-rank)"
-    return f"PEFT; vLLM, SGLang and TGI refuse it or leave parts out: {', '.join(reasons)}{rest}"
+    servers = f"vLLM, SGLang and TGI refuse it or leave parts out: {', '.join(reasons)}{rest}"
+    return f"{_in_peft(form)}; {servers}"
+
+
+def _in_peft(form: AdapterForm) -> str:
+    """What PEFT needs for it, and what it leaves out."""
+    kept = {entry.change.path: entry.change for entry in form.entries if entry.role == "value"}
+    rows = {c.job.shape[0] for c in kept.values() if c.rows_before is not None}
+    new = [path for path, change in kept.items() if change.new]
+    after = f" after model.resize_token_embeddings({rows.pop()})" if rows else ""
+    if not new:
+        return f"PEFT{after}"
+    return f"weft merge; in PEFT{after} without {some(new, 'tensor')}, which BASE has no module for"

@@ -11,12 +11,13 @@ from typing import TYPE_CHECKING, Any
 
 from weft.core.dtypes import OUTPUTS, WEIGHTS
 from weft.core.errors import PlanError, Problem
-from weft.core.filters import Filter, any_of
+from weft.core.filters import any_of
 from weft.core.names import match, nearest
 from weft.core.specs import Expression, Input, Load, Merge, Plan, Shape, TensorJob, job_bytes
 from weft.formats.checkpoint import same_bytes
 from weft.plan._adapter_form import with_one_rank
 from weft.plan._computed import is_computed
+from weft.plan._extract_checks import problems_of
 from weft.plan._extract_forms import Form, Forms
 from weft.plan._moe import FUSED, ONE_EXPERT
 from weft.plan.float8 import in_compute_dtype
@@ -42,6 +43,8 @@ class Change:
         rank: Asked for it by name.
         head: The path of the output embedding that is the same tensor.
         fresh: The base has none, or one of another size.
+        new: The base has none.
+        rows_before: How many the base has, where the vocabulary changed.
         either: To be saved in full, if that is smaller than its factors.
         parts: What the files have in its place: the experts of a layer, one by one, in the order
             of the fused tensor's rows.
@@ -55,6 +58,8 @@ class Change:
     rank: int | None = None
     head: str | None = None
     fresh: bool = False
+    new: bool = False
+    rows_before: int | None = None
     either: bool = False
     parts: tuple[TensorJob, ...] = field(default=(), repr=False)
 
@@ -122,7 +127,7 @@ def plan_extract(tuned: View, base: View, wishes: Wishes, revision: str | None) 
     alone = [note for each in (tuned, base) if len(each.given) == 1 for note in each.plan.notes]
     draft.notes += dict.fromkeys(alone)
     changes = draft.changes()
-    draft.check_filters(changes)
+    draft.problems += problems_of(changes, tuned, base, wishes)
     changes, said = with_one_rank(gathered(changes), wishes.rule)
     draft.warnings += said
     if draft.problems:
@@ -230,7 +235,8 @@ class _Draft:
     def _fresh(self, name: str, tuned: TensorJob) -> Change:
         self.notes.append(f"{name} is new: {self.base.name} has none")
         form = Form("none", why="the base has none")
-        return self._decided(Change(tuned, self.forms.path(name), "save", form, fresh=True))
+        path = self.forms.path(name)
+        return self._decided(Change(tuned, path, "save", form, fresh=True, new=True))
 
     def _change(self, name: str, tuned: TensorJob, base: TensorJob) -> Change:
         form = self.forms.form(name, base.shape, base.dtype)
@@ -250,7 +256,8 @@ class _Draft:
             job = TensorJob(name, tuned.dtype, tuned.shape, "", tuned.expression)
             why = f"the vocabulary went from {base.shape[0]} to {tuned.shape[0]} rows"
             form = replace(form, kind=form.kind if form.kind == "embedding" else "none")
-            return self._decided(Change(job, path, "save", form, why, head=head, fresh=True))
+            change = Change(job, path, "save", form, why, head=head, fresh=True)
+            return self._decided(replace(change, rows_before=base.shape[0]))
         if base.dtype not in WEIGHTS or tuned.dtype not in WEIGHTS:
             one, other = tuned.expression, base.expression
             job = TensorJob(name, tuned.dtype, tuned.shape, "", one)
@@ -268,7 +275,9 @@ class _Draft:
     def _decided(self, change: Change) -> Change:
         """With the action that form and wishes make of it."""
         wishes, name, form = self.wishes, change.path, change.form
-        table = form.kind == "embedding" or self.forms.is_table(change.name, change.job.shape)
+        resized = change.rows_before is not None
+        table = resized or form.kind == "embedding"
+        table = table or self.forms.is_table(change.name, change.job.shape)
         if found := any_of(wishes.exclude, name):
             return replace(change, action="leave", why=f"--exclude {found.text}")
         if table and wishes.embed == "skip":
@@ -296,28 +305,6 @@ class _Draft:
             return replace(change, action="leave", why=f"--uniform-rank, and {why}")
         rank = next((rank for each, rank in wishes.ranks if each.matches(name)), None)
         return replace(change, action=action, why=why, rank=rank, either=either)
-
-    def check_filters(self, changes: list[Change]) -> None:
-        """Every filter names something."""
-        paths = [change.path for change in changes]
-        parts = {part for path in paths for part in path.split(".") if not part.isdigit()}
-        wishes = self.wishes
-        given: list[tuple[str, Filter]] = [
-            *(("--target", each) for each in wishes.target or ()),
-            *(("--save", each) for each in wishes.save),
-            *(("--exclude", each) for each in wishes.exclude),
-            *(("--rank", each) for each, _ in wishes.ranks),
-        ]
-        for option, each in given:
-            if not any(each.matches(path) for path in paths) and each.text != "lm_head":
-                near = nearest(each.text, parts, 1)
-                meant = f", did you mean {near[0]!r}?" if near else ""
-                self.problems.append(
-                    Problem(
-                        f"{option} {each.text!r} names nothing in {self.base.name}{meant}",
-                        "a filter is a part of a name, a glob (*norm*) or a /regex/",
-                    )
-                )
 
 
 def _tokenizer(tuned: View) -> dict[str, str]:
