@@ -142,6 +142,30 @@ def test_a_difference_that_is_read_again_for_every_product(
     )
 
 
+@pytest.mark.parametrize("tied", [False, True])
+def test_a_matrix_with_as_many_rows_as_there_are_tokens(tmp_path: Path, tied: bool) -> None:
+    """In a layer it is no embedding, to extract and to merge."""
+    generator = torch.Generator().manual_seed(0)
+    shapes = {
+        "model.embed_tokens.weight": (192, 64),
+        "model.layers.0.mlp.gate_proj.weight": (192, 64),
+        "model.layers.0.mlp.down_proj.weight": (64, 192),
+        "model.layers.1.mlp.gate_proj.weight": (192, 64),
+        "model.norm.weight": (64,),
+    } | ({} if tied else {"lm_head.weight": (192, 64)})
+    base = {n: 0.02 * torch.randn(shape, generator=generator) for n, shape in shapes.items()}
+    tuned = {n: W + 1e-3 * torch.randn(W.shape, generator=generator) for n, W in base.items()}
+    for name, tensors in (("base", base), ("tuned", tuned)):
+        pairs.write(tmp_path / name, tensors, vocab_size=192, tie_word_embeddings=tied)
+    adapter, manifest = extract(tmp_path, rank=64)
+    gates = [n for n in shapes if "gate" in n]
+    assert {manifest["modules"][name]["kind"] for name in gates} == {"linear"}
+    back = merged(tmp_path, adapter)
+    assert back.keys() == tuned.keys()
+    for name, W in tuned.items():
+        assert torch.allclose(back[name].float(), W, atol=2e-7), name
+
+
 # ----------------------------------------------------------------------------------- which ranks
 
 

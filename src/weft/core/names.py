@@ -161,6 +161,11 @@ def edit(old: str, new: str) -> tuple[str, str]:
     return "", new.removesuffix(old)
 
 
+def in_layer(name: str) -> bool:
+    """Whether the tensor belongs to a module of a numbered layer."""
+    return any(part.isdigit() for part in name.split(".")[:-2])
+
+
 def nearest(name: str, present: Collection[str], count: int = 3) -> list[str]:
     """The names in `present` that look most like `name`, best first."""
     last = name.rsplit(".", 2)[-2:]

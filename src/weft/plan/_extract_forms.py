@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from weft.core.dtypes import WEIGHTS
+from weft.core.names import in_layer
 from weft.plan._in_memory import in_memory
 from weft.plan._moe import ONE_EXPERT, PARTS, RENAMED, TRANSPOSED, TURNED_ON_DISK
 from weft.plan._targets import CONV1D_MODELS, CONV1D_MODULES
@@ -123,7 +124,8 @@ class Forms:
 
     def is_table(self, name: str, shape: Shape) -> bool:
         """One row per token."""
-        return len(shape) == 2 and shape[0] == self.base.vocabulary and name.endswith(".weight")
+        rows = len(shape) == 2 and shape[0] == self.base.vocabulary
+        return rows and name.endswith(".weight") and not in_layer(name)
 
 
 def _unless_thin(form: Form) -> Form:

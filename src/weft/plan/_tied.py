@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 
 from weft.core.dtypes import WEIGHTS
 from weft.core.errors import Problem
+from weft.core.names import in_layer
 from weft.formats.adapters._peft_config import trains_originals
 from weft.formats.checkpoint import bits, same_bytes
 from weft.plan._targets import Change, Targets
@@ -49,12 +50,7 @@ def find_tie(base: Checkpoint, adapters: Sequence[tuple[Adapter, float]]) -> Tie
     flag = config_value(base.config, "tie_word_embeddings")
     if flag is False:
         return None
-    vocabulary = config_value(base.config, "vocab_size")
-    tables = {
-        name: ref
-        for name, ref in base.tensors.items()
-        if len(ref.shape) == 2 and ref.shape[0] == vocabulary and ref.dtype in WEIGHTS
-    }
+    tables = {name: ref for name, ref in _tables(base).items() if ref.dtype in WEIGHTS}
     heads = [name for name in tables if _module(name) in HEADS]
     others = [name for name in tables if name not in heads]
     if len(others) != 1 or len(heads) > 1:
@@ -81,8 +77,7 @@ def find_tie(base: Checkpoint, adapters: Sequence[tuple[Adapter, float]]) -> Tie
 
 def untold(base: Checkpoint, targets: Targets) -> list[Problem]:
     """Changes of a table of the vocabulary, where the config ties tables and not which."""
-    vocabulary = config_value(base.config, "vocab_size")
-    tables = [n for n, r in base.tensors.items() if len(r.shape) == 2 and r.shape[0] == vocabulary]
+    tables = _tables(base)
     if not config_value(base.config, "tie_word_embeddings") or len(tables) < 2:
         return []
     return [
@@ -94,6 +89,16 @@ def untold(base: Checkpoint, targets: Targets) -> list[Problem]:
         for name in tables
         if name in targets.changes
     ]
+
+
+def _tables(base: Checkpoint) -> dict[str, TensorRef]:
+    """The matrices with a row for each token; in a layer one may have as many rows by chance."""
+    vocabulary = config_value(base.config, "vocab_size")
+    return {
+        name: ref
+        for name, ref in base.tensors.items()
+        if len(ref.shape) == 2 and ref.shape[0] == vocabulary and not in_layer(name)
+    }
 
 
 def _module(name: str) -> str:

@@ -134,6 +134,11 @@ def plan_extract(tuned: View, base: View, wishes: Wishes, revision: str | None) 
             "the tied embedding is written as factors for both of its ends, as PEFT loads it; but "
             "PEFT's merge_and_unload (0.21) adds both to the one tensor: merge it with weft"
         )
+    if any(change.name in draft.split and change.action == "decompose" for change in changes):
+        draft.warnings.append(
+            f"{base.name} ties its embeddings and {tuned.name} does not: PEFT's merge_and_unload "
+            "(0.21) adds the factors of each end to the one tensor: merge it with weft"
+        )
     grown = any(change.fresh and change.form.kind == "embedding" for change in changes)
     files = _tokenizer(tuned) if grown else {}
     if len(base.given) > 1:
@@ -175,6 +180,8 @@ class _Draft:
         self.warnings: list[str] = []
         # One table for both ends in both models: one change.
         self.tied = base.tie is not None and tuned.tie is not None
+        # The ends of a table that is one tensor in the base alone.
+        self.split = {base.tie.embedding, base.tie.head} if base.tie and not self.tied else set()
 
     def changes(self) -> list[Change]:
         """In the base's order; what only the tuned model has follows."""
@@ -288,6 +295,8 @@ class _Draft:
                 "save",
                 "PEFT's merge would add ΔW of a tied table twice",
             )
+        elif action == "decompose" and change.name in self.split and wishes.embed is None:
+            action, why = "save", "the base ties it, and PEFT's merge would change both ends"
         elif action == "decompose" and table:
             either = wishes.embed is None and not wishes.uniform
         if wishes.target is not None and not saved and not any_of(wishes.target, name):
