@@ -57,6 +57,12 @@ def test_different(folders: Folders) -> None:
     assert run(other, one, "-q") == (1, "", "")
 
 
+def test_one_element(folders: Folders) -> None:
+    one = folders.base(["up"], {"up.weight": torch.tensor([1.0, float("nan")])})
+    other = folders.base(["up"], {"up.weight": torch.ones(2)}, name="other")
+    assert f"{one} has 1 element NaN or infinite in tensor up.weight" in run(one, other)[1]
+
+
 def test_json(folders: Folders) -> None:
     one = folders.base()
     other = folders.base(tensors={"layers.0.q_proj.weight": torch.zeros(8, 8)}, name="other")

@@ -93,6 +93,9 @@ def test_ranks_of_single_modules(tmp_path: Path) -> None:
         (["-o", "out", "--target", "self_atn"], "did you mean 'self_attn'?"),
         (["-o", "out", "--embed", "no"], "--embed no"),
         (["-o", "out", "--size", "many"], "many"),
+        (["-o", "base/config.json/x"], "give another -o"),
+        (["-o", "base/config.json", "--force"], "remove it yourself"),
+        (["-o", "base", "--force"], "remove it yourself"),
     ],
 )
 def test_mistakes(
@@ -103,5 +106,6 @@ def test_mistakes(
     code, out, err = run(tmp_path, *arguments)
     assert (code, out) == (2, "")
     assert error in err
+    assert "--force replaces" not in err
     assert "Traceback" not in err
     assert not (tmp_path / "out").exists()

@@ -11,8 +11,10 @@ import pytest
 import torch
 import vllm_rules as vllm
 from pairs import differences, extract, merged
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
+import weft
+from weft.cli.show_extract import report_as_text
 from weft.core.errors import WeftError
 from weft.decompose import krylov
 from weft.execute import extraction
@@ -202,11 +204,21 @@ def test_a_budget_is_kept_and_used(tmp_path: Path, uniform: bool) -> None:
         assert min(taken) > 0.8 * max(left)
 
 
-def test_a_budget_that_holds_nothing(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "options", [{}, {"embed": "save"}, {"uniform_rank": True}, {"ranks": [("q_proj", 3)]}]
+)
+def test_a_budget_that_holds_nothing(tmp_path: Path, options: dict[str, Any]) -> None:
     pairs.pair(tmp_path)
-    with pytest.raises(WeftError, match=r"1\.00 kB are too few"):
-        extract(tmp_path, size="1kB")
+    with pytest.raises(WeftError, match=r"1\.00 kB are too few") as caught:
+        extract(tmp_path, size="1kB", **options)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["base", "tuned"]
+    table = "30,720 of them for lm_head.weight in full"  # 120 · 64 · 4
+    assert (table in str(caught.value)) == ("embed" in options)
+    least = int(str(caught.value.hint).split()[3].replace(",", ""))
+    with pytest.raises(WeftError, match="are too few"):
+        extract(tmp_path, size=least - 1, **options)
+    adapter, _ = extract(tmp_path, size=least, **options)
+    assert (adapter / "adapter_model.safetensors").stat().st_size <= least
 
 
 def test_ranks_of_single_modules(tmp_path: Path) -> None:
@@ -361,6 +373,20 @@ def test_nothing_that_changed_is_dropped_without_a_line(tmp_path: Path) -> None:
     lost = sum(float(differences(tmp_path)[name].square().sum()) for name in manifest["left_out"])
     whole = sum(float(dW.square().sum()) for dW in differences(tmp_path).values())
     assert manifest["totals"]["kept"] < 1 - lost / whole
+
+
+def test_a_table_with_other_rows_has_no_difference_to_lose(tmp_path: Path) -> None:
+    pairs.pair(tmp_path, moved=lambda name: "proj.weight" in name)
+    file = tmp_path / "tuned/model.safetensors"
+    tensors = load_file(file)
+    table = torch.cat([tensors["model.embed_tokens.weight"], torch.ones(8, 64)])
+    save_file(tensors | {"model.embed_tokens.weight": table}, file, {"format": "pt"})
+    report = weft.extract(
+        tmp_path / "tuned", base=tmp_path / "base", output=tmp_path / "a", rank=4, embed="skip"
+    )
+    (line,) = [w for w in report.warnings if "left as in the base" in w]
+    assert ", 0.0 % of ‖ΔW‖² (not counting tensor model.embed_tokens.weight: no ΔW)" in line
+    assert "not counted: 1 tensor left out without a ΔW" in report_as_text(report)
 
 
 @pytest.mark.parametrize(("embed", "kept"), [("lora", "modules"), ("save", "saved")])

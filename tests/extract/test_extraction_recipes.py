@@ -153,6 +153,7 @@ def test_every_key_is_its_flag(
         ("finetune: a\nbase_model: b\nenergy: 3\n", "@ energy, line 3"),
         ("finetune: a\nbase_model: b\nrank:\n  - {valu: 3}\n", "@ rank[0], line 4, column 5"),
         ("finetune: a\nbase_model: b\ntargeted_modules: {filtr: x}\n", 'did you mean "filter"?'),
+        ("finetune: a\nbase_model: b\ntargeted_modules: {x: y}\n", "known here: filter"),
         ("finetune: a\nrank: 4\n", '"base_model" should name a model'),
         ("finetune: a\nbase_model: b\nrank: 4\nsize: 1MB\n", "rank and size are given"),
     ],

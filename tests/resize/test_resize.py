@@ -476,6 +476,9 @@ def test_command_prints_what_it_did(tmp_path: Path, capsys: pytest.CaptureFixtur
     run("--energy", "0.9", "-o", str(tmp_path / "c"), "--json")
     found = json.loads(capsys.readouterr().out)
     assert found["manifest"]["totals"]["kept"] >= 0.9
+    run("--rank", "12", "--dtype", "bfloat16", "-o", str(tmp_path / "e"), "--json")
+    totals = json.loads(capsys.readouterr().out)["manifest"]["totals"]
+    assert totals["bytes_before"] == (source / "adapter_model.safetensors").stat().st_size
     run("--rank", "2", "-o", str(tmp_path / "d"), "-q")
     assert not capsys.readouterr().out
 

@@ -123,10 +123,13 @@ class Extracted:
             return "no singular value stands above the noise of rounding"
         return change.why
 
+    def _energy(self, changes: Iterable[Change]) -> float:
+        """Their ‖ΔW‖²; what the base lacks, or has in another shape, has no ΔW."""
+        return math.fsum(self.receipts[c.name].delta or 0.0 for c in changes if not c.fresh)
+
     def _totals(self) -> dict[str, Any]:
         receipts = self.receipts
-        energy = math.fsum(receipts[c.name].delta or 0.0 for c in self.changed if not c.fresh)
-        left = math.fsum(receipts[c.name].delta or 0.0 for c in self.left if not c.fresh)
+        energy, left = self._energy(self.changed), self._energy(self.left)
         errors = [error for change in self.low for error in self.errors[change.name]]
         error = math.fsum(errors) + left
         tuned = math.fsum(receipts[c.name].base or 0.0 for c in self.plan.changes if c.is_read)
@@ -149,12 +152,13 @@ class Extracted:
         found = [*self.form.notes]
         if self.left:
             # Noise alone is no loss; what a filter leaves out may be one.
-            lost = math.fsum(self.receipts[c.name].delta or 0.0 for c in self.left)
-            whole = math.fsum(self.receipts[c.name].delta or 0.0 for c in self.changed)
+            lost, whole = self._energy(self.left), self._energy(self.changed)
             reasons = "; ".join(dict.fromkeys(self._why_left(c) for c in self.left))
+            fresh = [c.path for c in self.left if c.fresh]
+            beside = f" (not counting {some(fresh, 'tensor')}: no ΔW)" if fresh else ""
             found.append(
                 f"{some([c.path for c in self.left], 'changed tensor')} left as in the base, "
-                f"{show_share(lost / whole if whole else 0.0)} of ‖ΔW‖²: {reasons}"
+                f"{show_share(lost / whole if whole else 0.0)} of ‖ΔW‖²{beside}: {reasons}"
             )
         loose = [c.path for c in self.low if self._is_loose(c)]
         if loose:

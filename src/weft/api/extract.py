@@ -262,19 +262,29 @@ def _decompose(
         found = {c.name: spectrum_of(scratch.load(c.name, SMALL)) for c in low}
         # A resumed run may find more than it would have asked for at first.
         asked |= {c.name: max(asked[c.name], found[c.name].rank) for c in low if c.name in asked}
-        ranks = choose.final_ranks(low, found, plan.wishes, partial(_overhead, plan, changed))
+        known = low, found, plan.wishes, partial(_overhead, plan, changed)
+        ranks = choose.final_ranks(*known)
         if ranks is None:
-            raise WeftError(
-                f"{units.show_size(plan.wishes.rule.value)} are too few for one rank in every "
-                "module and what is saved in full",
-                "give more, or leave modules out (--exclude, --embed skip)",
-            )
+            raise _too_few(plan, changed, choose.least_bytes(*known))
         # A budget may want more of a module than was found at first.
         short = [c for c in low if _wants_more(c, ranks[c.name], found[c.name].rank, asked, plan)]
         if not short:
             return _without_large(plan, low, ranks)
         asked |= {c.name: min(4 * asked[c.name], c.form.full_rank) for c in short}
         scratch.forget([change.name for change in short])
+
+
+def _too_few(plan: ExtractPlan, changed: Sequence[Change], least: int) -> WeftError:
+    from weft.execute.choose import saved_bytes
+
+    saved = {c.path: saved_bytes(c) for c in changed if c.action == "save"}
+    largest = max(saved, key=lambda path: saved[path], default=None)
+    most = f", {saved[largest]:,} of them for {largest} in full" if largest else ""
+    return WeftError(
+        f"{units.show_size(plan.wishes.rule.value)} are too few: the smallest adapter takes "
+        f"{least:,} bytes{most}",
+        f"give at least {least:,} bytes, or leave tensors out (--exclude, --embed skip)",
+    )
 
 
 def _wants_more(

@@ -286,7 +286,9 @@ class _Work:
         from weft.write.adapter import write_adapter
         from weft.write.adapter_card import resized_card
 
-        before, nbytes = sum(self._size(self._as_it_was())), sum(self._size(ranks))
+        weights = {ref.file for ref in self.adapter.tensors.values()}
+        before = sum(s.identity.size for s in self.adapter.sources if s.path in weights)
+        nbytes = sum(self._size(ranks))
         reports: list[ResizeReport] = []
 
         def texts() -> dict[str, str]:
@@ -302,9 +304,6 @@ class _Work:
         config = resized_config(self.adapter, self.groups, ranks)
         write_adapter(output, self._tensors(ranks), config, beside, texts=texts, force=force)
         return reports[0]
-
-    def _as_it_was(self) -> dict[str, int]:
-        return {group.name: group.pairs[0].rank for group in self.groups}
 
     def _unchanged(self) -> None:
         for source in self.adapter.sources:

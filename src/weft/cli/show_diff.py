@@ -149,8 +149,9 @@ def _of_nan(found: Diff) -> list[str]:
     for side, name in ((0, found.a), (1, found.b)):
         bad = [each for each in found.tensors if each.not_finite[side]]
         count = sum(each.not_finite[side] for each in bad)
-        where = some([each.name for each in bad], "tensor") if bad else ""
-        lines += [f"{name} has {count} elements NaN or infinite in {where}"] if bad else []
+        if bad:
+            where = some([each.name for each in bad], "tensor")
+            lines.append(f"{name} has {count_of(count, 'element')} NaN or infinite in {where}")
     return lines
 
 

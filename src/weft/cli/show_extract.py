@@ -26,7 +26,8 @@ def report_as_text(report: ExtractReport) -> str:
     lines = [
         f"{count_of(totals['modules'], 'module')}{_ranks(modules)}{saved}{same}",
         f"{show_size(totals['bytes'])} in {report.output}, {show_time(report.seconds)}{resumed}",
-        f"{show_share(totals['kept'])} of ‖ΔW‖² kept; error {error} of ‖ΔW‖, {of_model} of ‖W‖",
+        f"{show_share(totals['kept'])} of ‖ΔW‖² kept; error {error} of ‖ΔW‖, {of_model} of ‖W‖"
+        + _not_counted(content),
     ]
     if content["worst"]:
         rows = [("largest errors", "rank", "kept", "error", "above noise")]
@@ -43,6 +44,12 @@ def report_as_text(report: ExtractReport) -> str:
         lines += ["", *columns(rows)]
     lines += ["", f"loads in {content['serving']}"]
     return "\n".join(lines)
+
+
+def _not_counted(content: dict[str, Any]) -> str:
+    """What is left as in the base and has no ΔW: the base lacks it, or in this shape."""
+    count = sum(each["norm"] is None for each in content["left_out"].values())
+    return f"; not counted: {count_of(count, 'tensor')} left out without a ΔW" if count else ""
 
 
 def _ranks(modules: dict[str, Any]) -> str:

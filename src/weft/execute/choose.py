@@ -113,18 +113,47 @@ def _under_budget(
     """The ranks that keep most of ‖ΔW‖² in so many bytes; of one rank for all, the largest."""
     budget = int(wishes.rule.value)
     names = [change.name for change in changes]
-    least = dict.fromkeys(names, 1)
-    budget -= max(overhead(least), overhead({name: found[name].rank for name in names}))
+    if budget < least_bytes(changes, found, wishes, overhead):
+        return None
+    budget -= _fixed(changes, found, overhead)
     if wishes.uniform:
         rank = budget // max(sum(cost(change, wishes) for change in changes), 1)
         rank = min(rank, max((each.rank for each in found.values()), default=0))
-        return dict.fromkeys(names, rank) if rank > 0 else None
+        return dict.fromkeys(names, rank)
     groups = _of_one_rank(changes)
     candidates = [_candidate(group, found, wishes) for group in groups]
     chosen = ranks.ranks_for_size(candidates, budget)
-    if chosen is None:
-        return None
+    assert chosen is not None
     return {c.name: rank for group, rank in zip(groups, chosen, strict=True) for c in group}
+
+
+def least_bytes(
+    changes: Sequence[Change],
+    found: Mapping[str, Spectrum],
+    wishes: Wishes,
+    overhead: Callable[[Mapping[str, int]], int],
+) -> int:
+    """The smallest budget for which `final_ranks` (of whose arguments these are) has ranks.
+
+    It holds what is no factor, and the ranks that were asked for by name; where there are none one
+    unit of the cheapest, and of one rank for all a unit of each.
+    """
+    fixed = _fixed(changes, found, overhead)
+    if wishes.uniform:
+        return fixed + sum(cost(change, wishes) for change in changes)
+    candidates = [_candidate(group, found, wishes) for group in _of_one_rank(changes)]
+    asked = sum(min(each.least, len(each.values)) * each.cost for each in candidates)
+    return fixed + (asked or min((each.cost for each in candidates), default=0))
+
+
+def _fixed(
+    changes: Sequence[Change],
+    found: Mapping[str, Spectrum],
+    overhead: Callable[[Mapping[str, int]], int],
+) -> int:
+    """Bytes of the file that are no factors, at most."""
+    one = {change.name: 1 for change in changes}
+    return max(overhead(one), overhead({name: found[name].rank for name in one}))
 
 
 def _of_one_rank(changes: Sequence[Change]) -> list[list[Change]]:

@@ -143,7 +143,8 @@ class _Reader:
         if isinstance(value, dict):
             for each in value:
                 if each != "filter":
-                    self._fault((key, each), unknown("key", each, ("filter",)), key=True)
+                    what = unknown("key", each, ("filter",))
+                    self._fault((key, each), what, "known here: filter", key=True)
             value = value.get("filter", "")
         parts = value if isinstance(value, list) else [value]
         if not all(isinstance(part, str) for part in parts):

@@ -72,9 +72,12 @@ def check_folder(folder: Path, files: Iterable[str], *, force: bool) -> Path:
     """
     folder = Path(os.path.realpath(folder))
     if folder.exists() and not _replaceable(folder, force):
+        if _replaceable(folder, True):
+            raise OutputError(f"{folder} exists", "--force replaces it, or give another -o")
+        what = "is no adapter, or not one alone" if folder.is_dir() else "is a file"
         raise OutputError(
-            f"{folder} exists",
-            "give another -o (--force replaces an adapter, where nothing else lies beside it)",
+            f"{folder} exists and {what}, so --force does not replace it",
+            "remove it yourself, or give another -o",
         )
     if any(Path(os.path.realpath(file)).is_relative_to(folder) for file in files):
         raise OutputError(f"{folder} holds the adapter that is read", "give another -o")

@@ -267,9 +267,10 @@ def _check_output(out: Path, partial: Path, plan: Plan, *, force: bool, resume: 
                 raise OutputError(f"{ours} holds the input {entry.path}", "write to another folder")
     if out.is_dir() and any(out.iterdir()):
         if not force:
-            raise OutputError(
-                f"{out} exists and is not empty", "--force replaces it, or give another -o"
+            cure = (
+                "--force replaces it, or give another -o" if _is_model(out) else "give another -o"
             )
+            raise OutputError(f"{out} exists and is not empty", cure)
         if not _is_model(out):
             raise OutputError(
                 f"{out} does not look like a model, so --force does not delete it",
@@ -346,4 +347,5 @@ def output_error(error: OSError, partial: Path, *, begun: bool = True) -> Output
         return OutputError(
             f"cannot write {partial}: {error.strerror}", "give an -o that you may write to"
         )
-    return OutputError(f"cannot write {partial}: {error.strerror or error}", then)
+    cure = f"see that its disk is there and sound, {then}" if begun else "give another -o"
+    return OutputError(f"cannot write {partial}: {error.strerror or error}", cure)
