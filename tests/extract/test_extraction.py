@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 import weft
 from weft.cli.show_extract import report_as_text
 from weft.core.errors import WeftError
-from weft.decompose import krylov
+from weft.decompose import krylov, matrices
 from weft.execute import extraction
 
 if TYPE_CHECKING:
@@ -164,6 +164,20 @@ def test_a_matrix_with_as_many_rows_as_there_are_tokens(tmp_path: Path, tied: bo
     assert back.keys() == tuned.keys()
     for name, W in tuned.items():
         assert torch.allclose(back[name].float(), W, atol=2e-7), name
+
+
+def test_what_is_not_proved_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pairs.pair(tmp_path)
+    _, proved = extract(tmp_path, "proved", rank=8)
+    assert not any("not proved" in warning for warning in proved["warnings"])
+    assert all(module["bound"] <= 1.002 for module in proved["modules"].values())
+    monkeypatch.setattr(krylov, "_MOST_BLOCKS", 1)
+    monkeypatch.setattr(matrices, "multiplies_bfloat16", lambda device: False)
+    _, hasty = extract(tmp_path, "hasty", rank=8)
+    (said,) = (warning for warning in hasty["warnings"] if "not proved" in warning)
+    bounds = {name: module["bound"] for name, module in hasty["modules"].items()}
+    assert any(bound is None or bound > 1.002 for bound in bounds.values())
+    assert any(name in said for name in bounds)
 
 
 # ----------------------------------------------------------------------------------- which ranks

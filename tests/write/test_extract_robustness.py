@@ -215,9 +215,8 @@ assembly.Assembly.values = values
 # --------------------------------------------------------------------------------- malformed inputs
 
 
-def lie(folder: Path, how: str) -> None:
-    """Make a sound model one that is not."""
-    file = folder / "model.safetensors"
+def damage(file: Path, how: str) -> None:
+    """Make a file of safetensors none, if `how` says in what way."""
     data = file.read_bytes()
     if how == "cut":
         file.write_bytes(data[:-100])
@@ -225,10 +224,16 @@ def lie(folder: Path, how: str) -> None:
         file.write_bytes(b"")
     elif how == "header":
         file.write_bytes(data[:8] + b"x" * 64 + data[72:])
-    elif how == "config":
-        (folder / "config.json").write_text("{")
     elif how == "none":
         file.unlink()
+
+
+def lie(folder: Path, how: str) -> None:
+    """Make a sound model one that is not."""
+    file = folder / "model.safetensors"
+    damage(file, how)
+    if how == "config":
+        (folder / "config.json").write_text("{")
     elif how == "integers":
         tensors = load_file(file)
         name = "model.layers.0.self_attn.q_proj.weight"

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from test_extract_robustness import AT, KILL, assert_refused
+from test_extract_robustness import AT, KILL, assert_refused, damage
 from test_robustness import Nursery, nursery, partial_of, small_disk
 
 if TYPE_CHECKING:
@@ -156,17 +156,9 @@ def test_a_disk_that_is_too_small_or_fills_up(
 def lie(folder: Path, how: str) -> None:
     """Make a sound adapter one that is not."""
     file = folder / FILES[0]
-    data = file.read_bytes()
-    if how == "cut":
-        file.write_bytes(data[:-100])
-    elif how == "empty":
-        file.write_bytes(b"")
-    elif how == "header":
-        file.write_bytes(data[:8] + b"x" * 64 + data[72:])
-    elif how == "config":
+    damage(file, how)
+    if how == "config":
         (folder / FILES[1]).write_text("{")
-    elif how == "none":
-        file.unlink()
     elif how == "half":
         tensors = load_file(file)
         del tensors[next(key for key in tensors if "lora_B" in key)]

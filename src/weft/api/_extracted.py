@@ -175,9 +175,9 @@ class Extracted:
         from weft.decompose.krylov import ROUNDING, TOLERANCE
 
         spectrum, rank = self.spectra[change.name], self.form.ranks[change.name]
-        error = math.fsum(spectrum.errors(rank))
-        telling = error > (_TELLING * ROUNDING) ** 2 * float(spectrum.energy.sum())
-        return telling and spectrum.bound(rank) > TOLERANCE + 2 / _TELLING
+        left = _ratio(math.fsum(spectrum.errors(rank)), float(spectrum.energy.sum()))
+        # What a bound grants to rounding is about ROUNDING / left.
+        return left > _TELLING * ROUNDING and spectrum.bound(rank) > TOLERANCE + 2 * ROUNDING / left
 
     def _doubts(self) -> list[str]:
         """About what auto took for noise."""

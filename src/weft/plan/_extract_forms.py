@@ -6,10 +6,10 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from weft.core.dtypes import WEIGHTS
-from weft.core.names import in_layer
 from weft.plan._in_memory import in_memory
 from weft.plan._moe import ONE_EXPERT, PARTS, RENAMED, TRANSPOSED, TURNED_ON_DISK
 from weft.plan._targets import CONV1D_MODELS, CONV1D_MODULES
+from weft.plan._tied import has_row_for_each
 from weft.plan.preflight import config_value
 
 if TYPE_CHECKING:
@@ -124,8 +124,7 @@ class Forms:
 
     def is_table(self, name: str, shape: Shape) -> bool:
         """One row per token."""
-        rows = len(shape) == 2 and shape[0] == self.base.vocabulary
-        return rows and name.endswith(".weight") and not in_layer(name)
+        return name.endswith(".weight") and has_row_for_each(self.base.vocabulary, name, shape)
 
 
 def _unless_thin(form: Form) -> Form:

@@ -7,7 +7,7 @@ own. They stay one where both change alike, or where the adapter was trained so.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from weft.core.dtypes import WEIGHTS
 from weft.core.errors import Problem
@@ -20,7 +20,7 @@ from weft.plan.preflight import config_value
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from weft.core.specs import Adapter, Checkpoint, Delta, TensorRef
+    from weft.core.specs import Adapter, Checkpoint, Delta, Shape, TensorRef
 
     _Owned = tuple[int, Delta]  # with the number of the adapter that brings it
 
@@ -92,13 +92,18 @@ def untold(base: Checkpoint, targets: Targets) -> list[Problem]:
 
 
 def _tables(base: Checkpoint) -> dict[str, TensorRef]:
-    """The matrices with a row for each token; in a layer one may have as many rows by chance."""
+    """The matrices with a row for each token."""
     vocabulary = config_value(base.config, "vocab_size")
     return {
         name: ref
         for name, ref in base.tensors.items()
-        if len(ref.shape) == 2 and ref.shape[0] == vocabulary and not in_layer(name)
+        if has_row_for_each(vocabulary, name, ref.shape)
     }
+
+
+def has_row_for_each(vocabulary: Any, name: str, shape: Shape) -> bool:
+    """Whether a matrix has a row for each token; one in a layer is as high by chance."""
+    return len(shape) == 2 and shape[0] == vocabulary and not in_layer(name)
 
 
 def _module(name: str) -> str:
