@@ -115,8 +115,21 @@ def merge(
     blocks = MemoryBlocks(own, base, inputs, task.columns, size)
     state = methods.prepare(own, task, blocks)
     blocks.size = run_size or size
-    parts = [own.block(task, state, blocks.block(*piece)).reshape(-1) for piece in blocks.edges()]
+    parts = [_merged(own, task, state, blocks, piece).reshape(-1) for piece in blocks.edges()]
     return torch.cat([part.clone() for part in parts]).view(shape)
+
+
+def _merged(
+    own: methods.Method, task: Task, state: Any, blocks: MemoryBlocks, piece: tuple[int, int]
+) -> torch.Tensor:
+    """By compiled loops where there are any, as an executor does it."""
+    block = blocks.block(*piece)
+    like = block.inputs[0] if block.inputs else block.base
+    assert like is not None
+    out = torch.empty_like(like)
+    if methods.compiled(own, task, state, block, out) is not None:
+        return out
+    return methods.merged(own, task, state, block)
 
 
 def merge_case(case: Case, dtype: torch.dtype = torch.float32, **options: Any) -> torch.Tensor:

@@ -64,14 +64,18 @@ class Workspace(threading.local):
 
     def load(self, files: Files, ref: TensorRef, start: int, stop: int, out: Tensor) -> None:
         """Rows `start` to `stop` of `ref`, widened into `out` (rows, columns)."""
-        columns = out.shape[1]
-        if not out.numel():
-            return
+        if out.numel():
+            self.widen(self.read(files, ref, start, stop, out.shape[1], "in"), out)
+
+    def read(
+        self, files: Files, ref: TensorRef, start: int, stop: int, columns: int, slot: str
+    ) -> Tensor:
+        """Rows `start` to `stop` of `ref` as they are stored, on the host; `slot` may be reused."""
         dtype = getattr(torch, ref.dtype)
         row = columns * dtype.itemsize
-        tensor, view = self.host("in", (stop - start) * row)
+        tensor, view = self.host(slot, (stop - start) * row)
         files.read(ref.file, ref.start + start * row, view)
-        self.widen(tensor.view(dtype).view(stop - start, columns), out)
+        return tensor.view(dtype).view(stop - start, columns)
 
     def widen(self, host: Tensor, out: Tensor) -> None:
         """Host values of a narrow dtype -> `out` on the device."""

@@ -7,14 +7,15 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from weft import deltas, methods
+from weft import deltas, methods, native
 from weft.core.blocks import BLOCK, cut
 from weft.core.specs import AddDeltas, Delta, Expression, Load, Merge, Rows, Scaled, shape_of
 from weft.execute._scales import scales, spread
 from weft.execute._sources import Blocks, Helpers, Shared, Source
 from weft.execute._task_vectors import by_rows, rows_apart, task_vector
 from weft.execute._updates import add_deltas, add_update, in_one_pass, turned
-from weft.methods import Block, Task
+from weft.methods import Block, Stored, Task
+from weft.native import Operand
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
     from weft.deltas import DeltaKind
     from weft.execute._blocks import Files, Workspace
     from weft.execute._task_vectors import Loaded
+    from weft.native import Proof
 
 __all__ = ["Evaluator", "Helpers", "Shared"]
 
@@ -191,7 +193,9 @@ class Evaluator:
                 delta = self.buffer(f"{path}delta", stop - start)
                 add_deltas(self, expression, start, weight, delta, out)
             case Merge():
-                out.copy_(self.merge(expression, start, stop, path)[0])
+                block = self.block(expression, start, stop, path)
+                if self.compiled(expression, block, out) is None:
+                    out.copy_(self.merged(expression, block))
             case Rows():
                 self._rows(expression, start, stop, out, path)
 
@@ -211,40 +215,107 @@ class Evaluator:
             loaded[base.ref] = weight
         return weight
 
-    def merge(
-        self, expression: Merge, start: int, stop: int, path: str = ""
-    ) -> tuple[Tensor, Tensor | None]:
-        """Rows of what a method makes, and the base's rows."""
-        block = self.block(expression, start, stop, path)
+    def merged(self, expression: Merge, block: Block) -> Tensor:
+        """What a method makes of a block, which may be written over."""
         own = methods.method(expression.method)
-        merged = own.block(self._task(expression), self._states[id(expression)], block)
-        return merged, block.base
+        return methods.merged(own, self._task(expression), self._states[id(expression)], block)
+
+    def compiled(self, expression: Merge, block: Block, out: Tensor) -> Proof | None:
+        """The same, rounded into `out` by compiled loops, if there are any for it."""
+        own = methods.method(expression.method)
+        state = self._states[id(expression)]
+        return methods.compiled(own, self._task(expression), state, block, out)
 
     def block(
         self, expression: Merge, start: int, stop: int, path: str, into: Tensor | None = None
     ) -> Block:
         """The rows that a method sees; those of the first input in `into`, if given."""
-        base: Tensor | None = None
-        loaded: Loaded = {}
+        base: Tensor | Stored | None = None
         if expression.base:
-            base = self.buffer(f"{path}base", stop - start)
-            self.evaluate(expression.base, start, stop, base, f"{path}b")
-            if isinstance(expression.base, Load):
-                loaded[expression.base.ref] = base
-        apart = methods.method(expression.method).TASK_VECTORS
-        inputs = []
+            base = self.operand(expression.base, start, stop, f"{path}base", f"{path}b")
+        inputs: list[Tensor | Stored] = []
+        block = Block(start * self.columns, base, inputs)
+        loaded: Loaded = {}
         for number, each in enumerate(expression.inputs):
-            inner = f"{path}{number}."
+            names = f"{path}{number}", f"{path}{number}."
             out = into if number == 0 else None
-            if out is None:
-                out = self.buffer(f"{path}{number}", stop - start)
-            if apart and base is not None and expression.base:
-                pair = (each, expression.base)
-                task_vector(self, *pair, base, start, stop, out, inner, loaded)
+            if methods.method(expression.method).TASK_VECTORS and expression.base:
+                pair = each, expression.base
+                inputs.append(
+                    self._task_vector(*pair, base, block, start, stop, *names, out, loaded)
+                )
             else:
-                self.evaluate(each, start, stop, out, inner, loaded)
-            inputs.append(out)
+                inputs.append(self.operand(each, start, stop, *names, out, loaded))
         return Block(start * self.columns, base, inputs)
+
+    def _task_vector(
+        self,
+        tuned: Expression,
+        base: Expression,
+        stored: Tensor | Stored | None,
+        block: Block,
+        start: int,
+        stop: int,
+        name: str,
+        path: str,
+        out: Tensor | None,
+        loaded: Loaded,
+    ) -> Tensor | Stored:
+        """Rows of a task vector; `stored` are the base's, which `block` widens."""
+        if tuned != base and isinstance(stored, Stored):
+            found = self._as_stored(tuned, start, stop, name, out, stored.operand.values)
+            if found is not None:
+                return found
+        rows = block.base
+        assert rows is not None
+        if isinstance(base, Load):
+            loaded[base.ref] = rows
+        values = self.buffer(name, stop - start) if out is None else out
+        task_vector(self, tuned, base, rows, start, stop, values, path, loaded)
+        return values
+
+    def operand(
+        self,
+        expression: Expression,
+        start: int,
+        stop: int,
+        name: str,
+        path: str,
+        out: Tensor | None = None,
+        loaded: Loaded | None = None,
+    ) -> Tensor | Stored:
+        """Rows of any expression: as they are stored, if compiled loops read that."""
+        found = self._as_stored(expression, start, stop, name, out)
+        if found is not None:
+            return found
+        values = self.buffer(name, stop - start) if out is None else out
+        self.evaluate(expression, start, stop, values, path, loaded)
+        return values
+
+    def _as_stored(
+        self,
+        expression: Expression,
+        start: int,
+        stop: int,
+        name: str,
+        out: Tensor | None,
+        less: Tensor | None = None,
+    ) -> Stored | None:
+        """Rows of a tensor for compiled loops, less others; None if those do not read it."""
+        plain = isinstance(expression, Load) and native.reads(expression.ref.dtype)
+        if not plain or self.dtype != torch.float32 or self.workspace.device.type != "cpu":
+            return None
+        assert isinstance(expression, Load)
+        files, columns = self.files, self.columns
+        rows = self.workspace.read(files, expression.ref, start, stop, columns, f"in {name}")
+        operand = Operand(rows.view(-1), less)
+
+        def widen() -> Tensor:
+            values = self.buffer(name, stop - start) if out is None else out
+            native.widen(operand, values)
+            return values
+
+        return Stored(operand, widen)
 
     def _rows(self, expression: Rows, start: int, stop: int, out: Tensor, path: str) -> None:
         at = 0

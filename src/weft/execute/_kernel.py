@@ -9,12 +9,14 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from weft import native
 from weft.core.errors import NumericsError
 from weft.core.specs import AddDeltas, Load, Merge, Rows, Scaled, TensorJob, leaves
 from weft.core.sums import dot
 from weft.execute._expressions import Evaluator
 from weft.execute._soundness import culprit
-from weft.execute._updates import add_deltas
+from weft.execute._updates import update
+from weft.methods import Stored
 from weft.plan.layout import layout
 
 if TYPE_CHECKING:
@@ -22,6 +24,8 @@ if TYPE_CHECKING:
 
     from weft.execute._blocks import Files, Workspace
     from weft.execute._expressions import Helpers, Shared
+    from weft.methods import Block
+    from weft.native import Proof
 
 
 @dataclass(frozen=True, slots=True)
@@ -111,27 +115,80 @@ class Kernel:
             case Load() | Scaled() | Rows():
                 value = self._evaluator.buffer("weight", rows)
                 self._evaluator.evaluate(expression, start, stop, value)
+                if self._finished(value, None, None, out) is not None:
+                    return Sums(compared=False)
                 sound = self._check_cast(value, self.workspace.narrow(value, out))
                 return Sums(compared=False, sound=sound)
             case AddDeltas():
-                weight = self._evaluator.buffer("weight", rows)
-                delta = self._evaluator.buffer("delta", rows)
-                value = self._evaluator.buffer("value", rows)
-                self._evaluator.evaluate(expression.base, start, stop, weight, "b")
-                if self._square == 0:
-                    delta.zero_()
-                    value.copy_(weight)  # and not W + 0, which makes +0 of −0
-                else:
-                    add_deltas(self._evaluator, expression, start, weight, delta, value)
-                return self._sums(weight, delta, value, self.workspace.narrow(value, out))
+                return self._updated(expression, start, stop, out)
             case Merge():
-                value, base = self._evaluator.merge(expression, start, stop)
-                rounded = self.workspace.narrow(value, out)
-                if base is None:
-                    self._check_finite(value, rounded)
-                    return Sums(compared=False)
-                delta = torch.sub(value, base, out=self._evaluator.buffer("delta", rows))
-                return self._sums(base, delta, value, rounded)
+                block = self._evaluator.block(expression, start, stop, "")
+                found = self._sums_of(self._evaluator.compiled(expression, block, out))
+                return found or self._merged(self._evaluator.merged(expression, block), block, out)
+
+    def _merged(self, value: Tensor, block: Block, out: Tensor) -> Sums:
+        """What a method has made, rounded, and compared with the base if there is one."""
+        found = self._finished(value, block.base_operand(), None, out)
+        if found is not None:
+            return found
+        rounded = self.workspace.narrow(value, out)
+        base = block.base
+        if base is None:
+            self._check_finite(value, rounded)
+            return Sums(compared=False)
+        delta = torch.sub(value, base, out=self._evaluator.buffer("delta", len(value)))
+        return self._sums(base, delta, value, rounded)
+
+    def _updated(self, expression: AddDeltas, start: int, stop: int, out: Tensor) -> Sums:
+        """W + ΔW of adapters."""
+        rows = stop - start
+        delta = self._evaluator.buffer("delta", rows)
+        value = self._evaluator.buffer("value", rows)
+        stored = self._evaluator.operand(expression.base, start, stop, "weight", "b")
+        weight = stored.widen() if isinstance(stored, Stored) else stored
+        base = stored.operand.values if isinstance(stored, Stored) else stored
+        added = False  # whether W + ΔW is in `value`
+        if self._square == 0:
+            delta.zero_()
+            value.copy_(weight)  # and not W + 0, which makes +0 of −0
+            added = True
+        else:
+            added = update(self._evaluator, expression, start, weight, delta, value)
+        found = self._finished(value if added else None, base, delta, out)
+        if found is not None:
+            return found
+        if not added:
+            torch.add(weight, delta, out=value)
+        return self._sums(weight, delta, value, self.workspace.narrow(value, out))
+
+    def _finished(
+        self, value: Tensor | None, base: Tensor | None, delta: Tensor | None, out: Tensor
+    ) -> Sums | None:
+        """Rounded into `out` and compared by compiled loops; None if that is not to be had."""
+        if not native.takes(*(each for each in (value, base, delta, out) if each is not None)):
+            return None
+        exact = isinstance(self.job.expression, Merge)
+        return self._sums_of(native.finish(value, base, delta, out, exact=exact))
+
+    def _sums_of(self, proof: Proof | None) -> Sums | None:
+        """None where something is not finite, and a closer look is needed."""
+        if proof is None or proof.not_finite:
+            return None
+        if not math.isfinite(proof.base + proof.delta + proof.error):
+            return None
+        compared = self._compared
+        if not compared:
+            return Sums(compared=False)
+        delta = 0.0 if self._square is not None else proof.delta
+        return Sums(proof.base, delta, proof.error, bool(proof.changed))
+
+    @property
+    def _compared(self) -> bool:
+        """There is a base to compare with."""
+        expression = self.job.expression
+        if isinstance(expression, Merge):
+            return expression.base is not None
+        return isinstance(expression, AddDeltas)
 
     def bytes_read(self, rows: int) -> int:
         """What `rows` rows of the output cost to read, the small factors aside."""

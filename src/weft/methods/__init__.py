@@ -16,6 +16,9 @@ import pkgutil
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar, cast
 
+from weft import native
+from weft.native import Operand, Proof
+
 if TYPE_CHECKING:
     from collections.abc import Callable, Collection, Mapping, Sequence
 
@@ -100,19 +103,71 @@ class Task:
 
 
 @dataclass(frozen=True, slots=True)
+class Stored:
+    """Rows as they lie on disk, until somebody wants them in the arithmetic dtype.
+
+    Attributes:
+        operand: What compiled loops read.
+        widen: -> the rows, as a matrix.
+    """
+
+    operand: Operand
+    widen: Callable[[], Tensor]
+
+
 class Block:
-    """Some rows of every tensor, in the arithmetic dtype.
+    """Some rows of every tensor.
 
     Attributes:
         start: The first element, counted in the whole tensor.
-        base: Rows of the base, or None if there is none; not to be changed.
-        inputs: Rows of the inputs: x, or x − base for a method of `TASK_VECTORS`. A method may
-            write over them.
     """
 
-    start: int
-    base: Tensor | None
-    inputs: Sequence[Tensor]
+    def __init__(
+        self,
+        start: int,
+        base: Tensor | Stored | None,
+        inputs: Sequence[Tensor | Stored],
+    ) -> None:
+        self.start = start
+        self._base = base
+        self._inputs = list(inputs)
+
+    @property
+    def base(self) -> Tensor | None:
+        """Rows of the base in the arithmetic dtype; not to be changed. None if there is none."""
+        if isinstance(self._base, Stored):
+            self._base = self._base.widen()
+        return self._base
+
+    @property
+    def inputs(self) -> list[Tensor]:
+        """Rows of the inputs: x, or x − base for a method of `TASK_VECTORS`.
+
+        In the arithmetic dtype. A method may write over them, where nobody reads them again.
+        """
+        found = [each.widen() if isinstance(each, Stored) else each for each in self._inputs]
+        self._inputs = list(found)
+        return found
+
+    @property
+    def count(self) -> int:
+        """Elements of each."""
+        first = self._inputs[0] if self._inputs else self._base
+        assert first is not None
+        return (first.operand.values if isinstance(first, Stored) else first).numel()
+
+    def operands(self) -> list[Operand] | None:
+        """The inputs for compiled loops, in whatever dtype they are; None if those take others."""
+        found = [
+            each.operand if isinstance(each, Stored) else Operand(each.reshape(-1))
+            for each in self._inputs
+        ]
+        tensors = [t for each in found for t in (each.values, each.less) if t is not None]
+        return found if native.takes(*tensors) else None
+
+    def base_operand(self) -> Tensor | None:
+        """The base's rows for compiled loops."""
+        return self._base.operand.values if isinstance(self._base, Stored) else self._base
 
 
 class Blocks(Protocol):
@@ -153,8 +208,17 @@ class Method(Protocol):
     # and what to write:
     #     def check(task: Task) -> Problem | None
 
-    def block(self, task: Task, state: Any, block: Block) -> Tensor:
-        """The merged rows: a tensor of its own, or one of the block's."""
+    # What it does is either of these two; if both, `weights` may say None.
+    #
+    # The merged rows: a tensor of its own, or one of the block's.
+    #     def block(task: Task, state: Any, block: Block) -> Tensor
+    #
+    # The merged rows are a sum of the inputs' and of the base's, by these factors: (of the base,
+    # of each input).
+    #     def weights(task: Task, state: Any) -> tuple[float, Sequence[float]] | None
+    #
+    # And where there is a compiled loop, the same rows rounded into `out`; None if it cannot.
+    #     def compiled(task: Task, state: Any, block: Block, out: Tensor) -> Proof | None
 
 
 def names() -> list[str]:
@@ -184,3 +248,39 @@ def prepare(own: Method, task: Task, blocks: Blocks) -> Any:
     """The method's statistics, if it has any."""
     ask = getattr(own, "prepare", None)
     return ask(task, blocks) if ask else None
+
+
+def weights(own: Method, task: Task, state: Any) -> tuple[float, Sequence[float]] | None:
+    """The factors of the base and of each input, if the method is a sum of them."""
+    ask = getattr(own, "weights", None)
+    return ask(task, state) if ask else None
+
+
+def merged(own: Method, task: Task, state: Any, block: Block) -> Tensor:
+    """The rows that the method makes of a block, which may be written over."""
+    factors = weights(own, task, state)
+    if factors is None:
+        found: Tensor = own.block(task, state, block)  # type: ignore[attr-defined]
+        return found
+    share, others = factors
+    if not block.inputs:
+        assert block.base is not None
+        return block.base if share == 1 else block.base * share
+    total = block.inputs[0].mul_(others[0]) if others[0] != 1 else block.inputs[0]
+    for each, factor in zip(block.inputs[1:], others[1:], strict=True):
+        total.add_(each, alpha=factor)
+    if block.base is not None and share:
+        total.add_(block.base, alpha=share)
+    return total
+
+
+def compiled(own: Method, task: Task, state: Any, block: Block, out: Tensor) -> Proof | None:
+    """The merged rows, rounded into `out` by compiled loops, and their proof; None if by others."""
+    operands, base = block.operands(), block.base_operand()
+    if not operands or not native.takes(out, *([] if base is None else [base])):
+        return None
+    factors = weights(own, task, state)
+    if factors is not None:
+        return native.combine(operands, factors[1], base, factors[0], out)
+    ask = getattr(own, "compiled", None)
+    return ask(task, state, block, out) if ask else None

@@ -14,8 +14,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from weft import native
 from weft.core.errors import Problem
 from weft.methods import Parameter, _sparsify
+from weft.native import Proof
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -26,6 +28,7 @@ if TYPE_CHECKING:
     from weft.methods._sparsify import Keep
 
 _RUN = 64  # elements
+LEAST_SUM = 1e-8  # of weights, by which nothing is divided below it
 LEAST = 1e-7  # an L1 norm below it is that of nothing, and not rescaled to
 
 
@@ -75,18 +78,8 @@ def rescaled(task: Task, blocks: Blocks, keeps: Sequence[Keep]) -> list[Part]:
     if not task.params["rescale"] or all(keep is _sparsify.everything for keep in keeps):
         return [Part(keep) for keep in keeps]
 
-    def measure(block: Block) -> list[tuple[float, float, int, int, _sparsify.Array | None]]:
-        found: list[tuple[float, float, int, int, _sparsify.Array | None]] = []
-        for keep, each in zip(keeps, block.inputs, strict=True):
-            values = each.reshape(-1)
-            if keep is _sparsify.everything:
-                found.append((1.0, 1.0, block.start, len(values), None))
-                continue
-            before = _norm(values.abs_())
-            keep(block.start, values)
-            bits = _sparsify.nonzero_bits(values)
-            found.append((before, _norm(values), block.start, len(values), bits))
-        return found
+    def measure(block: Block) -> list[_Measured]:
+        return [_measure(keep, block, number) for number, keep in enumerate(keeps)]
 
     measured = blocks.map(measure)
     parts = []
@@ -100,6 +93,25 @@ def rescaled(task: Task, blocks: Blocks, keeps: Sequence[Keep]) -> list[Part]:
         factor = before / after if min(before, after) >= LEAST else 1.0
         parts.append(Part(keep) if keep is _sparsify.everything else Part(record, factor))
     return parts
+
+
+_Measured = tuple[float, float, int, int, "_sparsify.Array | None"]
+
+
+def _measure(keep: Keep, block: Block, number: int) -> _Measured:
+    """Σ |d| of an input and of what is kept of it, its first element, how many, and which."""
+    operands = block.operands()
+    if keep is _sparsify.everything:
+        return 1.0, 1.0, block.start, block.count, None
+    if operands is not None and isinstance(keep, _sparsify.Bernoulli):
+        bits = keep.bits(block.start, block.count)
+        norms = native.norms(operands[number], native.Keep(bits=bits))
+        return *norms, block.start, block.count, bits
+    values = block.inputs[number].reshape(-1)
+    before = _norm(values.abs_())
+    keep(block.start, values)
+    bits = _sparsify.nonzero_bits(values)
+    return before, _norm(values), block.start, len(values), bits
 
 
 def _norm(magnitudes: Tensor) -> float:
@@ -117,15 +129,12 @@ def merge(task: Task, parts: Sequence[Part], block: Block, *, consensus: bool) -
     for part, each in zip(parts, block.inputs, strict=True):
         part.keep(block.start, each.reshape(-1))
     weights = [float(weight) for weight in task.of_each("weight")]
-    factors = [weight * part.factor for weight, part in zip(weights, parts, strict=True)]
+    shares = [weight * part.factor for weight, part in zip(weights, parts, strict=True)]
     scale = float(task.params["lambda"])
     normalize = bool(task.params["normalize"])
     if not consensus:
-        total = sum(weights)
-        if normalize and abs(total) >= 1e-8:
-            scale /= total
-        for factor, each in zip(factors, block.inputs, strict=True):
-            each.mul_(factor * scale)
+        for share, part, each in zip(factors(task, weights), parts, block.inputs, strict=True):
+            each.mul_(share * part.factor)
         for each in block.inputs[1:]:
             block.inputs[0].add_(each)
         return block.inputs[0].add_(block.base)
@@ -134,11 +143,53 @@ def merge(task: Task, parts: Sequence[Part], block: Block, *, consensus: bool) -
     scratch = flat[0].new_empty(3, min(step, flat[0].numel()))
     for start in range(0, flat[0].numel(), step):
         base, *inputs = [each[start : start + step] for each in flat]
-        for factor, each in zip(factors, inputs, strict=True):
-            each.mul_(factor)
+        for share, each in zip(shares, inputs, strict=True):
+            each.mul_(share)
         _vote(inputs, weights if normalize else None, scratch[:, : len(base)])
         inputs[0].mul_(scale).add_(base)
     return block.inputs[0]
+
+
+def factors(task: Task, weights: Sequence[float]) -> list[float]:
+    """What the task vectors are multiplied with where none of them has a vote."""
+    scale, total = float(task.params["lambda"]), sum(map(float, weights))
+    if task.params["normalize"] and abs(total) >= LEAST_SUM:
+        scale /= total
+    return [float(weight) * scale for weight in weights]
+
+
+def compiled(
+    task: Task, parts: Sequence[Part], block: Block, out: Tensor, *, consensus: bool
+) -> Proof | None:
+    """`merge`, rounded into `out`; None where it is not to be had."""
+    operands, base = block.operands(), block.base_operand()
+    assert operands is not None
+    assert base is not None
+    if len(operands) > native.MOST:
+        return None
+    weights = [float(weight) for weight in task.of_each("weight")]
+    shares = weights if consensus else factors(task, weights)
+    shares = [share * part.factor for share, part in zip(shares, parts, strict=True)]
+    proof = Proof()
+    flat, rounded = base.reshape(-1), out.view(-1)
+    keeps = [part.keep for part in parts]
+    for first, last in _sparsify.runs(keeps, block.start, block.start + len(flat)):
+        kept = [_sparsify.compiled(keep, first, last - first) for keep in keeps]
+        here = slice(first - block.start, last - block.start)
+        if any(each is None for each in kept):
+            return None
+        native.vote(
+            [each.part(here) for each in operands],
+            [each for each in kept if each is not None],
+            shares,
+            weights if consensus and task.params["normalize"] else None,
+            float(task.params["lambda"]) if consensus else 1.0,
+            flat[here],
+            rounded[here],
+            consensus=consensus,
+            proof=proof,
+        )
+    return proof
 
 
 def _vote(inputs: Sequence[Tensor], weights: Sequence[float] | None, scratch: Tensor) -> None:

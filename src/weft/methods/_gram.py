@@ -9,13 +9,14 @@ from __future__ import annotations
 import math
 from typing import TYPE_CHECKING, Any
 
+from weft import native
 from weft.core.sums import dot
+from weft.native import Operand
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
     import numpy as np
-    from torch import Tensor
 
     from weft.methods import Block, Blocks
 
@@ -26,6 +27,10 @@ def gram(blocks: Blocks, *, base: bool = False) -> Matrix:
     """⟨xᵢ, xⱼ⟩ for all inputs (n, n); with `base`, that is number 0 before them."""
 
     def products(block: Block) -> list[list[float]]:
+        operands = block.operands()
+        if operands is not None and len(operands) < native.MOST:
+            first = block.base_operand() if base else None
+            return native.gram([*([Operand(first)] if first is not None else []), *operands])
         tensors = [*([block.base] if base and block.base is not None else []), *block.inputs]
         flat = [each.reshape(-1) for each in tensors]
         return [[dot(one, other) for other in flat[: n + 1]] for n, one in enumerate(flat)]
@@ -39,14 +44,6 @@ def gram(blocks: Blocks, *, base: bool = False) -> Matrix:
         for n, row in enumerate(part):
             total[n, : n + 1] += row
     return np.tril(total) + np.tril(total, -1).T
-
-
-def combine(weights: Sequence[float], inputs: Sequence[Tensor]) -> Tensor:
-    """Σ wᵢ xᵢ, in the memory of the first."""
-    total = inputs[0].mul_(weights[0])
-    for weight, each in zip(weights[1:], inputs[1:], strict=True):
-        total.add_(each, alpha=weight)
-    return total
 
 
 def norm(products: Matrix, weights: Sequence[float] | Matrix) -> float:

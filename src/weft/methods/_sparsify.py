@@ -8,13 +8,15 @@ from __future__ import annotations
 import math
 from bisect import bisect_right
 from dataclasses import dataclass, field
+from itertools import pairwise
 from typing import TYPE_CHECKING, Any, Protocol
 
+from weft import native
 from weft.core.errors import Problem
 from weft.methods import Parameter, _random, _select
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterator, Sequence
 
     import numpy as np
     from torch import Tensor
@@ -71,6 +73,24 @@ class Magnitudes:
                 kept = part.abs()
                 part.mul_(kept.le_(self.high.value) if before else kept.lt_(self.high.value))
 
+    def compiled(self, start: int) -> native.Keep:
+        """The bounds of the elements from `start` on, up to a cut's end."""
+        low, high = -1.0, math.inf
+        if self.low and self.low.value > 0:
+            low = self.low.value
+            if (start < self.low.stop) is self.first:
+                low = _below(low)
+        if self.high and self.high.value < math.inf:
+            high = self.high.value if start < self.high.stop else _below(self.high.value)
+        return native.Keep(low, high)
+
+
+def _below(value: float) -> float:
+    """The next smaller float32."""
+    import numpy as np
+
+    return float(np.nextafter(np.float32(value), np.float32(-np.inf)))
+
 
 def _sides(start: int, values: Tensor, stop: int) -> Iterator[tuple[Tensor, bool]]:
     """What of `values` is before element `stop`, and what is not."""
@@ -92,6 +112,12 @@ class Bernoulli:
         for at in range(0, len(values), PIECE):
             part = values[at : at + PIECE]
             part.mul_(_mask(_random.bernoulli(self.key, self.density, start + at, len(part)), part))
+
+    def bits(self, start: int, count: int) -> Array:
+        """Packed: which of the elements from `start` on are kept."""
+        import numpy as np
+
+        return np.packbits(_random.bernoulli(self.key, self.density, start, count))
 
 
 @dataclass(frozen=True, slots=True)
@@ -177,6 +203,35 @@ class Recorded:
             part.mul_(_mask(kept, part))
             at += last - first
             piece += 1
+
+    @property
+    def ends(self) -> list[int]:
+        return [start + count for start, count in zip(self.starts, self.counts, strict=True)]
+
+
+def runs(keeps: Sequence[Keep], start: int, stop: int) -> Iterator[tuple[int, int]]:
+    """The elements `start` to `stop` in runs in which `compiled` is the same for every keep."""
+    edges = {start, stop}
+    for keep in keeps:
+        if isinstance(keep, Magnitudes):
+            edges |= {cut.stop for cut in (keep.low, keep.high) if cut}
+        elif isinstance(keep, Recorded):
+            edges |= set(keep.ends)
+    yield from pairwise(sorted(edge for edge in edges if start <= edge <= stop))
+
+
+def compiled(keep: Keep, start: int, count: int) -> native.Keep | None:
+    """What compiled loops are told of `count` elements from `start` on; None if they cannot."""
+    if keep is everything:
+        return native.Keep()
+    if isinstance(keep, Magnitudes):
+        return keep.compiled(start)
+    if isinstance(keep, Recorded):
+        piece = bisect_right(keep.starts, start) - 1
+        return native.Keep(bits=keep.bits[piece], first=start - keep.starts[piece])
+    if isinstance(keep, Bernoulli):
+        return native.Keep(bits=keep.bits(start, count))
+    return None
 
 
 def nonzero_bits(values: Tensor) -> Array:

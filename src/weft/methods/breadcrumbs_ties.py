@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from weft.methods import Block, Blocks, Task
+    from weft.native import Proof
 
 USE_WHEN = "As breadcrumbs, where the fine-tunes pull in opposite directions."
 PARAMETERS = _arithmetic.parameters(normalize=False, rescale=False, gamma=_sparsify.GAMMA)
@@ -33,3 +34,7 @@ def prepare(task: Task, blocks: Blocks) -> list[_arithmetic.Part]:
 
 def block(task: Task, state: list[_arithmetic.Part], block: Block) -> Tensor:
     return _arithmetic.merge(task, state, block, consensus=True)
+
+
+def compiled(task: Task, state: list[_arithmetic.Part], block: Block, out: Tensor) -> Proof | None:
+    return _arithmetic.compiled(task, state, block, out, consensus=True)

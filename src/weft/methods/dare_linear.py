@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from weft.methods import Block, Blocks, Task
+    from weft.native import Proof
 
 USE_WHEN = "Fine-tunes with much redundancy, thinned so that their sum disturbs each of them less."
 PARAMETERS = _arithmetic.parameters(normalize=False, rescale=True)
@@ -31,3 +32,7 @@ def prepare(task: Task, blocks: Blocks) -> list[_arithmetic.Part]:
 
 def block(task: Task, state: list[_arithmetic.Part], block: Block) -> Tensor:
     return _arithmetic.merge(task, state, block, consensus=False)
+
+
+def compiled(task: Task, state: list[_arithmetic.Part], block: Block, out: Tensor) -> Proof | None:
+    return _arithmetic.compiled(task, state, block, out, consensus=False)

@@ -19,9 +19,7 @@ from typing import TYPE_CHECKING
 from weft.methods import Parameter, _gram
 
 if TYPE_CHECKING:
-    from torch import Tensor
-
-    from weft.methods import Block, Blocks, Task
+    from weft.methods import Blocks, Task
 
 USE_WHEN = "Any number of models, equally: the mean that keeps their length."
 PARAMETERS = {
@@ -80,5 +78,5 @@ def _mean(cosines: _gram.Matrix, iterations: int, tol: float) -> _gram.Matrix:
     return mean
 
 
-def block(task: Task, state: list[float], block: Block) -> Tensor:
-    return _gram.combine(state, block.inputs)
+def weights(task: Task, state: list[float]) -> tuple[float, list[float]]:
+    return 0.0, state

@@ -7,10 +7,8 @@ from typing import TYPE_CHECKING
 from weft.methods import Parameter, _arithmetic
 
 if TYPE_CHECKING:
-    from torch import Tensor
-
     from weft.core.errors import Problem
-    from weft.methods import Block, Task
+    from weft.methods import Task
 
 USE_WHEN = "Models tuned from one base, averaged: the plain choice, and a strong one."
 PARAMETERS = {
@@ -29,11 +27,8 @@ def check(task: Task) -> Problem | None:
     return _arithmetic.check_sum(weights, "normalize") if task.params["normalize"] else None
 
 
-def block(task: Task, state: None, block: Block) -> Tensor:
-    weights = task.of_each("weight")
+def weights(task: Task, state: None) -> tuple[float, list[float]]:
+    found = [float(weight) for weight in task.of_each("weight")]
     if task.params["normalize"]:
-        weights = [weight / sum(weights) for weight in weights]
-    mixed = block.inputs[0].mul_(weights[0])
-    for each, weight in zip(block.inputs[1:], weights[1:], strict=True):
-        mixed.add_(each, alpha=weight)
-    return mixed
+        found = [weight / sum(found) for weight in found]
+    return 0.0, found

@@ -47,19 +47,12 @@ def prepare(task: Task, blocks: Blocks) -> float | None:
     return mean / denominator if abs(denominator) >= LEAST else 0.0
 
 
-def block(task: Task, state: float | None, block: Block) -> Tensor:
-    assert block.base is not None
-    if state is None:
-        return _by_row(task, block)
-    total = block.inputs[0]
-    for each in block.inputs[1:]:
-        total.add_(each)
-    import torch
-
-    return torch.add(block.base, total, alpha=state, out=total)
+def weights(task: Task, state: float | None) -> tuple[float, list[float]] | None:
+    return None if state is None else (1.0, [state] * task.count)
 
 
-def _by_row(task: Task, block: Block) -> Tensor:
+def block(task: Task, state: None, block: Block) -> Tensor:
+    """Where every row has an angle of its own."""
     import torch
 
     columns = task.shape[-1] if task.shape else 1
@@ -76,4 +69,5 @@ def _by_row(task: Task, block: Block) -> Tensor:
     for each in rows[1:]:
         total.add_(each)
     total.mul_(share.to(total.dtype)[:, None])
-    return block.inputs[0].add_(block.base)  # type: ignore[arg-type]
+    assert block.base is not None
+    return block.inputs[0].add_(block.base)

@@ -23,10 +23,8 @@ from weft.core.errors import NumericsError
 from weft.methods import Parameter, _arithmetic, _gram
 
 if TYPE_CHECKING:
-    from torch import Tensor
-
     from weft.core.errors import Problem
-    from weft.methods import Block, Blocks, Task
+    from weft.methods import Blocks, Task
 
 USE_WHEN = "More than two models as slerp would merge two: their mean direction, not shrunk."
 PARAMETERS = {
@@ -70,6 +68,5 @@ def prepare(task: Task, blocks: Blocks) -> list[float]:
     return [scale * each for each in mean]
 
 
-def block(task: Task, state: list[float], block: Block) -> Tensor:
-    total = _gram.combine(state, block.inputs)
-    return total if block.base is None else total.add_(block.base)
+def weights(task: Task, state: list[float]) -> tuple[float, list[float]]:
+    return 1.0, state

@@ -64,12 +64,16 @@ def prepare(task: Task, blocks: Blocks) -> tuple[Tensor, Tensor] | None:
     return _factors(task, *totals)
 
 
+def weights(task: Task, state: tuple[Tensor, Tensor] | None) -> tuple[float, list[float]] | None:
+    if state is None or not task.params["nuslerp_flatten"]:
+        return None
+    return 1.0, [float(each) for each in state]
+
+
 def block(task: Task, state: tuple[Tensor, Tensor] | None, block: Block) -> Tensor:
+    """Where vectors have angles of their own."""
     total, other = block.inputs
-    if task.params["nuslerp_flatten"]:
-        assert state is not None
-        _gram.combine([float(each) for each in state], block.inputs)
-    elif state is None:
+    if state is None:
         _along_rows(task, total, other)
     else:
         ours, theirs = (each.to(total) for each in state)

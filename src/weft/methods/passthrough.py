@@ -10,9 +10,7 @@ from typing import TYPE_CHECKING
 from weft.methods import Parameter
 
 if TYPE_CHECKING:
-    from torch import Tensor
-
-    from weft.methods import Block, Task
+    from weft.methods import Task
 
 USE_WHEN = "Layers are to be stacked, left out or repeated, or single tensors scaled."
 PARAMETERS = {
@@ -24,6 +22,6 @@ TASK_VECTORS = False
 ROWS = False
 
 
-def block(task: Task, state: None, block: Block) -> Tensor:
+def weights(task: Task, state: None) -> tuple[float, list[float]]:
     (scale,) = task.of_each("scale")
-    return block.inputs[0] if scale is None else block.inputs[0].mul_(scale)
+    return 0.0, [1.0 if scale is None else float(scale)]

@@ -17,9 +17,7 @@ from typing import TYPE_CHECKING
 from weft.methods import Parameter, _gram
 
 if TYPE_CHECKING:
-    from torch import Tensor
-
-    from weft.methods import Block, Blocks, Task
+    from weft.methods import Blocks, Task
 
 USE_WHEN = "Two models, one on the way to the other; t may differ from layer to layer."
 PARAMETERS = {"t": Parameter("how far from the base (0) to the other model (1)")}
@@ -44,6 +42,5 @@ def prepare(task: Task, blocks: Blocks) -> tuple[float, float]:
     return math.sin((1 - t) * theta) / math.sin(theta), math.sin(t * theta) / math.sin(theta)
 
 
-def block(task: Task, state: tuple[float, float], block: Block) -> Tensor:
-    assert block.base is not None
-    return block.inputs[0].mul_(state[1]).add_(block.base, alpha=state[0])
+def weights(task: Task, state: tuple[float, float]) -> tuple[float, list[float]]:
+    return state[0], [state[1]]

@@ -7,12 +7,10 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from weft.methods import _arithmetic, _sparsify
+from weft.methods import _arithmetic
 
 if TYPE_CHECKING:
-    from torch import Tensor
-
-    from weft.methods import Block, Task
+    from weft.methods import Task
 
 USE_WHEN = "What several models have learned on top of one base is to be added up, or taken away."
 PARAMETERS = _arithmetic.parameters(normalize=False, rescale=False)
@@ -22,6 +20,5 @@ TASK_VECTORS = True
 ROWS = False
 
 
-def block(task: Task, state: None, block: Block) -> Tensor:
-    parts = [_arithmetic.Part(_sparsify.everything)] * task.count
-    return _arithmetic.merge(task, parts, block, consensus=False)
+def weights(task: Task, state: None) -> tuple[float, list[float]]:
+    return 1.0, _arithmetic.factors(task, task.of_each("weight"))

@@ -1,0 +1,240 @@
+"""Loops compiled from `kernels.c`: the arithmetic of weights, without passes that torch would need.
+
+They are there where a C compiler was when Weft was installed. Whoever calls them has the same in
+torch, for GPUs, float64 and everything else that `takes` says no to. The interpreter's lock is free
+meanwhile.
+
+Tensors are torch's, contiguous, on the CPU.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import math
+from dataclasses import dataclass
+from functools import cache
+from typing import TYPE_CHECKING, Any
+
+from weft.native import build
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from torch import Tensor
+
+MOST = 32  # operands
+_KINDS = {"torch.float32": 0, "torch.bfloat16": 1, "torch.float16": 2}
+
+
+@dataclass(frozen=True, slots=True)
+class Operand:
+    """`values`, less those of `less` if it is there; both float32, bfloat16 or float16."""
+
+    values: Tensor
+    less: Tensor | None = None
+
+    def part(self, here: slice) -> Operand:
+        """Of some of the elements."""
+        return Operand(self.values[here], None if self.less is None else self.less[here])
+
+
+@dataclass(frozen=True, slots=True)
+class Keep:
+    """Of a task vector d: low < |d| ≤ high, and where `bits` are given, those that are set.
+
+    Attributes:
+        bits: As NumPy's `packbits` gives them.
+        first: Which of them is that of the first element.
+    """
+
+    low: float = -1.0
+    high: float = math.inf
+    bits: Any = None
+    first: int = 0
+
+
+class _Keep(ctypes.Structure):
+    _fields_ = (
+        ("bits", ctypes.c_void_p),
+        ("first", ctypes.c_size_t),
+        ("low", ctypes.c_float),
+        ("high", ctypes.c_float),
+    )
+
+
+class _Operand(ctypes.Structure):
+    _fields_ = (
+        ("values", ctypes.c_void_p),
+        ("less", ctypes.c_void_p),
+        ("kind", ctypes.c_int32),
+        ("less_kind", ctypes.c_int32),
+    )
+
+
+class Proof(ctypes.Structure):
+    """‖W‖², ‖ΔW‖², ‖error‖², whether anything changed, and whether anything is not finite."""
+
+    _fields_ = (
+        ("base", ctypes.c_double),
+        ("delta", ctypes.c_double),
+        ("error", ctypes.c_double),
+        ("changed", ctypes.c_int32),
+        ("not_finite", ctypes.c_int32),
+    )
+    base: float
+    delta: float
+    error: float
+    changed: int
+    not_finite: int
+
+
+@cache
+def library() -> ctypes.CDLL | None:
+    """What was compiled, or None."""
+    try:
+        found = ctypes.CDLL(str(build.library()))
+    except OSError:
+        return None
+    for name in ("gram", "widen", "finish", "combine", "norms", "vote"):
+        getattr(found, f"weft_{name}").restype = None
+    return found
+
+
+def reads(dtype: str) -> bool:
+    """Whether tensors of `dtype` can be given to the functions below."""
+    return library() is not None and f"torch.{dtype}" in _KINDS
+
+
+def takes(*tensors: Tensor) -> bool:
+    """Whether these tensors can be given to the functions below."""
+    return library() is not None and all(
+        str(each.dtype) in _KINDS and each.device.type == "cpu" for each in tensors
+    )
+
+
+def gram(operands: Sequence[Operand]) -> list[list[float]]:
+    """⟨xᵢ, xⱼ⟩ of all i and j ≤ i: runs of 2048 products in float32, their sums in float64."""
+    count = len(operands)
+    found = (ctypes.c_double * (count * (count + 1) // 2))()
+    _call("gram", ctypes.c_size_t(count), _array(operands), _size(operands[0].values), found)
+    return [list(found[n * (n + 1) // 2 : (n + 1) * (n + 2) // 2]) for n in range(count)]
+
+
+def widen(operand: Operand, out: Tensor) -> None:
+    """Into `out`, float32."""
+    _call("widen", _array([operand]), _size(out), _at(out))
+
+
+def finish(
+    value: Tensor | None,
+    base: Tensor | None,
+    delta: Tensor | None,
+    out: Tensor,
+    *,
+    exact: bool,
+) -> Proof:
+    """Round `value` into `out`, and take its proof against `base` W.
+
+    Args:
+        value: float32; None is W + `delta`.
+        base: W, as it is stored or widened; without it only `not_finite` is told.
+        delta: ΔW in float32; None is `value` − W.
+        out: Of any of the dtypes.
+        exact: The error is `out` − `value`; else it is (`out` − W) − ΔW.
+    """
+    found = Proof()
+    operand = _array([Operand(base)]) if base is not None else None
+    _call(
+        "finish", _at(value), operand, _at(delta), _size(out), ctypes.c_int(exact), _at(out),
+        ctypes.c_int(_kind(out)), ctypes.byref(found),
+    )  # fmt: skip
+    return found
+
+
+def combine(
+    operands: Sequence[Operand],
+    factors: Sequence[float],
+    base: Tensor | None,
+    share: float,
+    out: Tensor,
+) -> Proof:
+    """Σ factorᵢ · xᵢ + share · W, rounded into `out`, and its proof against `base` W."""
+    found = Proof()
+    operand = _array([Operand(base)]) if base is not None else None
+    _call(
+        "combine", ctypes.c_size_t(len(operands)), _array(operands),
+        _floats(factors), operand, ctypes.c_float(share), _size(out),
+        _at(out), ctypes.c_int(_kind(out)), ctypes.byref(found),
+    )  # fmt: skip
+    return found
+
+
+def norms(operand: Operand, keep: Keep) -> tuple[float, float]:
+    """Σ |d| of all elements, and of those that are kept, summed as in `gram`."""
+    found = (ctypes.c_double * 2)()
+    _call("norms", _array([operand]), _keeps([keep]), _size(operand.values), found)
+    return found[0], found[1]
+
+
+def vote(
+    operands: Sequence[Operand],
+    keeps: Sequence[Keep],
+    factors: Sequence[float],
+    weights: Sequence[float] | None,
+    scale: float,
+    base: Tensor,
+    out: Tensor,
+    *,
+    consensus: bool,
+    proof: Proof,
+) -> None:
+    """W + scale · Σ factorᵢ · kept dᵢ, rounded into `out`, and `proof` added to, against `base` W.
+
+    By `consensus` only those count in an element whose sign is that of the sum of all; with
+    `weights` their sum is divided by the weights of those.
+    """
+    _call(
+        "vote", ctypes.c_size_t(len(operands)), _array(operands), _keeps(keeps), _floats(factors),
+        None if weights is None else _floats(weights), ctypes.c_float(scale),
+        ctypes.c_int(consensus), _array([Operand(base)]), _size(out), _at(out),
+        ctypes.c_int(_kind(out)), ctypes.byref(proof),
+    )  # fmt: skip
+
+
+def _call(name: str, *arguments: Any) -> None:
+    found = library()
+    assert found is not None
+    getattr(found, f"weft_{name}")(*arguments)
+
+
+def _array(operands: Sequence[Operand]) -> Any:
+    found = (_Operand * len(operands))()
+    for each, operand in zip(found, operands, strict=True):
+        each.values, each.kind = operand.values.data_ptr(), _kind(operand.values)
+        if operand.less is not None:
+            each.less, each.less_kind = operand.less.data_ptr(), _kind(operand.less)
+    return found
+
+
+def _keeps(keeps: Sequence[Keep]) -> Any:
+    found = (_Keep * len(keeps))()
+    for each, keep in zip(found, keeps, strict=True):
+        each.bits = None if keep.bits is None else keep.bits.ctypes.data
+        each.first, each.low, each.high = keep.first, keep.low, keep.high
+    return found
+
+
+def _floats(values: Sequence[float]) -> Any:
+    return (ctypes.c_float * len(values))(*values)
+
+
+def _kind(tensor: Tensor) -> int:
+    return _KINDS[str(tensor.dtype)]
+
+
+def _at(tensor: Tensor | None) -> ctypes.c_void_p:
+    return ctypes.c_void_p(None if tensor is None else tensor.data_ptr())
+
+
+def _size(tensor: Tensor) -> ctypes.c_size_t:
+    return ctypes.c_size_t(tensor.numel())

@@ -1,0 +1,285 @@
+/* Loops that torch would make several passes of: weights are read as they are stored, widened,
+ * computed with in float32, and rounded once, while they are in the first level of the cache.
+ *
+ * Everything here has a torch form beside its caller, which GPUs, float64 and machines without this
+ * library use. Products are not contracted to fused ones, so that the numbers do not depend on the
+ * processor; the last digits of sums do, since vectors are of different lengths.
+ *
+ * An operand is n numbers of a kind (below), less those of another one if that is not NULL.
+ */
+#include <math.h>
+#include <stddef.h>
+#include <stdint.h>
+#include <string.h>
+
+#if defined(__x86_64__) && defined(__gnu_linux__) && !defined(ONE_PROCESSOR)
+#define FOR_EVERY_PROCESSOR \
+    __attribute__((target_clones("arch=x86-64-v4", "arch=x86-64-v3", "default")))
+#else
+#define FOR_EVERY_PROCESSOR
+#endif
+#define INLINE static inline __attribute__((always_inline))
+
+enum { FLOAT32, BFLOAT16, FLOAT16 };
+enum { TILE = 2048, MOST = 32 }; /* elements at a time; operands of a Gram matrix */
+
+typedef struct {
+    const void *values, *less;
+    int32_t kind, less_kind;
+} Operand;
+
+/* What came of some rows: see weft.execute._kernel.Sums. */
+typedef struct {
+    double base, delta, error;
+    int32_t changed, not_finite;
+} Proof;
+
+/* ------------------------------------------------------------------------------ conversions */
+
+INLINE float from_bits(uint32_t bits) {
+    float value;
+    memcpy(&value, &bits, 4);
+    return value;
+}
+
+INLINE uint32_t to_bits(float value) {
+    uint32_t bits;
+    memcpy(&bits, &value, 4);
+    return bits;
+}
+
+INLINE uint16_t to_bfloat16(float value) {
+    uint32_t bits = to_bits(value);
+    uint32_t rounded = (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16; /* half to even */
+    return value != value ? 0x7FC0 : (uint16_t)rounded;
+}
+
+/* n numbers from element `at` on, widened. */
+INLINE void load(float *restrict out, const void *data, int kind, size_t at, size_t n) {
+    if (kind == FLOAT32) {
+        memcpy(out, (const float *)data + at, 4 * n);
+    } else if (kind == BFLOAT16) {
+        const uint16_t *in = (const uint16_t *)data + at;
+        for (size_t i = 0; i < n; i++) out[i] = from_bits((uint32_t)in[i] << 16);
+    } else {
+        const _Float16 *in = (const _Float16 *)data + at;
+        for (size_t i = 0; i < n; i++) out[i] = (float)in[i];
+    }
+}
+
+INLINE void take(float *restrict out, const Operand *x, size_t at, size_t n) {
+    load(out, x->values, x->kind, at, n);
+    if (x->less) {
+        float less[TILE];
+        load(less, x->less, x->less_kind, at, n);
+        for (size_t i = 0; i < n; i++) out[i] -= less[i];
+    }
+}
+
+/* Rounded to `kind`, and widened again in place. */
+INLINE void store(float *restrict values, void *data, int kind, size_t at, size_t n) {
+    if (kind == FLOAT32) {
+        memcpy((float *)data + at, values, 4 * n);
+    } else if (kind == BFLOAT16) {
+        uint16_t *out = (uint16_t *)data + at;
+        for (size_t i = 0; i < n; i++) {
+            uint16_t bits = to_bfloat16(values[i]);
+            out[i] = bits;
+            values[i] = from_bits((uint32_t)bits << 16);
+        }
+    } else {
+        _Float16 *out = (_Float16 *)data + at;
+        for (size_t i = 0; i < n; i++) {
+            _Float16 half = (_Float16)values[i];
+            out[i] = half;
+            values[i] = (float)half;
+        }
+    }
+}
+
+/* ------------------------------------------------------------------------------------- sums */
+
+INLINE double dot(const float *x, const float *y, size_t n) {
+    float sum = 0;
+#pragma omp simd reduction(+ : sum)
+    for (size_t i = 0; i < n; i++) sum += x[i] * y[i];
+    return sum;
+}
+
+/* The lower triangle of the Gram matrix of k operands, row by row. */
+FOR_EVERY_PROCESSOR
+void weft_gram(size_t k, const Operand *x, size_t n, double *out) {
+    float tiles[MOST][TILE];
+    for (size_t at = 0; at < n; at += TILE) {
+        size_t m = n - at < TILE ? n - at : TILE, number = 0;
+        for (size_t i = 0; i < k; i++) {
+            take(tiles[i], &x[i], at, m);
+            for (size_t j = 0; j <= i; j++) out[number++] += dot(tiles[i], tiles[j], m);
+        }
+    }
+}
+
+/* Operands widened, and subtracted. */
+FOR_EVERY_PROCESSOR
+void weft_widen(const Operand *x, size_t n, float *out) {
+    for (size_t at = 0; at < n; at += TILE)
+        take(out + at, x, at, n - at < TILE ? n - at : TILE);
+}
+
+/* ------------------------------------------------------------------------------------ proofs */
+
+/* Round a tile, and compare it with the base W: value = W + delta, delta may be known better than
+ * from the difference. Against `exact` the error is that of rounding alone. */
+INLINE void prove(float *restrict value, const float *restrict base, const float *restrict delta,
+                  void *out, int kind, size_t at, size_t n, int exact, Proof *proof) {
+    float apart[TILE], error[TILE];
+    int32_t changed = 0, not_finite = 0;
+    if (!base) {
+        store(value, out, kind, at, n);
+        for (size_t i = 0; i < n; i++) not_finite |= !(fabsf(value[i]) <= 0x1.fffffep+127f);
+        proof->not_finite |= not_finite;
+        return;
+    }
+    if (!delta) {
+        for (size_t i = 0; i < n; i++) apart[i] = value[i] - base[i];
+        delta = apart;
+    }
+    if (exact)
+        for (size_t i = 0; i < n; i++) error[i] = value[i];
+    store(value, out, kind, at, n);
+    for (size_t i = 0; i < n; i++) changed |= value[i] != base[i];
+    for (size_t i = 0; i < n; i++) not_finite |= !(fabsf(value[i]) <= 0x1.fffffep+127f);
+    if (exact)
+        for (size_t i = 0; i < n; i++) error[i] = value[i] - error[i];
+    else
+        for (size_t i = 0; i < n; i++) error[i] = value[i] - base[i] - delta[i];
+    proof->base += dot(base, base, n);
+    proof->delta += dot(delta, delta, n);
+    proof->error += dot(error, error, n);
+    proof->changed |= changed;
+    proof->not_finite |= not_finite;
+}
+
+/* `value`, or W + delta where that is NULL, rounded into `out`. */
+FOR_EVERY_PROCESSOR
+void weft_finish(const float *value, const Operand *base, const float *delta, size_t n, int exact,
+                 void *out, int kind, Proof *proof) {
+    float tile[TILE], weights[TILE];
+    for (size_t at = 0; at < n; at += TILE) {
+        size_t m = n - at < TILE ? n - at : TILE;
+        if (base) take(weights, base, at, m);
+        if (value)
+            memcpy(tile, value + at, 4 * m);
+        else
+            for (size_t i = 0; i < m; i++) tile[i] = weights[i] + delta[at + i];
+        prove(tile, base ? weights : NULL, delta ? delta + at : NULL, out, kind, at, m, exact,
+              proof);
+    }
+}
+
+/* Σ factors[i] x[i] + share · W, rounded into `out`. */
+FOR_EVERY_PROCESSOR
+void weft_combine(size_t k, const Operand *x, const float *factors, const Operand *base,
+                  float share, size_t n, void *out, int kind, Proof *proof) {
+    float tile[TILE], more[TILE], weights[TILE];
+    for (size_t at = 0; at < n; at += TILE) {
+        size_t m = n - at < TILE ? n - at : TILE;
+        for (size_t i = 0; i < k; i++) {
+            take(more, &x[i], at, m);
+            if (i)
+                for (size_t e = 0; e < m; e++) tile[e] += factors[i] * more[e];
+            else
+                for (size_t e = 0; e < m; e++) tile[e] = factors[0] * more[e];
+        }
+        if (base) {
+            take(weights, base, at, m);
+            if (share != 0)
+                for (size_t e = 0; e < m; e++) tile[e] += share * weights[e];
+        }
+        prove(tile, base ? weights : NULL, NULL, out, kind, at, m, 1, proof);
+    }
+}
+
+/* --------------------------------------------------------------------------------- selections */
+
+/* Which elements of a task vector d are kept: low < |d| ≤ high, and those whose bit is set, counted
+ * from `first` on, the highest of a byte before the others. */
+typedef struct {
+    const uint8_t *bits;
+    size_t first;
+    float low, high;
+} Keep;
+
+/* NaN or infinity times 0 is NaN, and is found out. */
+INLINE void keep(float *restrict d, const Keep *which, size_t at, size_t n) {
+    if (which->low >= 0)
+        for (size_t i = 0; i < n; i++) d[i] = fabsf(d[i]) <= which->low ? 0 : d[i];
+    if (which->high < INFINITY)
+        for (size_t i = 0; i < n; i++) d[i] *= fabsf(d[i]) <= which->high ? 1.0f : 0.0f;
+    if (which->bits) {
+        size_t from = which->first + at;
+        for (size_t i = 0; i < n; i++) {
+            size_t bit = from + i;
+            d[i] *= (float)((which->bits[bit >> 3] >> (7 - (bit & 7))) & 1);
+        }
+    }
+}
+
+/* Σ |d| of all, and of what is kept. */
+FOR_EVERY_PROCESSOR
+void weft_norms(const Operand *x, const Keep *which, size_t n, double *out) {
+    float d[TILE];
+    for (size_t at = 0; at < n; at += TILE) {
+        size_t m = n - at < TILE ? n - at : TILE;
+        float before = 0, after = 0;
+        take(d, x, at, m);
+#pragma omp simd reduction(+ : before)
+        for (size_t i = 0; i < m; i++) before += fabsf(d[i]);
+        keep(d, which, at, m);
+#pragma omp simd reduction(+ : after)
+        for (size_t i = 0; i < m; i++) after += fabsf(d[i]);
+        out[0] += before;
+        out[1] += after;
+    }
+}
+
+/* W + scale · m, m the sum of e[i] = factors[i] · kept d[i]; with `vote` of those alone whose sign
+ * is that of the sum of all, with `weights` divided by the sum of the weights that count. */
+FOR_EVERY_PROCESSOR
+void weft_vote(size_t k, const Operand *x, const Keep *which, const float *factors,
+               const float *weights, float scale, int vote, const Operand *base, size_t n, void *out,
+               int kind, Proof *proof) {
+    float e[MOST][TILE], sum[TILE], share[TILE], W[TILE];
+    for (size_t at = 0; at < n; at += TILE) {
+        size_t m = n - at < TILE ? n - at : TILE;
+        memset(sum, 0, sizeof sum);
+        for (size_t i = 0; i < k; i++) {
+            take(e[i], &x[i], at, m);
+            keep(e[i], &which[i], at, m);
+            for (size_t j = 0; j < m; j++) {
+                e[i][j] *= factors[i];
+                sum[j] += e[i][j];
+            }
+        }
+        take(W, base, at, m);
+        if (vote) {
+            float sign[TILE];
+            for (size_t j = 0; j < m; j++) sign[j] = sum[j] >= 0 ? 1.0f : -1.0f;
+            memset(sum, 0, sizeof sum);
+            memset(share, 0, sizeof share);
+            for (size_t i = 0; i < k; i++) {
+                float weight = weights ? weights[i] : 0;
+                for (size_t j = 0; j < m; j++) {
+                    float own = e[i][j] * sign[j];
+                    sum[j] += own <= 0 ? 0 : own; /* and NaN */
+                    share[j] += own > 0 ? weight : 0;
+                }
+            }
+            if (weights)
+                for (size_t j = 0; j < m; j++) sum[j] /= share[j] == 0 ? 1 : share[j];
+            for (size_t j = 0; j < m; j++) sum[j] *= sign[j];
+        }
+        for (size_t j = 0; j < m; j++) sum[j] = sum[j] * scale + W[j];
+        prove(sum, W, NULL, out, kind, at, m, 1, proof);
+    }
+}
