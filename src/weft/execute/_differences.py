@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from weft import native
 from weft.core.errors import NumericsError
 from weft.core.specs import Merge, Scaled, leaves
 from weft.core.sums import dot
@@ -111,21 +112,20 @@ class Difference:
         tuned, energy = [], []
         samples = Samples(self.change, (stop - start) * self.columns)
         for first, delta, base in self.blocks(start, stop, into):
-            energy.append(squares(delta))
-            if not math.isfinite(energy[-1]):
+            own, whole = _squares_of(delta, base)
+            energy.append(own)
+            tuned.append(whole)
+            if not math.isfinite(own):
                 self._check_finite(delta, base)
             if base is None:
-                tuned.append(energy[-1])
                 continue
             samples.add("base", base)
-            value = base.add_(delta)
-            tuned.append(squares(value))
-            samples.add_tuned(value, delta)
+            samples.add_tuned(base, delta)
             if samples.scaled:
                 self._add_scales(samples, first, len(delta))
-        whole = math.fsum(energy)
-        mean_square = whole / max(1, (stop - start) * self.columns)
-        return Sums(math.fsum(tuned), whole, samples.noise(mean_square))
+        square = math.fsum(energy)
+        mean_square = square / max(1, (stop - start) * self.columns)
+        return Sums(math.fsum(tuned), square, samples.noise(mean_square))
 
     def _add_scales(self, samples: Samples, first: int, count: int) -> None:
         """Of `count` rows from `first` on, for the sides that are float8."""
@@ -148,6 +148,18 @@ class Difference:
             raise NumericsError(f"the tuned {name} holds NaN or infinity", "check TUNED's files")
 
 
+def _squares_of(delta: Tensor, base: Tensor | None) -> tuple[float, float]:
+    """‖ΔW‖² and ‖W + ΔW‖² of some rows."""
+    if base is None:
+        return squares(delta), squares(delta)
+    if native.takes(delta, base):
+        operands = [native.Operand(delta.view(-1)), native.Operand(base.view(-1))]
+        (own,), (both, others) = native.gram(operands)
+        if _TINY < own < math.inf and _TINY < others < math.inf:
+            return own, own + 2 * both + others
+    return squares(delta), squares(base + delta)
+
+
 def squares(values: Tensor) -> float:
     """Σ x², in float64 but for runs that float32 adds as well; infinite only where `values` are."""
     total = dot(values, values)
@@ -162,7 +174,9 @@ def _difference(
 ) -> Tensor | None:
     """Rows of tuned − base into `out`; -> the base's."""
     if isinstance(expression, Merge):
-        return evaluator.block(expression, first, last, "", out).base
+        block = evaluator.block(expression, first, last, "", out)
+        assert block.inputs[0] is out
+        return block.base
     evaluator.evaluate(expression, first, last, out)
     return None
 

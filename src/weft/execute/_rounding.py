@@ -42,12 +42,19 @@ class Samples:
 
     def add(self, what: str, block: Tensor) -> None:
         """Keep some of a block, `what` being `tuned`, `base`, `tuned scale` or `base scale`."""
-        some = block.reshape(-1)[:: self._share].clone().cpu()  # and not a view of all of it
-        self._seen.setdefault(what, []).append(some)
+        self._keep(what, self._some(block).clone())  # and not a view of all of it
 
-    def add_tuned(self, value: Tensor, delta: Tensor) -> None:
+    def add_tuned(self, base: Tensor, delta: Tensor) -> None:
         """The tuned weights; of those that lie nowhere, the difference is what was rounded."""
-        self.add("tuned", value if self._kept or self._eighths[0] else delta)
+        stored = self._kept or self._eighths[0]
+        some = self._some(delta)
+        self._keep("tuned", self._some(base) + some if stored else some.clone())
+
+    def _some(self, block: Tensor) -> Tensor:
+        return block.reshape(-1)[:: self._share]
+
+    def _keep(self, what: str, some: Tensor) -> None:
+        self._seen.setdefault(what, []).append(some.cpu())
 
     def noise(self, mean_square: float) -> Noise:
         """In a difference of this ‖ΔW‖² / (m n)."""

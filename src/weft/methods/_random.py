@@ -7,7 +7,10 @@ they are; so masks are the same for any blocks and threads, and after a resume.
 from __future__ import annotations
 
 import hashlib
+import sys
 from typing import TYPE_CHECKING, Any
+
+from weft import native
 
 if TYPE_CHECKING:
     import numpy as np
@@ -46,6 +49,10 @@ def _raw(key: str, start: int, count: int, parts: int) -> Array:
     first, last = start // parts, -(-(start + count) // parts)
     counter, skip = divmod(first, _WORDS)
     seed = int.from_bytes(hashlib.blake2b(key.encode(), digest_size=16).digest(), "little")
-    stream = np.random.Philox(key=seed, counter=counter)
-    words: Array = stream.random_raw(skip + last - first)[skip:]
-    return words.astype("<u8", copy=False)
+    needed = skip + last - first
+    if native.library() is not None and sys.byteorder == "little":
+        words: Array = np.empty(-(-needed // _WORDS) * _WORDS, np.uint64)
+        native.philox(seed, counter, words)
+        return words[skip:needed]
+    words = np.random.Philox(key=seed, counter=counter).random_raw(needed)
+    return words[skip:].astype("<u8", copy=False)

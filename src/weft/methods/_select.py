@@ -11,6 +11,8 @@ import math
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from weft import native
+
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
@@ -211,12 +213,16 @@ def _between(keys: Array, low: float, high: float) -> _Between:
     import numpy as np
 
     # Of zeros there may be very many, and they need not be told apart.
-    inside = keys >= keys.dtype.type(low) if low > 0 else keys > 0
+    least = max(low, float(np.finfo(keys.dtype).smallest_subnormal))
+    if native.library() is not None and keys.dtype == np.float32:
+        room = np.empty_like(keys)
+        inside, count = native.between(keys, least, high, room)
+        values = room[:inside].copy()
+    else:
+        larger = keys > keys.dtype.type(high)
+        count, values = int(np.count_nonzero(larger)), keys[(keys >= least) & ~larger]
     if high == math.inf and low == 0:
-        return _Between(0, keys[inside], None)
-    larger = keys > keys.dtype.type(high)
-    inside ^= larger
-    count, values = int(np.count_nonzero(larger)), keys[inside]
+        return _Between(0, values, None)
     if len(values) * CROWD > len(keys):
         # Differences of bfloat16 have few values; what has none alike is not worth the sorting.
         different, counts = np.unique(values, return_counts=True)

@@ -95,7 +95,7 @@ def library() -> ctypes.CDLL | None:
         found = ctypes.CDLL(str(build.library()))
     except OSError:
         return None
-    for name in ("gram", "widen", "finish", "combine", "norms", "vote"):
+    for name in ("gram", "widen", "finish", "combine", "norms", "vote", "between", "philox"):
         getattr(found, f"weft_{name}").restype = None
     return found
 
@@ -199,6 +199,29 @@ def vote(
         ctypes.c_int(consensus), _array([Operand(base)]), _size(out), _at(out),
         ctypes.c_int(_kind(out)), ctypes.byref(proof),
     )  # fmt: skip
+
+
+def between(keys: Any, low: float, high: float, out: Any) -> tuple[int, int]:
+    """Of `keys` (float32) those from `low` to `high` into `out`: how many, and how many are above.
+
+    `out` has room for all.
+    """
+    counts = (ctypes.c_size_t * 2)()
+    _call(
+        "between", ctypes.c_void_p(keys.ctypes.data), ctypes.c_size_t(keys.size),
+        ctypes.c_float(low), ctypes.c_float(high), ctypes.c_void_p(out.ctypes.data), counts,
+    )  # fmt: skip
+    return counts[0], counts[1]
+
+
+def philox(key: int, counter: int, out: Any) -> None:
+    """The raw words that NumPy's `Philox(key=key, counter=counter)` gives, into `out` (uint64).
+
+    As many as `out` has, a multiple of four.
+    """
+    low, high = key & (2**64 - 1), key >> 64
+    words = map(ctypes.c_uint64, (low, high, counter))
+    _call("philox", *words, ctypes.c_size_t(out.size // 4), ctypes.c_void_p(out.ctypes.data))
 
 
 def _call(name: str, *arguments: Any) -> None:

@@ -21,7 +21,7 @@
 #define INLINE static inline __attribute__((always_inline))
 
 enum { FLOAT32, BFLOAT16, FLOAT16 };
-enum { TILE = 2048, MOST = 32 }; /* elements at a time; operands of a Gram matrix */
+enum { TILE = 512, MOST = 32 }; /* elements at a time; operands of a Gram matrix */
 
 typedef struct {
     const void *values, *less;
@@ -210,6 +210,18 @@ typedef struct {
     float low, high;
 } Keep;
 
+/* 0 or 1 for n bits from bit `first` on; up to 7 more are written. */
+INLINE void unpack(float *restrict out, const uint8_t *restrict bits, size_t first, size_t n) {
+    int skip = first % 8;
+    bits += first / 8;
+    for (size_t i = 0; i < n; i += 8) {
+        /* The byte after the last is not there. */
+        uint32_t more = skip && i + 8 - skip < n ? bits[i / 8 + 1] : 0;
+        uint32_t byte = ((uint32_t)bits[i / 8] << 8 | more) << skip;
+        for (int j = 0; j < 8; j++) out[i + j] = (float)((byte >> (15 - j)) & 1);
+    }
+}
+
 /* NaN or infinity times 0 is NaN, and is found out. */
 INLINE void keep(float *restrict d, const Keep *which, size_t at, size_t n) {
     if (which->low >= 0)
@@ -217,11 +229,9 @@ INLINE void keep(float *restrict d, const Keep *which, size_t at, size_t n) {
     if (which->high < INFINITY)
         for (size_t i = 0; i < n; i++) d[i] *= fabsf(d[i]) <= which->high ? 1.0f : 0.0f;
     if (which->bits) {
-        size_t from = which->first + at;
-        for (size_t i = 0; i < n; i++) {
-            size_t bit = from + i;
-            d[i] *= (float)((which->bits[bit >> 3] >> (7 - (bit & 7))) & 1);
-        }
+        float kept[TILE + 8];
+        unpack(kept, which->bits, which->first + at, n);
+        for (size_t i = 0; i < n; i++) d[i] *= kept[i];
     }
 }
 
@@ -276,10 +286,66 @@ void weft_vote(size_t k, const Operand *x, const Keep *which, const float *facto
                 }
             }
             if (weights)
-                for (size_t j = 0; j < m; j++) sum[j] /= share[j] == 0 ? 1 : share[j];
+                for (size_t j = 0; j < m; j++) sum[j] /= share[j] + (float)(share[j] == 0);
             for (size_t j = 0; j < m; j++) sum[j] *= sign[j];
         }
         for (size_t j = 0; j < m; j++) sum[j] = sum[j] * scale + W[j];
         prove(sum, W, NULL, out, kind, at, m, 1, proof);
+    }
+}
+
+/* Those of n keys with low ≤ key ≤ high into `out`, in their order; -> how many these are, and how
+ * many are above. */
+FOR_EVERY_PROCESSOR
+void weft_between(const float *keys, size_t n, float low, float high, float *out, size_t *counts) {
+    size_t inside = 0, above = 0;
+    for (size_t at = 0; at < n; at += TILE) {
+        const float *tile = keys + at;
+        size_t m = n - at < TILE ? n - at : TILE;
+        uint8_t found[TILE] = {0};
+        int32_t over = 0;
+#pragma omp simd reduction(+ : over)
+        for (size_t j = 0; j < m; j++) over += tile[j] > high;
+        for (size_t j = 0; j < m; j++) found[j] = (tile[j] >= low) & (tile[j] <= high);
+        above += over;
+        for (size_t j = 0; j < m; j += 8) {
+            uint64_t any; /* of eight, mostly none */
+            memcpy(&any, found + j, 8);
+            for (size_t i = j; any && i < j + 8; i++)
+                if (found[i]) out[inside++] = tile[i];
+        }
+    }
+    counts[0] = inside;
+    counts[1] = above;
+}
+
+/* ------------------------------------------------------------------------------------ numbers */
+
+INLINE uint64_t multiply(uint64_t a, uint64_t b, uint64_t *high) {
+    unsigned __int128 product = (unsigned __int128)a * b;
+    *high = (uint64_t)(product >> 64);
+    return (uint64_t)product;
+}
+
+/* The raw stream of NumPy's Philox4x64-10 (Salmon et al., 2011): n times four words, behind
+ * `counter`. */
+void weft_philox(uint64_t key, uint64_t more, uint64_t counter, size_t n, uint64_t *out) {
+    for (size_t i = 0; i < n; i++) {
+        uint64_t a = counter + 1 + i, b = 0, c = 0, d = 0, k0 = key, k1 = more;
+        for (int round = 0; round < 10; round++) {
+            uint64_t high0, high1;
+            uint64_t low0 = multiply(0xD2E7470EE14C6C93u, a, &high0);
+            uint64_t low1 = multiply(0xCA5A826395121157u, c, &high1);
+            a = high1 ^ b ^ k0;
+            b = low1;
+            c = high0 ^ d ^ k1;
+            d = low0;
+            k0 += 0x9E3779B97F4A7C15u;
+            k1 += 0xBB67AE8584CAA73Bu;
+        }
+        out[4 * i] = a;
+        out[4 * i + 1] = b;
+        out[4 * i + 2] = c;
+        out[4 * i + 3] = d;
     }
 }
