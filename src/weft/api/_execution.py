@@ -8,6 +8,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from weft import native
 from weft.core import events, units
 from weft.core.errors import NumericsError, OutputError, PlanError
 from weft.core.specs import Load
@@ -94,8 +95,7 @@ def execute(
 
     for note in (*plan.notes, *plan.beside):
         on_event(events.Noted(note))
-    setting = f"weft {version('weft')}, torch {version('torch')}, {device.partition(':')[0]}"
-    sink = CheckpointSink(plan, output, force=force, resume=resume, setting=setting)
+    sink = CheckpointSink(plan, output, force=force, resume=resume, setting=setting(device))
     try:
         pending = sink.pending()
         resumed = len(plan.jobs) - len(pending)
@@ -133,6 +133,13 @@ def execute(
     for folder in sink.leftovers():
         on_event(events.Noted(f"{folder} is left of a model that was replaced: remove it"))
     return Report(output, sums, time.perf_counter() - begin, resumed, content, tuple(warnings))
+
+
+def setting(device: str) -> str:
+    """What the last digits of a result depend on: a run is finished in the setting it began in."""
+    loops = "compiled" if native.library() else "torch's"
+    place = device.partition(":")[0]
+    return f"weft {version('weft')}, torch {version('torch')}, {place}, {loops} loops"
 
 
 def _size(jobs: Sequence[Any]) -> int:

@@ -6,11 +6,10 @@ import shutil
 import time
 from dataclasses import dataclass, field
 from functools import partial
-from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from weft.api._execution import check_place, unchanged
+from weft.api._execution import check_place, setting, unchanged
 from weft.api._models import Models, named
 from weft.core import events, units
 from weft.core.errors import OutputError, WeftError
@@ -213,9 +212,10 @@ def run_extraction(
     warnings = (*models.examine(), *plan.warnings, *(() if resume else _tight(plan, output)))
     for note in plan.notes:
         on_event(events.Noted(note))
-    setting = f"weft {version('weft')}, torch {version('torch')}, {device.partition(':')[0]}"
     names = [change.name for change in plan.changes if change.is_read]
-    scratch = Scratch(output, plan.reads, names, force=force, resume=resume, setting=setting)
+    scratch = Scratch(
+        output, plan.reads, names, force=force, resume=resume, setting=setting(device)
+    )
     try:
         resumed = len(scratch.receipts)
         ranks = _decompose(plan, scratch, count, device, on_event)
