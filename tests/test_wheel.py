@@ -15,6 +15,8 @@ from pathlib import Path
 
 import pytest
 
+from weft import native
+
 ROOT = Path(__file__).parents[1]
 GOOD = ROOT / "tests/attacks/corpus/good"
 # What pip says where the index cannot be reached; the build itself has not begun by then.
@@ -60,6 +62,12 @@ def weft(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder / "bin/weft"
 
 
+def test_platform(wheel: Path) -> None:
+    """A wheel with compiled loops is of one platform, and of any Python."""
+    assert wheel.name.endswith("-py3-none-any.whl") == (native.library() is None)
+    assert "-py3-none-" in wheel.name
+
+
 def test_contents(wheel: Path) -> None:
     """All modules, the licence, and nothing that is not part of the package."""
     names = set(zipfile.ZipFile(wheel).namelist())
@@ -94,7 +102,10 @@ def test_help(weft: Path, tmp_path: Path) -> None:
     assert (done.returncode, done.stderr) == (0, "")
     assert "Usage: weft" in done.stdout
     done = run(weft, "--version", cwd=tmp_path)
-    assert done.stdout.strip() in (weft.parents[1] / "lib").rglob("*.dist-info").__next__().name
+    number, _, loops = done.stdout.strip().partition(" ")
+    assert number in (weft.parents[1] / "lib").rglob("*.dist-info").__next__().name
+    # The loops that were compiled for this environment are in the wheel, too.
+    assert (loops == "(compiled loops)") == (native.library() is not None)
 
 
 @pytest.mark.parametrize("name", ["base", "zip", "adapter"])

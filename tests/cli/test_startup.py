@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 import weft
+from weft import native
 from weft.cli.app import main
 from weft.core.specs import Checkpoint
 
@@ -116,7 +117,8 @@ def test_help_and_version() -> None:
     for flag in ("--version", "-V"):
         code, out, err = program(flag)
         assert (code, err) == (0, "")
-        assert out.strip() == "0.1.0"
+        loops = "compiled" if native.library() else "plain"
+        assert out.strip() == f"0.1.0 ({loops} loops)"
 
 
 def test_success() -> None:

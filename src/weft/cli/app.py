@@ -50,13 +50,20 @@ def build(arguments: list[str]) -> App:
     app = App(
         name="weft",
         help="The whole life of a LoRA adapter, streamed from disk to disk.",
-        version=version("weft"),
+        version=_version,
         version_flags=["--version", "-V"],
         suppress_keyboard_interrupt=False,
     )
     for name, (path, line) in _COMMANDS.items():
         app.command(path, name=name, help=None if name in arguments[:1] else line)
     return app
+
+
+def _version() -> str:
+    """With the loops that do the arithmetic: those of torch take longer."""
+    from weft import native
+
+    return f"{version('weft')} ({'compiled' if native.library() else 'plain'} loops)"
 
 
 def run() -> None:
