@@ -74,6 +74,18 @@ def test_widened_as_by_torch(dtype: torch.dtype) -> None:
 
 
 @pytest.mark.parametrize("size", SIZES)
+def test_an_operand_is_values_less_others_with_more(size: int) -> None:
+    values, less = numbers(size, 0, torch.bfloat16), numbers(size, 1, torch.float16)
+    more, out = numbers(size, 2), torch.empty(size)
+    operand = Operand(values, less, more)
+    native.widen(operand, out)
+    assert torch.equal(out, values.float() - less.float() + more)
+    here = slice(size // 3, size)
+    native.widen(operand.part(here), out[here])
+    assert torch.equal(out[here], (values.float() - less.float() + more)[here])
+
+
+@pytest.mark.parametrize("size", SIZES)
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_gram(dtype: torch.dtype, size: int) -> None:
     base, x, y = (numbers(size, seed, dtype) for seed in range(3))
@@ -92,7 +104,7 @@ def test_combine(dtype: torch.dtype, size: int, share: float) -> None:
     base, x = (numbers(size, seed, dtype) for seed in range(2))
     delta = 1e-2 * numbers(size, 2)
     out = torch.empty(size, dtype=dtype)
-    proof = native.combine([Operand(x, base), Operand(delta)], [0.25, -0.7], base, share, out)
+    proof = native.combine([Operand(x, base), Operand(delta)], [0.25, -0.7], Operand(base), share, out)
     value = 0.25 * (x.double() - base.double()) - 0.7 * delta.double() + share * base.double()
     assert bool(((out.double() - value).abs() <= spacing(value, dtype)).all())
     check_proof(proof, base, value - base.double(), out.double() - value, out)
@@ -104,7 +116,7 @@ def test_finish_of_an_update(dtype: torch.dtype, size: int) -> None:
     """W + ΔW; the error is against ΔW itself, and not against a sum that was rounded."""
     base, delta = numbers(size, 0, dtype), 1e-3 * numbers(size, 1)
     out = torch.empty(size, dtype=dtype)
-    proof = native.finish(None, base, delta, out, exact=False)
+    proof = native.finish(None, Operand(base), delta, out, exact=False)
     assert torch.equal(out, (base.float() + delta).to(dtype))
     error = out.double() - base.double() - delta.double()
     check_proof(proof, base, delta.double(), error, out)
@@ -133,9 +145,9 @@ def spacing(value: Tensor, dtype: torch.dtype) -> Tensor:
 def test_what_is_not_finite_is_seen(bad: float, at: int) -> None:
     value, base = numbers(1001), numbers(1001, 1)
     out = torch.empty(1001, dtype=torch.bfloat16)
-    assert not native.finish(value, base, None, out, exact=True).not_finite
+    assert not native.finish(value, Operand(base), None, out, exact=True).not_finite
     value[at] = bad
-    assert native.finish(value, base, None, out, exact=True).not_finite
+    assert native.finish(value, Operand(base), None, out, exact=True).not_finite
     assert native.finish(value, None, None, out, exact=True).not_finite
     overflow = torch.full((1001,), 1.0)
     overflow[at] = 1e5
@@ -203,7 +215,7 @@ def test_vote(size: int, consensus: bool, weights: list[float] | None) -> None:
     factors = [0.7, -0.4, 0.9]
     out, proof = torch.empty(size), native.Proof()
     operands = [*(Operand(each, base) for each in tuned), Operand(third)]
-    native.vote(operands, keeps, factors, weights, 1.3, base, out, consensus=consensus, proof=proof)
+    native.vote(operands, keeps, factors, weights, 1.3, Operand(base), out, consensus=consensus, proof=proof)
     deltas = [each.float() - base.float() for each in tuned] + [third]
     within = (deltas[0].abs() > np.float32(low)) & (deltas[0].abs() <= np.float32(high))
     deltas[0] = deltas[0] * within
@@ -262,11 +274,11 @@ def test_numbers_do_not_depend_on_the_processor(
             native.library.cache_clear()
         base, x, y = (numbers(5000, seed, torch.bfloat16) for seed in range(3))
         out = torch.empty(5000)
-        native.combine([Operand(x, base), Operand(y, base)], [0.3, 0.7], base, 1.0, out)
+        native.combine([Operand(x, base), Operand(y, base)], [0.3, 0.7], Operand(base), 1.0, out)
         keeps = [Keep(low=0.3), Keep(high=0.7)]
         voted = torch.empty(5000)
         native.vote(
-            [Operand(x, base), Operand(y, base)], keeps, [0.3, 0.7], [0.5, 0.5], 1.0, base, voted,
+            [Operand(x, base), Operand(y, base)], keeps, [0.3, 0.7], [0.5, 0.5], 1.0, Operand(base), voted,
             consensus=True, proof=native.Proof(),
         )  # fmt: skip
         found.append((out, voted))

@@ -7,15 +7,15 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from weft import deltas, methods, native
+from weft import deltas, methods
 from weft.core.blocks import BLOCK, cut
 from weft.core.specs import AddDeltas, Delta, Expression, Load, Merge, Rows, Scaled, shape_of
+from weft.execute._operands import Reader
 from weft.execute._scales import scales, spread
 from weft.execute._sources import Blocks, Helpers, Shared, Source
-from weft.execute._task_vectors import by_rows, rows_apart, task_vector
+from weft.execute._task_vectors import by_rows, rows_apart
 from weft.execute._updates import add_deltas, add_update, in_one_pass, turned
-from weft.methods import Block, Stored, Task
-from weft.native import Operand
+from weft.methods import Block, Task
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -230,92 +230,7 @@ class Evaluator:
         self, expression: Merge, start: int, stop: int, path: str, into: Tensor | None = None
     ) -> Block:
         """The rows that a method sees; those of the first input in `into`, if given."""
-        base: Tensor | Stored | None = None
-        if expression.base:
-            base = self.operand(expression.base, start, stop, f"{path}base", f"{path}b")
-        inputs: list[Tensor | Stored] = []
-        block = Block(start * self.columns, base, inputs)
-        loaded: Loaded = {}
-        for number, each in enumerate(expression.inputs):
-            names = f"{path}{number}", f"{path}{number}."
-            out = into if number == 0 else None
-            if methods.method(expression.method).TASK_VECTORS and expression.base:
-                pair = each, expression.base
-                inputs.append(
-                    self._task_vector(*pair, base, block, start, stop, *names, out, loaded)
-                )
-            else:
-                inputs.append(self.operand(each, start, stop, *names, out, loaded))
-        return Block(start * self.columns, base, inputs)
-
-    def _task_vector(
-        self,
-        tuned: Expression,
-        base: Expression,
-        stored: Tensor | Stored | None,
-        block: Block,
-        start: int,
-        stop: int,
-        name: str,
-        path: str,
-        out: Tensor | None,
-        loaded: Loaded,
-    ) -> Tensor | Stored:
-        """Rows of a task vector; `stored` are the base's, which `block` widens."""
-        if tuned != base and isinstance(stored, Stored):
-            found = self._as_stored(tuned, start, stop, name, out, stored.operand.values)
-            if found is not None:
-                return found
-        rows = block.base
-        assert rows is not None
-        if isinstance(base, Load):
-            loaded[base.ref] = rows
-        values = self.buffer(name, stop - start) if out is None else out
-        task_vector(self, tuned, base, rows, start, stop, values, path, loaded)
-        return values
-
-    def operand(
-        self,
-        expression: Expression,
-        start: int,
-        stop: int,
-        name: str,
-        path: str,
-        out: Tensor | None = None,
-        loaded: Loaded | None = None,
-    ) -> Tensor | Stored:
-        """Rows of any expression: as they are stored, if compiled loops read that."""
-        found = self._as_stored(expression, start, stop, name, out)
-        if found is not None:
-            return found
-        values = self.buffer(name, stop - start) if out is None else out
-        self.evaluate(expression, start, stop, values, path, loaded)
-        return values
-
-    def _as_stored(
-        self,
-        expression: Expression,
-        start: int,
-        stop: int,
-        name: str,
-        out: Tensor | None,
-        less: Tensor | None = None,
-    ) -> Stored | None:
-        """Rows of a tensor for compiled loops, less others; None if those do not read it."""
-        plain = isinstance(expression, Load) and native.reads(expression.ref.dtype)
-        if not plain or self.dtype != torch.float32 or self.workspace.device.type != "cpu":
-            return None
-        assert isinstance(expression, Load)
-        files, columns = self.files, self.columns
-        rows = self.workspace.read(files, expression.ref, start, stop, columns, f"in {name}")
-        operand = Operand(rows.view(-1), less)
-
-        def widen() -> Tensor:
-            values = self.buffer(name, stop - start) if out is None else out
-            native.widen(operand, values)
-            return values
-
-        return Stored(operand, widen)
+        return Reader(self, start, stop).block(expression, path, into)
 
     def _rows(self, expression: Rows, start: int, stop: int, out: Tensor, path: str) -> None:
         at = 0

@@ -14,9 +14,11 @@ from weft.core.errors import NumericsError
 from weft.core.specs import AddDeltas, Load, Merge, Rows, Scaled, TensorJob, leaves
 from weft.core.sums import dot
 from weft.execute._expressions import Evaluator
+from weft.execute._operands import Reader
 from weft.execute._soundness import culprit
-from weft.execute._updates import update
+from weft.execute._updates import in_one_pass, update
 from weft.methods import Stored
+from weft.native import Operand
 from weft.plan.layout import layout
 
 if TYPE_CHECKING:
@@ -142,11 +144,18 @@ class Kernel:
     def _updated(self, expression: AddDeltas, start: int, stop: int, out: Tensor) -> Sums:
         """W + ΔW of adapters."""
         rows = stop - start
+        reader = Reader(self._evaluator, start, stop)
+        stored = reader.operand(expression.base, "weight", "b")
+        base = stored.operand if isinstance(stored, Stored) else Operand(stored.view(-1))
+        if self._square != 0 and in_one_pass(expression):
+            # W need not be widened for its own sake.
+            delta = reader.update(expression, "delta")
+            found = self._finished(None, base, delta, out)
+            if found is not None:
+                return found
         delta = self._evaluator.buffer("delta", rows)
         value = self._evaluator.buffer("value", rows)
-        stored = self._evaluator.operand(expression.base, start, stop, "weight", "b")
         weight = stored.widen() if isinstance(stored, Stored) else stored
-        base = stored.operand.values if isinstance(stored, Stored) else stored
         added = False  # whether W + ΔW is in `value`
         if self._square == 0:
             delta.zero_()
@@ -162,10 +171,10 @@ class Kernel:
         return self._sums(weight, delta, value, self.workspace.narrow(value, out))
 
     def _finished(
-        self, value: Tensor | None, base: Tensor | None, delta: Tensor | None, out: Tensor
+        self, value: Tensor | None, base: Operand | None, delta: Tensor | None, out: Tensor
     ) -> Sums | None:
         """Rounded into `out` and compared by compiled loops; None if that is not to be had."""
-        if not native.takes(*(each for each in (value, base, delta, out) if each is not None)):
+        if not native.takes(value, base, delta, out):
             return None
         exact = isinstance(self.job.expression, Merge)
         return self._sums_of(native.finish(value, base, delta, out, exact=exact))

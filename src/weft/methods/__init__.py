@@ -162,12 +162,13 @@ class Block:
             each.operand if isinstance(each, Stored) else Operand(each.reshape(-1))
             for each in self._inputs
         ]
-        tensors = [t for each in found for t in (each.values, each.less) if t is not None]
-        return found if native.takes(*tensors) else None
+        return found if native.takes(*found) else None
 
-    def base_operand(self) -> Tensor | None:
+    def base_operand(self) -> Operand | None:
         """The base's rows for compiled loops."""
-        return self._base.operand.values if isinstance(self._base, Stored) else self._base
+        if isinstance(self._base, Stored):
+            return self._base.operand
+        return None if self._base is None else Operand(self._base.reshape(-1))
 
 
 class Blocks(Protocol):
@@ -277,7 +278,7 @@ def merged(own: Method, task: Task, state: Any, block: Block) -> Tensor:
 def compiled(own: Method, task: Task, state: Any, block: Block, out: Tensor) -> Proof | None:
     """The merged rows, rounded into `out` by compiled loops, and their proof; None if by others."""
     operands, base = block.operands(), block.base_operand()
-    if not operands or not native.takes(out, *([] if base is None else [base])):
+    if not operands or not native.takes(out, base):
         return None
     factors = weights(own, task, state)
     if factors is not None:

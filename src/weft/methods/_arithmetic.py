@@ -171,9 +171,9 @@ def compiled(
     shares = weights if consensus else factors(task, weights)
     shares = [share * part.factor for share, part in zip(shares, parts, strict=True)]
     proof = Proof()
-    flat, rounded = base.reshape(-1), out.view(-1)
+    rounded = out.view(-1)
     keeps = [part.keep for part in parts]
-    for first, last in _sparsify.runs(keeps, block.start, block.start + len(flat)):
+    for first, last in _sparsify.runs(keeps, block.start, block.start + len(rounded)):
         kept = [_sparsify.compiled(keep, first, last - first) for keep in keeps]
         here = slice(first - block.start, last - block.start)
         if any(each is None for each in kept):
@@ -184,7 +184,7 @@ def compiled(
             shares,
             weights if consensus and task.params["normalize"] else None,
             float(task.params["lambda"]) if consensus else 1.0,
-            flat[here],
+            base.part(here),
             rounded[here],
             consensus=consensus,
             proof=proof,

@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING, Any
 
 from weft import native
 from weft.core.sums import dot
-from weft.native import Operand
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -30,7 +29,7 @@ def gram(blocks: Blocks, *, base: bool = False) -> Matrix:
         operands = block.operands()
         if operands is not None and len(operands) < native.MOST:
             first = block.base_operand() if base else None
-            return native.gram([*([Operand(first)] if first is not None else []), *operands])
+            return native.gram([*([first] if first is not None else []), *operands])
         tensors = [*([block.base] if base and block.base is not None else []), *block.inputs]
         flat = [each.reshape(-1) for each in tensors]
         return [[dot(one, other) for other in flat[: n + 1]] for n, one in enumerate(flat)]

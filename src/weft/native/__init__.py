@@ -28,14 +28,22 @@ _KINDS = {"torch.float32": 0, "torch.bfloat16": 1, "torch.float16": 2}
 
 @dataclass(frozen=True, slots=True)
 class Operand:
-    """`values`, less those of `less` if it is there; both float32, bfloat16 or float16."""
+    """`values` − `less` + `more`, where these are given: flat tensors of as many elements.
+
+    The first two are float32, bfloat16 or float16, `more` is float32.
+    """
 
     values: Tensor
     less: Tensor | None = None
+    more: Tensor | None = None
 
     def part(self, here: slice) -> Operand:
         """Of some of the elements."""
-        return Operand(self.values[here], None if self.less is None else self.less[here])
+        return Operand(*(None if each is None else each[here] for each in self.tensors))  # type: ignore[arg-type]
+
+    @property
+    def tensors(self) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        return self.values, self.less, self.more
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,6 +74,7 @@ class _Operand(ctypes.Structure):
     _fields_ = (
         ("values", ctypes.c_void_p),
         ("less", ctypes.c_void_p),
+        ("more", ctypes.c_void_p),
         ("kind", ctypes.c_int32),
         ("less_kind", ctypes.c_int32),
     )
@@ -105,11 +114,15 @@ def reads(dtype: str) -> bool:
     return library() is not None and f"torch.{dtype}" in _KINDS
 
 
-def takes(*tensors: Tensor) -> bool:
-    """Whether these tensors can be given to the functions below."""
-    return library() is not None and all(
-        str(each.dtype) in _KINDS and each.device.type == "cpu" for each in tensors
-    )
+def takes(*tensors: Tensor | Operand | None) -> bool:
+    """Whether these can be given to the functions below."""
+    if library() is None:
+        return False
+    for each in tensors:
+        for part in each.tensors if isinstance(each, Operand) else (each,):
+            if part is not None and (str(part.dtype) not in _KINDS or part.device.type != "cpu"):
+                return False
+    return True
 
 
 def gram(operands: Sequence[Operand]) -> list[list[float]]:
@@ -127,7 +140,7 @@ def widen(operand: Operand, out: Tensor) -> None:
 
 def finish(
     value: Tensor | None,
-    base: Tensor | None,
+    base: Operand | None,
     delta: Tensor | None,
     out: Tensor,
     *,
@@ -137,13 +150,13 @@ def finish(
 
     Args:
         value: float32; None is W + `delta`.
-        base: W, as it is stored or widened; without it only `not_finite` is told.
+        base: W; without it only `not_finite` is told.
         delta: ΔW in float32; None is `value` − W.
         out: Of any of the dtypes.
         exact: The error is `out` − `value`; else it is (`out` − W) − ΔW.
     """
     found = Proof()
-    operand = _array([Operand(base)]) if base is not None else None
+    operand = _array([base]) if base is not None else None
     _call(
         "finish", _at(value), operand, _at(delta), _size(out), ctypes.c_int(exact), _at(out),
         ctypes.c_int(_kind(out)), ctypes.byref(found),
@@ -154,13 +167,13 @@ def finish(
 def combine(
     operands: Sequence[Operand],
     factors: Sequence[float],
-    base: Tensor | None,
+    base: Operand | None,
     share: float,
     out: Tensor,
 ) -> Proof:
     """Σ factorᵢ · xᵢ + share · W, rounded into `out`, and its proof against `base` W."""
     found = Proof()
-    operand = _array([Operand(base)]) if base is not None else None
+    operand = _array([base]) if base is not None else None
     _call(
         "combine", ctypes.c_size_t(len(operands)), _array(operands),
         _floats(factors), operand, ctypes.c_float(share), _size(out),
@@ -182,7 +195,7 @@ def vote(
     factors: Sequence[float],
     weights: Sequence[float] | None,
     scale: float,
-    base: Tensor,
+    base: Operand,
     out: Tensor,
     *,
     consensus: bool,
@@ -196,7 +209,7 @@ def vote(
     _call(
         "vote", ctypes.c_size_t(len(operands)), _array(operands), _keeps(keeps), _floats(factors),
         None if weights is None else _floats(weights), ctypes.c_float(scale),
-        ctypes.c_int(consensus), _array([Operand(base)]), _size(out), _at(out),
+        ctypes.c_int(consensus), _array([base]), _size(out), _at(out),
         ctypes.c_int(_kind(out)), ctypes.byref(proof),
     )  # fmt: skip
 
@@ -236,6 +249,8 @@ def _array(operands: Sequence[Operand]) -> Any:
         each.values, each.kind = operand.values.data_ptr(), _kind(operand.values)
         if operand.less is not None:
             each.less, each.less_kind = operand.less.data_ptr(), _kind(operand.less)
+        if operand.more is not None:
+            each.more = operand.more.data_ptr()
     return found
 
 

@@ -5,7 +5,7 @@
  * library use. Products are not contracted to fused ones, so that the numbers do not depend on the
  * processor; the last digits of sums do, since vectors are of different lengths.
  *
- * An operand is n numbers of a kind (below), less those of another one if that is not NULL.
+ * An operand is n numbers of a kind (below), less others, and with more: where these are not NULL.
  */
 #include <math.h>
 #include <stddef.h>
@@ -25,6 +25,7 @@ enum { TILE = 512, MOST = 32 }; /* elements at a time; operands of a Gram matrix
 
 typedef struct {
     const void *values, *less;
+    const float *more;
     int32_t kind, less_kind;
 } Operand;
 
@@ -73,6 +74,10 @@ INLINE void take(float *restrict out, const Operand *x, size_t at, size_t n) {
         float less[TILE];
         load(less, x->less, x->less_kind, at, n);
         for (size_t i = 0; i < n; i++) out[i] -= less[i];
+    }
+    if (x->more) {
+        const float *more = x->more + at;
+        for (size_t i = 0; i < n; i++) out[i] += more[i];
     }
 }
 

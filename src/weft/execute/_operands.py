@@ -1,0 +1,150 @@
+"""Some rows of what a method sees, as they are stored where compiled loops read that."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+
+from weft import methods, native
+from weft.core.specs import AddDeltas, Expression, Load, Merge
+from weft.execute._task_vectors import task_vector
+from weft.execute._updates import in_one_pass
+from weft.methods import Block, Stored
+from weft.native import Operand
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from weft.core.specs import TensorRef
+    from weft.execute._expressions import Evaluator
+    from weft.execute._task_vectors import Loaded
+
+
+class Reader:
+    """Rows `start` to `stop` of the tensors of one job; each is read once."""
+
+    def __init__(self, evaluator: Evaluator, start: int, stop: int) -> None:
+        self.evaluator = evaluator
+        self.start = start
+        self.stop = stop
+        self._read: dict[TensorRef, Tensor] = {}
+        self._loaded: Loaded = {}
+
+    def block(self, expression: Merge, path: str, into: Tensor | None = None) -> Block:
+        """The rows that a method sees; those of the first input in `into`, if given."""
+        base: Tensor | Stored | None = None
+        if expression.base:
+            base = self.operand(expression.base, f"{path}base", f"{path}b")
+        first = self.start * self.evaluator.columns
+        block = Block(first, base, ())
+        apart = methods.method(expression.method).TASK_VECTORS
+        inputs = []
+        for number, each in enumerate(expression.inputs):
+            names = f"{path}{number}", f"{path}{number}."
+            out = into if number == 0 else None
+            if apart and expression.base:
+                pair = each, expression.base
+                inputs.append(self._task_vector(*pair, base, block, *names, out))
+            else:
+                inputs.append(self.operand(each, *names, out))
+        return Block(first, base, inputs)
+
+    def operand(
+        self, expression: Expression, name: str, path: str, out: Tensor | None = None
+    ) -> Tensor | Stored:
+        """Rows of any expression, those that must be widened in `out` or the buffer `name`."""
+        found = self._as_stored(expression, name, out)
+        if found is not None:
+            return found
+        values = self._buffer(name, out)
+        evaluator, loaded = self.evaluator, self._loaded
+        evaluator.evaluate(expression, self.start, self.stop, values, path, loaded)
+        return values
+
+    def _task_vector(
+        self,
+        tuned: Expression,
+        base: Expression,
+        stored: Tensor | Stored | None,
+        block: Block,
+        name: str,
+        path: str,
+        out: Tensor | None,
+    ) -> Tensor | Stored:
+        """Rows of tuned − base; `stored` are the base's, which `block` widens if it must."""
+        if tuned != base and isinstance(stored, Stored):
+            found = self._as_stored(tuned, name, out, (base, stored.operand))
+            if found is not None:
+                return found
+        rows = block.base
+        assert rows is not None
+        if isinstance(base, Load):
+            self._loaded[base.ref] = rows
+        values, span = self._buffer(name, out), (self.start, self.stop)
+        task_vector(self.evaluator, tuned, base, rows, *span, values, path, self._loaded)
+        return values
+
+    def _as_stored(
+        self,
+        expression: Expression,
+        name: str,
+        out: Tensor | None,
+        less: tuple[Expression, Operand] | None = None,
+    ) -> Stored | None:
+        """Rows of a tensor, perhaps with an update that W has no part in.
+
+        Less those of another expression, which must be a tensor. None if that is not to be had.
+        """
+        updated = expression if in_one_pass(expression) else None
+        weight = updated.base if updated else expression
+        if not isinstance(weight, Load) or not self._compiled(weight.ref):
+            return None
+        if less is not None and not isinstance(less[0], Load):
+            return None
+        if updated is not None and less is not None and weight == less[0]:
+            alone = self.update(updated, name, out)  # ΔW is all of the task vector
+            return Stored(Operand(alone.view(-1)), lambda: alone)
+        operand = Operand(
+            self._rows(weight.ref, name),
+            None if less is None else less[1].values,
+            None if updated is None else self.update(updated, f"{name} update").view(-1),
+        )
+
+        def widen() -> Tensor:
+            values = self._buffer(name, out)
+            native.widen(operand, values)
+            return values
+
+        return Stored(operand, widen)
+
+    def _compiled(self, ref: TensorRef) -> bool:
+        """Whether compiled loops read the tensor."""
+        evaluator = self.evaluator
+        there = evaluator.dtype == torch.float32 and evaluator.workspace.device.type == "cpu"
+        return there and native.reads(ref.dtype)
+
+    def _rows(self, ref: TensorRef, name: str) -> Tensor:
+        """As they are stored, flat; several models may stand on the same weights."""
+        if ref not in self._read:
+            files, columns = self.evaluator.files, self.evaluator.columns
+            span = self.start, self.stop
+            rows = self.evaluator.workspace.read(files, ref, *span, columns, f"in {name}")
+            self._read[ref] = rows.view(-1)
+        return self._read[ref]
+
+    def update(self, expression: AddDeltas, name: str, out: Tensor | None = None) -> Tensor:
+        """ΣwᵢΔWᵢ of deltas that need no W (`in_one_pass`)."""
+        found = self._buffer(name, out)
+        first, *rest = expression.deltas
+        kind, state = self.evaluator.state(first)
+        kind.block(state, found, self.start, found)
+        if first.weight != 1:
+            found.mul_(first.weight)
+        for each in rest:
+            kind, state = self.evaluator.state(each)
+            kind.add(state, each.weight, self.start, found)  # type: ignore[attr-defined]
+        return found
+
+    def _buffer(self, name: str, out: Tensor | None) -> Tensor:
+        return self.evaluator.buffer(name, self.stop - self.start) if out is None else out
