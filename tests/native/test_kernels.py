@@ -104,7 +104,9 @@ def test_combine(dtype: torch.dtype, size: int, share: float) -> None:
     base, x = (numbers(size, seed, dtype) for seed in range(2))
     delta = 1e-2 * numbers(size, 2)
     out = torch.empty(size, dtype=dtype)
-    proof = native.combine([Operand(x, base), Operand(delta)], [0.25, -0.7], Operand(base), share, out)
+    proof = native.combine(
+        [Operand(x, base), Operand(delta)], [0.25, -0.7], Operand(base), share, out
+    )
     value = 0.25 * (x.double() - base.double()) - 0.7 * delta.double() + share * base.double()
     assert bool(((out.double() - value).abs() <= spacing(value, dtype)).all())
     check_proof(proof, base, value - base.double(), out.double() - value, out)
@@ -215,7 +217,9 @@ def test_vote(size: int, consensus: bool, weights: list[float] | None) -> None:
     factors = [0.7, -0.4, 0.9]
     out, proof = torch.empty(size), native.Proof()
     operands = [*(Operand(each, base) for each in tuned), Operand(third)]
-    native.vote(operands, keeps, factors, weights, 1.3, Operand(base), out, consensus=consensus, proof=proof)
+    native.vote(
+        operands, keeps, factors, weights, 1.3, Operand(base), out, consensus=consensus, proof=proof
+    )
     deltas = [each.float() - base.float() for each in tuned] + [third]
     within = (deltas[0].abs() > np.float32(low)) & (deltas[0].abs() <= np.float32(high))
     deltas[0] = deltas[0] * within
@@ -278,8 +282,8 @@ def test_numbers_do_not_depend_on_the_processor(
         keeps = [Keep(low=0.3), Keep(high=0.7)]
         voted = torch.empty(5000)
         native.vote(
-            [Operand(x, base), Operand(y, base)], keeps, [0.3, 0.7], [0.5, 0.5], 1.0, Operand(base), voted,
-            consensus=True, proof=native.Proof(),
+            [Operand(x, base), Operand(y, base)], keeps, [0.3, 0.7], [0.5, 0.5], 1.0,
+            Operand(base), voted, consensus=True, proof=native.Proof(),
         )  # fmt: skip
         found.append((out, voted))
     for one, other in pairwise(found):

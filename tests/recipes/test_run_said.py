@@ -55,6 +55,27 @@ def said_by(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> str:
 # ------------------------------------------------------------------------------------- refused
 
 
+@pytest.mark.parametrize("why", ["size", "architecture"])
+def test_a_model_that_is_not_there_hides_no_misfit_of_the_others(root: Path, why: str) -> None:
+    config = {"architectures": ["MistralForCausalLM"]} if why == "architecture" else {}
+    tensors = llama()
+    if why == "size":
+        tensors = {n: t[..., :32].contiguous() if t.dim() > 1 else t for n, t in tensors.items()}
+    checkpoint(root / "odd", tensors, config)
+    text = "merge_method: linear\nparameters: {weight: 1}\nmodels:\n"
+    said = refused(root, text + "".join(f"  - model: {m}\n" for m in ("a", "absent", "odd")))
+    assert "2 problems" in said
+    assert "absent" in said
+    assert "line 5" in said
+    if why == "size":
+        assert (
+            "is [40, 48] in a, [40, 32] in odd" in said or "[48, 48] in a, [48, 32] in odd" in said
+        )
+    else:
+        assert "odd is a MistralForCausalLM, and a a LlamaForCausalLM" in said
+    assert "line 6" in said
+
+
 def test_an_adapter_whose_base_is_not_there(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """It says what it is, which base it names, and how to write where that is."""
     monkeypatch.setitem(os.environ, "HF_HUB_OFFLINE", "1")

@@ -215,7 +215,7 @@ def _plan(
     """Plan every document; each but the last becomes a model of those after it."""
     limit = None if size is None else units.parse_size(str(size))
     from weft.plan._views import outcome
-    from weft.plan.recipe import INTERSECTION, SAME, UNION, plan_recipe
+    from weft.plan.recipe import INTERSECTION, SAME, UNION, misfits, plan_recipe
 
     if tensors not in (SAME, UNION, INTERSECTION):
         raise WeftError(f"tensors={tensors!r}", f"one of {SAME}, {UNION}, {INTERSECTION}")
@@ -228,7 +228,9 @@ def _plan(
     for recipe in recipes:
         made[recipe.name or ""] = None
         try:
-            views = _views(recipe, opened, made)
+            views, missing = _views(recipe, opened, made)
+            if missing:
+                raise PlanError(recipe.name or "", [*missing, *misfits(recipe, views)])
             if len(views) < len(recipe.models()):
                 continue
             plan = plan_recipe(recipe, views, seed=seed, max_shard_size=limit, tensors=tensors)
@@ -245,11 +247,10 @@ def _plan(
 
 def _views(
     recipe: Recipe, opened: Models, made: Mapping[str, View | None]
-) -> dict[ModelName, View]:
+) -> tuple[dict[ModelName, View], list[Problem]]:
     """The models of a recipe, but for those that an earlier document failed to make.
 
-    Raises:
-        PlanError: Models that do not exist, or adapters that do not fit theirs; all of them.
+    And what is wrong with the others: they do not exist, or adapters do not fit theirs.
     """
     views: dict[ModelName, View] = {}
     problems: list[Problem] = []
@@ -261,9 +262,7 @@ def _views(
         except WeftError as error:
             at = _place(name, recipe)
             problems += [Problem(f"{p.what}  @ {at}", p.hint) for p in as_problems(error)]
-    if problems:
-        raise PlanError("", problems)
-    return views
+    return views, problems
 
 
 def _place(name: ModelName, recipe: Recipe) -> str:

@@ -114,7 +114,7 @@ def _other_architectures(recipe: Recipe, views: Views) -> list[Problem]:
     found: dict[str, ModelName] = {}
     problems = []
     sources = [s for module in recipe.modules for each in module.slices for s in each.sources]
-    for source in {source.model: source for source in sources}.values():
+    for source in {s.model: s for s in sources if s.model in views}.values():
         kind = (views[source.model].config.get("architectures") or [None])[0]
         if kind is None or kind in found:
             continue
@@ -130,6 +130,30 @@ def _other_architectures(recipe: Recipe, views: Views) -> list[Problem]:
             )
         found[kind] = source.model
     return problems
+
+
+def misfits(recipe: Recipe, views: Views) -> list[Problem]:
+    """Which models do not fit each other, where others could not be opened: told all the same."""
+    if problems := _other_architectures(recipe, views):
+        return problems
+    found: dict[ModelName, Problem] = {}
+    for each in (each for module in recipe.modules for each in module.slices):
+        there = [source for source in each.sources if source.model in views]
+        for source in there[1:]:
+            first, view = there[0].model, views[source.model]
+            for name, job in views[first].tensors.items():
+                own = view.tensor(name)
+                if own is None or own.shape == job.shape or is_table(view, name, own):
+                    continue
+                what = (
+                    f"{name} is {list(job.shape)} in {first}, {list(own.shape)} in {source.model}"
+                )
+                found[source.model] = Problem(f"{what}  @ {source.where}", _ONE_SIZE)
+                break
+    return list(found.values())
+
+
+_ONE_SIZE = "only models of one architecture and size can be merged"
 
 
 def _add(draft: _Draft, module: Module, each: Planned) -> None:
@@ -273,7 +297,7 @@ def _tensors(draft: _Draft, each: Planned) -> list[tuple[Source, TensorJob]] | N
                 "the models have different vocabularies: write `tokenizer: {source: base}`, or "
                 "`union`, and the rows are brought in one order"
                 if table
-                else "only models of one architecture and size can be merged",
+                else _ONE_SIZE,
             )
         )
         return None
