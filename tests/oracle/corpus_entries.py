@@ -191,7 +191,7 @@ SINGLE = [
     Rule("loha-patterns", "alpha / r is a tensor of float32"),
     Rule("deft*", "the decomposition is in float32"),
     Rule("kasa", "the decomposition is in float32"),
-    Rule("osf", "the decomposition is in float32", before="0.21"),
+    Rule("osf", "the decomposition is in float32, and each processor has its own"),
     Rule("llama-* tied-*", "another release of transformers", before="0.17"),
     Rule("frod", "the decomposition is in float32"),
     Rule("pissa olora corda lora-ga", "the base was moved in float32"),

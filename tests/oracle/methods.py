@@ -154,10 +154,17 @@ class Case:
                 wrong = (value != exact[name].to(self.dtype)).float().mean()
                 assert wrong <= 0.01, (name, float(wrong))
 
-    def check_bits(self, folder: Path) -> None:
-        """PEFT's merge, as it is, has the same bits."""
+    def check_bits(self, folder: Path, *, sums: bool = False) -> None:
+        """PEFT's merge, as it is, has the same bits.
+
+        With `sums` over inputs or outputs float32 may differ in the last: by the shape of a product
+        and the processor BLAS adds in another order.
+        """
         for name, value in self.peft_merged(folder).items():
-            assert torch.equal(self.merged[name], value), name
+            if sums and value.dtype == torch.float32:
+                torch.testing.assert_close(self.merged[name], value, msg=name)
+            else:
+                assert torch.equal(self.merged[name], value), name
 
     def check_forward(self, folder: Path) -> None:
         """The merged weights do what base + adapter do, and not what the base does."""

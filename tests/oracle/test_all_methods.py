@@ -87,7 +87,7 @@ METHODS: dict[str, tuple[Any, Any]] = {
     "WAVEFT": (partial(peft.WaveFTConfig, n_frequency=50, **LINEAR), Toy),
 }
 # Sums over inputs or outputs, in an order that BLAS chooses by the number of rows.
-BLAS_CHOOSES = ("BOFT", "DEFT", "HRA", "OFT", "PEANUT")
+BLAS_CHOOSES = ("BOFT", "DEFT", "GRALORA", "HRA", "OFT", "PEANUT")
 # Of which no tensor that is zero makes ΔW zero.
 LOUD = (
     *("BOFT", "DEFT", "FROD", "GLORA", "GRALORA", "HRA", "IA3", "LN_TUNING", "OSF", "PEANUT"),

@@ -118,7 +118,9 @@ def check(entry: Entry, corpus: Path, folder: Path) -> None:
     want = truth(entry, corpus)
     if known.RESIZED.of(entry):
         want = want[:, : got.shape[-1]]
-    assert (got - want).abs().max() <= 1e-5 * want.abs().max()
+    # An inverse of float32 numbers, whose last digits are the processor's.
+    room = 2e-4 if entry.kind == "frod" else 1e-5
+    assert (got - want).abs().max() <= room * want.abs().max()
     assert not said or said <= own_warnings(entry, corpus)
 
 

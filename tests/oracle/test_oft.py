@@ -48,7 +48,10 @@ def test_merges(tmp_path: Path, dtype: torch.dtype, options: dict[str, Any]) -> 
     theirs = case.peft_merged(tmp_path)
     if not options.get("coft"):  # whose norm PEFT takes over both triangles
         for name in ("linear.weight", "square.weight", "wide.weight", "embed.weight"):
-            assert torch.equal(case.merged[name], theirs[name]), name
+            if name == "embed.weight":  # BLAS adds by shape and processor in another order
+                torch.testing.assert_close(case.merged[name], theirs[name])
+            else:
+                assert torch.equal(case.merged[name], theirs[name]), name
 
 
 def without(adapter: Path, field: str) -> None:

@@ -62,7 +62,8 @@ def prepare(delta: Delta, source: Source, blocks: Blocks) -> State:
         squares += (weight.double() @ inverse).square_().sum(0)
     norms = squares.sqrt()
     where = _indices.load(delta, source, "indices", *V.shape)
-    S = torch.sparse_coo_tensor(where, source.whole("values").double(), V.shape)
+    values = source.whole("values").double()
+    S = torch.sparse_coo_tensor(where, values, V.shape, check_invariants=True)  # else torch warns
     right = V.T.contiguous()
     after = torch.sparse.mm(S, right).addcmul_(source.whole("l").double()[:, None], right)
     return State(inverse * torch.where(norms > _NOTHING, 1 / norms, 0), after)
