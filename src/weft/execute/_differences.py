@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
 import torch
 
@@ -40,11 +40,28 @@ class Alone:
 
 @dataclass(frozen=True, slots=True)
 class Sums:
-    """Of some rows: ‖tuned‖², ‖tuned − base‖², and what rounding put into the difference."""
+    """Of some rows: ‖tuned‖², ‖tuned − base‖², and what rounding put into the difference.
+
+    `grid` is the dtype whose numbers both are, where they are of one.
+    """
 
     tuned: float
     energy: float
     noise: Noise = NONE
+    grid: str | None = None
+
+
+class Blocks(Protocol):
+    """What is read by blocks of rows, as `Difference` is."""
+
+    @property
+    def columns(self) -> int:
+        """Of each row."""
+
+    def blocks(
+        self, start: int, stop: int, into: Tensor | None = None
+    ) -> Iterator[tuple[int, Tensor, Tensor | None]]:
+        """(first row, values, what else there is) of rows `start` to `stop`."""
 
 
 class Difference:
@@ -125,7 +142,7 @@ class Difference:
                 self._add_scales(samples, first, len(delta))
         whole = math.fsum(energy)
         mean_square = whole / max(1, (stop - start) * self.columns)
-        return Sums(math.fsum(tuned), whole, samples.noise(mean_square))
+        return Sums(math.fsum(tuned), whole, samples.noise(mean_square), samples.grid)
 
     def _add_scales(self, samples: Samples, first: int, count: int) -> None:
         """Of `count` rows from `first` on, for the sides that are float8."""
@@ -176,7 +193,7 @@ class Streamed:
         energy: ‖A‖².
     """
 
-    source: Difference
+    source: Blocks
     start: int
     stop: int
     energy: float
