@@ -99,3 +99,16 @@ def test_a_matrix_that_is_not_held_is_scored_as_it_is_read(
     held = found(tmp_path / "held", 4, 1.1, 0.2)
     monkeypatch.setattr(extraction, "HELD", 0)
     assert found(tmp_path / "streamed", 4, 1.1, 0.2) == held == [4] * 10
+
+
+def test_of_one_weight_that_changed_the_rank_is_one(tmp_path: Path) -> None:
+    """It is explained to the last ulp, and no noise is left to compare with."""
+    base = pairs.weights(torch.bfloat16)
+    tuned = {name: W.clone() for name, W in base.items()}
+    for W in tuned.values():
+        if W.dim() == 2:
+            W[3, 5] += 0.01
+    pairs.write(tmp_path / "base", base)
+    pairs.write(tmp_path / "tuned", tuned)
+    _, manifest = pairs.extract(tmp_path, rank="auto")
+    assert [module["rank"] for module in manifest["modules"].values()] == [1] * 10

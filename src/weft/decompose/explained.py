@@ -46,7 +46,7 @@ _MOST = 0.4
 _MOST_OF_ALL = 512
 _FOUND = 32  # directions that are looked for at once
 _POWERS = 6  # steps of subspace iteration for them
-_LEAST = 1e-4  # of the first variance
+_LEAST = 1e-4  # of the first variance, and of what one element may say
 
 
 class Scored(Protocol):
@@ -137,6 +137,8 @@ def explained(seen: Scored, start: Tensor, variance: float, key: int) -> int | N
         seen.flip(key + number)
         edge = float(_leading(trial.score.matrix, key + number)[0][0])
         seen.flip(key + number)
+        if not edge:  # there is no noise to compare with
+            return None
         more = int((values > _ABOVE * edge).sum())
         if not more:
             return _clear(trial, edge)
@@ -161,7 +163,7 @@ def _nothing(seen: Scored, X: Tensor, variance: float) -> _Trial:
     """M = 0."""
     left, right = torch.zeros(seen.shape[0], 1), torch.zeros(seen.shape[1], 1)
     score = seen.score(left, right, variance)
-    return _Trial(left, right, variance, score, score.sure)
+    return _Trial(left, right, variance, score, max(score.sure, _LEAST))
 
 
 def _fitted(seen: Scored, trial: _Trial, X: Tensor, most: float) -> _Trial:
@@ -188,7 +190,7 @@ def _step(seen: Scored, trial: _Trial, X: Tensor, most: float) -> _Trial:
     along = float((score.matrix.rmatmul(both).double() * moved).sum()) / math.sqrt(after)
     length = float((gram(both) * gram(moved)).sum())
     secant = after * (before - along) / length if length else 1.0
-    return _Trial(Q, B, after, score, min(max(secant, score.sure / 2), 1.0))
+    return _Trial(Q, B, after, score, min(max(secant, score.sure / 2, _LEAST), 1.0))
 
 
 def _leading(matrix: Matrix, key: int) -> tuple[Tensor, Tensor]:
@@ -200,6 +202,8 @@ def _leading(matrix: Matrix, key: int) -> tuple[Tensor, Tensor]:
     X = orthonormal(gaussian(n, min(_FOUND, m, n), key, torch.float32), (), 0.0)
     for _ in range(_POWERS):
         X = orthonormal(matrix.rmatmul(whitened(matrix.matmul(X))[0]), (), 0.0)
+        if not X.shape[1]:
+            return torch.zeros(1, dtype=torch.float64), X
     _, R = whitened(matrix.matmul(X))
     values = R.norm(dim=1)
     return values, X @ (R.T / values).to(X.dtype)
@@ -211,7 +215,7 @@ def _clear(trial: _Trial, edge: float) -> int | None:
     Directions of M that are fitted to noise come to about the edge; those of a model tuned in full
     come as near to it as one looks, and where they end is not a matter of this.
     """
-    shown = math.sqrt(trial.variance) * edge / trial.score.sure
+    shown = math.sqrt(trial.variance) * edge / max(trial.score.sure, _LEAST)
     values = [*(torch.linalg.svdvals(trial.right.double()) / shown).tolist(), 1.0]
     rank = sum(value > _CLEAR for value in values)
     if rank and values[rank - 1] > 2 * max(values[rank], 1.0):
