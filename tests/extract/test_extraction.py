@@ -296,8 +296,7 @@ def test_auto_says_where_the_noise_is_not_that_of_rounding(tmp_path: Path) -> No
     (warning,) = (each for each in manifest["warnings"] if "what auto takes for noise" in each)
     assert "is not as large as that of rounding in 10 tensors" in warning
     assert {module["noise"]["fits"] for module in manifest["modules"].values()} == {False}
-    ranks = [module["rank"] for module in manifest["modules"].values()]
-    assert min(ranks) == 3 < max(ranks)
+    assert all(module["rank"] > 3 for module in manifest["modules"].values())
     _, manifest = extract(tmp_path, "three", rank=3)
     assert manifest["warnings"] == []
 

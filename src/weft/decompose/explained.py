@@ -46,7 +46,8 @@ _MOST = 0.4
 _MOST_OF_ALL = 512
 _FOUND = 32  # directions that are looked for at once
 _POWERS = 6  # steps of subspace iteration for them
-_LEAST = 1e-4  # of the first variance, and of what one element may say
+_LEAST = 1e-4  # of what an element may say
+_LEFT = 1e-6  # of the first variance, at least
 
 
 class Scored(Protocol):
@@ -185,7 +186,7 @@ def _step(seen: Scored, trial: _Trial, X: Tensor, most: float) -> _Trial:
     moved = torch.cat([B, -R], 1)
     before = float((images.double() * moved).sum()) / math.sqrt(v)
     factor = 1 + trial.score.square - trial.score.sure
-    after = min(max(v * factor, _LEAST * most), most)
+    after = min(max(v * factor, _LEFT * most), most)
     score = seen.score(Q, B, after)
     along = float((score.matrix.rmatmul(both).double() * moved).sum()) / math.sqrt(after)
     length = float((gram(both) * gram(moved)).sum())
