@@ -56,12 +56,27 @@ def ulps(block: Tensor, dtype: str) -> Ulps:
     """
     import torch
 
-    # The exponent of a float32 is ⌊log₂|w|⌋ + 127; every narrower type is a part of float32.
-    powers = (block.float().reshape(-1).view(torch.int32) >> 23) & 0xFF
-    counts = torch.bincount(powers.clamp_min_(_LOWEST[dtype] + 127), minlength=256)
+    powers = _powers(block.reshape(-1), dtype)
+    counts = torch.bincount(powers, minlength=256)
     found = [(n - 127 - _MANTISSA[dtype], c) for n, c in enumerate(counts.tolist()) if c]
     number = powers.numel()
     return Ulps(tuple(2.0**power for power, _ in found), tuple(c / number for _, c in found))
+
+
+def _powers(block: Tensor, dtype: str) -> Tensor:
+    """⌊log₂|w|⌋ + 127, which is the exponent of a float32; narrower types are a part of float32."""
+    import torch
+
+    powers = (block.float().contiguous().view(torch.int32) >> 23) & 0xFF
+    return powers.clamp_min_(_LOWEST[dtype] + 127)
+
+
+def ulp_of(block: Tensor, dtype: str) -> Tensor:
+    """That of each weight, in float32 (2⁻¹²⁶ at least); see `ulps`."""
+    import torch
+
+    powers = (_powers(block, dtype) - _MANTISSA[dtype]).clamp_min_(1)
+    return (powers << 23).view(torch.float32)
 
 
 def scaled_ulps(block: Tensor, scale: Tensor, dtype: str) -> Ulps:
@@ -97,10 +112,14 @@ class Noise:
     Attributes:
         uniform: mean(ulp²) / 12, of an update of many ulps.
         variance: Of this update.
+        update: τ², of the update itself; 0 where that is not told.
+        rank: Of the update, where what is seen is explained by one (see `explained`).
     """
 
     uniform: float = 0.0
     variance: float = 0.0
+    update: float = 0.0
+    rank: int | None = None
 
     def edge(self, shape: tuple[int, int]) -> float:
         """σ (√m + √n), where the singular values of such noise end (Bai & Yin, 1993)."""
@@ -130,7 +149,7 @@ def rounding(found: Ulps, mean_square: float, *, on_grid: bool) -> Noise:
         middle = (low + high) / 2
         low, high = (middle, high) if _moments(middle, found)[0] < mean_square else (low, middle)
     square, along = _moments(high, found)
-    return Noise(uniform, max(square - (along / high) ** 2, 0.0))
+    return Noise(uniform, max(square - (along / high) ** 2, 0.0), high**2)
 
 
 def _moments(deviation: float, found: Ulps) -> tuple[float, float]:
@@ -196,7 +215,8 @@ def signal(values: Sequence[float], noise: Noise, shape: tuple[int, int], energy
     Those above the edge of uniform noise are. Of an update below an ulp the noise is less, and its
     edge lower; but what rounding does to an update of low rank has structure, whose values may
     stand above that edge. So further ones are taken only until they hold the update's own energy,
-    and as long as they stand out of all that is left, too.
+    and as long as they stand out of all that is left, too. Where the update's rank is known, it is
+    that.
 
     Args:
         values: The first singular values, falling.
@@ -204,6 +224,24 @@ def signal(values: Sequence[float], noise: Noise, shape: tuple[int, int], energy
         shape: Of it.
         energy: ‖ΔW‖².
     """
+    m, n = shape
+    own = energy - noise.variance * m * n
+    rank = _standing(values, noise, shape, energy) if noise.rank is None else noise.rank
+    rank = min(rank, len(values))
+    held = math.fsum(value * value for value in values[:rank])
+    spread = noise.variance * (m + n)  # a signal s appears with s² + σ² (m + n) + …
+    found = math.fsum(max(value * value - spread, 0.0) for value in values[:rank])
+    kept = min(found / own, 1.0) if own > 0 and found > 0 else float(rank > 0 or own <= 0)
+    fits = None
+    known = rank < len(values)
+    if known and rank < min(shape) and noise.variance * m * n > _SEEN * energy:
+        left = max(energy - held, 0.0) / ((m - rank) * (n - rank))
+        fits = abs(math.sqrt(left / noise.variance) - 1) <= _FITS
+    return Signal(rank, known, fits, kept)
+
+
+def _standing(values: Sequence[float], noise: Noise, shape: tuple[int, int], energy: float) -> int:
+    """How many values stand above the edges."""
     m, n = shape
     own = energy - noise.variance * m * n
     rank = sum(value > _ABOVE_EDGE * _edge(noise.uniform, shape) for value in values)
@@ -214,12 +252,4 @@ def signal(values: Sequence[float], noise: Noise, shape: tuple[int, int], energy
         if square <= (_ABOVE_EDGE * _edge(max(rest, noise.variance), shape)) ** 2:
             break
         rank, held = rank + 1, held + square
-    spread = noise.variance * (m + n)  # a signal s appears with s² + σ² (m + n) + …
-    found = math.fsum(max(value * value - spread, 0.0) for value in values[:rank])
-    kept = min(found / own, 1.0) if own > 0 and found > 0 else float(rank > 0 or own <= 0)
-    fits = None
-    known = rank < len(values)
-    if known and rank < min(shape) and noise.variance * m * n > _SEEN * energy:
-        left = max(energy - held, 0.0) / ((m - rank) * (n - rank))
-        fits = abs(math.sqrt(left / noise.variance) - 1) <= _FITS
-    return Signal(rank, known, fits, kept)
+    return rank

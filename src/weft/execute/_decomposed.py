@@ -33,7 +33,8 @@ class Spectrum:
         energy: ‖ΔW‖² (E).
         error: ‖ΔW − U Σ Vᵀ‖² (E), of all k.
         excess: (E, k) how much more of it the optimum of each rank may have, at most.
-        noise: What rounding put into it (E, 2): `Noise.uniform` and `Noise.variance`.
+        noise: What rounding put into it (E, 3): `Noise.uniform`, `Noise.variance`, `Noise.rank`
+            or -1.
     """
 
     shape: tuple[int, int]
@@ -75,7 +76,8 @@ class Spectrum:
         return self._noise(matrix).edge(self.shape)
 
     def _noise(self, matrix: int) -> Noise:
-        return noise.Noise(*self.noise[matrix].tolist())
+        uniform, variance, rank = self.noise[matrix].tolist()
+        return noise.Noise(uniform, variance, rank=int(rank) if rank >= 0 else None)
 
 
 @dataclass(frozen=True, slots=True)
@@ -145,11 +147,15 @@ def stacked(svds: Sequence[Svd], noises: Sequence[Noise]) -> Decomposed:
             energy=torch.tensor([svd.energy for svd in svds], dtype=torch.float64),
             error=torch.tensor([svd.error for svd in svds], dtype=torch.float64),
             excess=torch.stack([_held(svd.excess.double(), rank) for svd in svds]),
-            noise=torch.tensor([[n.uniform, n.variance] for n in noises], dtype=torch.float64),
+            noise=torch.tensor([_kept(each) for each in noises], dtype=torch.float64),
         ),
         left=torch.stack([_padded(svd.left.float(), rank) for svd in svds]),
         right=torch.stack([_padded(svd.right.float(), rank) for svd in svds]),
     )
+
+
+def _kept(noise: Noise) -> tuple[float, float, float]:
+    return noise.uniform, noise.variance, -1 if noise.rank is None else noise.rank
 
 
 def _held(values: Tensor, rank: int) -> Tensor:

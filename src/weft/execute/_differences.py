@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
 import torch
 
@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from weft.plan.extract import Change
 
 _TINY = 1e-28
+_CANCELS = 1e-3
 
 
 class Alone:
@@ -41,11 +42,28 @@ class Alone:
 
 @dataclass(frozen=True, slots=True)
 class Sums:
-    """Of some rows: ‖tuned‖², ‖tuned − base‖², and what rounding put into the difference."""
+    """Of some rows: ‖tuned‖², ‖tuned − base‖², and what rounding put into the difference.
+
+    `grid` is the dtype whose numbers both are, where they are of one.
+    """
 
     tuned: float
     energy: float
     noise: Noise = NONE
+    grid: str | None = None
+
+
+class Blocks(Protocol):
+    """What is read by blocks of rows, as `Difference` is."""
+
+    @property
+    def columns(self) -> int:
+        """Of each row."""
+
+    def blocks(
+        self, start: int, stop: int, into: Tensor | None = None
+    ) -> Iterator[tuple[int, Tensor, Tensor | None]]:
+        """(first row, values, what else there is) of rows `start` to `stop`."""
 
 
 class Difference:
@@ -125,7 +143,7 @@ class Difference:
                 self._add_scales(samples, first, len(delta))
         square = math.fsum(energy)
         mean_square = square / max(1, (stop - start) * self.columns)
-        return Sums(math.fsum(tuned), square, samples.noise(mean_square))
+        return Sums(math.fsum(tuned), square, samples.noise(mean_square), samples.grid)
 
     def _add_scales(self, samples: Samples, first: int, count: int) -> None:
         """Of `count` rows from `first` on, for the sides that are float8."""
@@ -155,8 +173,10 @@ def _squares_of(delta: Tensor, base: Tensor | None) -> tuple[float, float]:
     if native.takes(delta, base):
         operands = [native.Operand(delta.view(-1)), native.Operand(base.view(-1))]
         (own,), (both, others) = native.gram(operands)
-        if _TINY < own < math.inf and _TINY < others < math.inf:
-            return own, own + 2 * both + others
+        whole = own + 2 * both + others
+        # Where W and ΔW cancel, nothing of the sum's digits is left.
+        if own > _TINY and _CANCELS * (own + others) < whole < math.inf:
+            return own, whole
     return squares(delta), squares(base + delta)
 
 
@@ -190,7 +210,7 @@ class Streamed:
         energy: ‖A‖².
     """
 
-    source: Difference
+    source: Blocks
     start: int
     stop: int
     energy: float

@@ -40,6 +40,14 @@ class Samples:
         """A side is float8 with scales."""
         return any(self._eighths)
 
+    @property
+    def grid(self) -> str | None:
+        """The dtype whose numbers both sides are; None where one is not, or scaled."""
+        if not self._seen or self.scaled or self._kept in (None, "float64"):
+            return None
+        dtype, on_grid = _grid(self._all("tuned"), self._all("base"), self._kept)
+        return dtype if on_grid else None
+
     def add(self, what: str, block: Tensor) -> None:
         """Keep some of a block, `what` being `tuned`, `base`, `tuned scale` or `base scale`."""
         self._keep(what, self._some(block).clone())  # and not a view of all of it
@@ -92,6 +100,13 @@ def _float8(change: Change) -> tuple[str | None, str | None]:
     return found[0], found[1]
 
 
+def _grid(tuned: Tensor, base: Tensor, dtype: str) -> tuple[str, bool]:
+    """What the tuned side was rounded to, be it copied to a wider one; and whether the base was."""
+    if dtype == "float32" and torch.equal(tuned.bfloat16().float(), tuned):
+        dtype = "bfloat16"
+    return dtype, torch.equal(base.to(getattr(torch, dtype)).float(), base)
+
+
 def _plain(tuned: Tensor, base: Tensor, dtype: str | None, mean_square: float) -> Noise:
     """Of what lies in `dtype`, or in a wider one that it was copied to.
 
@@ -104,7 +119,5 @@ def _plain(tuned: Tensor, base: Tensor, dtype: str | None, mean_square: float) -
     if dtype is None:
         whole = _SUMMED**2 * ulps(tuned, "float32").mean_square / 12
         return Noise(whole, whole)
-    if dtype == "float32" and torch.equal(tuned.bfloat16().float(), tuned):
-        dtype = "bfloat16"
-    on_grid = torch.equal(base.to(getattr(torch, dtype)).float(), base)
+    dtype, on_grid = _grid(tuned, base, dtype)
     return rounding(ulps(tuned, dtype), mean_square, on_grid=on_grid)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import threading
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Protocol
 
 import torch
@@ -23,6 +23,7 @@ from weft.decompose.ranks import rank_for_energy
 from weft.execute._blocks import Files, Workspace
 from weft.execute._decomposed import clear, stacked
 from weft.execute._differences import Difference, Streamed, Sums
+from weft.execute._explaining import explained_rank
 from weft.execute._expressions import Shared
 from weft.execute.threads import one_torch_thread, stream
 from weft.plan.layout import shared_at_once
@@ -160,6 +161,7 @@ def _decompose(
     """One matrix: rows `start` to `stop` of the difference."""
     form, columns = source.change.form, source.columns
     matrix: Dense | Streamed
+    values: Tensor | None = None
     if 4 * (stop - start) * columns <= HELD:
         # Reading overlaps with the arithmetic of the threads that hold the cores.
         size = (stop - start, columns)
@@ -171,14 +173,24 @@ def _decompose(
     else:
         sums = source.sums(start, stop)
         matrix = Streamed(source, start, stop, sums.energy)
-    with state.cores:
-        return _svd(state, source.change, matrix, sums, number), sums
-
-
-def _svd(state: _Run, change: Change, matrix: Dense | Streamed, sums: Sums, number: int) -> Svd:
-    """To the rank that was asked for, or that the rule finds enough."""
-    name = change.name if change.form.count == 1 else f"{change.name}[{number}]"
+    name = source.change.name if form.count == 1 else f"{source.change.name}[{number}]"
     key = key_of(state.wishes.seed, name)
+    with state.cores:
+        svd = _svd(state, source.change, matrix, sums, key)
+        if state.wishes.rule.kind != "auto" or source.change.name in state.asked:
+            return svd, sums
+        rank = explained_rank(source, start, values, sums, svd, key)
+        if rank is None:
+            return svd, sums
+        if rank >= svd.rank:
+            if values is not None:
+                source.sums(start, stop, values)  # there are scores in it now
+            svd = truncated_svd(matrix, rank + 1, key=key)
+    return svd, replace(sums, noise=replace(sums.noise, rank=rank))
+
+
+def _svd(state: _Run, change: Change, matrix: Dense | Streamed, sums: Sums, key: int) -> Svd:
+    """To the rank that was asked for, or that the rule finds enough."""
     rule, rank = state.wishes.rule, state.asked.get(change.name)
     if rank is not None:
         return truncated_svd(matrix, rank, key=key)
