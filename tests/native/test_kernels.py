@@ -285,10 +285,11 @@ def test_numbers_do_not_depend_on_the_processor(
             [Operand(x, base), Operand(y, base)], keeps, [0.3, 0.7], [0.5, 0.5], 1.0,
             Operand(base), voted, consensus=True, proof=native.Proof(),
         )  # fmt: skip
-        found.append((out, voted))
+        sums = torch.tensor(native.gram([Operand(x, base), Operand(y)])[1], dtype=torch.float64)
+        sizes = torch.tensor(native.norms(Operand(x, base), Keep(low=0.3)), dtype=torch.float64)
+        found.append((out, voted, sums, sizes))
     for one, other in pairwise(found):
-        assert torch.equal(one[0], other[0])
-        assert torch.equal(one[1], other[1])
+        assert all(torch.equal(a, b) for a, b in zip(one, other, strict=True))
 
 
 def copied(source: Path, folder: Path) -> Path:
@@ -310,6 +311,50 @@ def test_without_a_compiler_the_reason_is_told(
     assert [path.name for path in tmp_path.iterdir()] == ["kernels.c"]
 
 
+@pytest.mark.parametrize("compiler", ["env cc", "no-such-compiler"])
+def test_any_compiler_will_do(
+    compiler: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """CC may have arguments; where Python's own compiler is not there, `cc` may be."""
+    monkeypatch.setattr(build, "SOURCE", copied(build.SOURCE, tmp_path))
+    monkeypatch.delenv("CC", raising=False)
+    if " " in compiler:
+        monkeypatch.setenv("CC", compiler)
+    else:
+        monkeypatch.setattr(build.sysconfig, "get_config_var", lambda name: compiler)
+    assert build.compile_kernels() is None
+    assert build.library().exists()
+
+
+def test_a_library_of_other_flags_is_not_taken(monkeypatch: pytest.MonkeyPatch) -> None:
+    before = build.library()
+    monkeypatch.setattr(build, "FLAGS", (*build.FLAGS, "-ffast-math"))
+    assert build.library() != before
+
+
+def test_as_many_operands_as_there_may_be() -> None:
+    rows = [numbers(700, seed) for seed in range(native.MOST)]
+    found = native.gram([Operand(each) for each in rows])
+    assert found[-1][0] == pytest.approx(float(rows[-1].double() @ rows[0].double()), abs=1e-4)
+    out, base = torch.empty(700), numbers(700, 99)
+    shares = [1 / native.MOST] * native.MOST
+    native.vote(
+        [Operand(each) for each in rows], [Keep()] * native.MOST, shares, None, 1.0,
+        Operand(base), out, consensus=False, proof=native.Proof(),
+    )  # fmt: skip
+    expected = base.double() + torch.stack(rows).double().mean(0)
+    assert torch.allclose(out.double(), expected, atol=1e-6)
+
+
+def test_a_sum_of_negative_zeros_is_one() -> None:
+    zero, out = torch.full((5,), -0.0), torch.empty(5)
+    native.vote(
+        [Operand(zero)], [Keep()], [0.5], None, 1.0, Operand(zero), out, consensus=False,
+        proof=native.Proof(),
+    )  # fmt: skip
+    assert bool(out.signbit().all())
+
+
 def test_a_library_of_another_source_is_not_taken(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -327,4 +372,4 @@ def test_a_library_of_another_source_is_not_taken(
     finally:
         native.library.cache_clear()
     assert build.compile_kernels() is None
-    assert len(list(tmp_path.glob("*.so"))) == 1  # and the old one is gone
+    assert [path.name for path in tmp_path.glob("*.so")] == [build.library().name]

@@ -55,6 +55,21 @@ def said_by(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> str:
 # ------------------------------------------------------------------------------------- refused
 
 
+def test_layers_that_are_not_taken_are_no_misfit(root: Path) -> None:
+    """What of two models is merged fits, whatever a third lacks."""
+    name = f"{MATRIX.format(1)}.weight"
+    odd = llama(3)
+    checkpoint(root / "odd", odd | {name: odd[name][:32].contiguous()})
+    first = "  - sources: [{model: a, layer_range: [0, 1]}, {model: odd, layer_range: [0, 1]}]\n"
+    text = f"merge_method: linear\nparameters: {{weight: 1}}\nslices:\n{first}"
+    (root / "recipe.yml").write_text(text)
+    weft.plan_run("recipe.yml")
+    second = first.replace("odd", "absent")
+    said = refused(root, text + second)
+    assert "absent" in said
+    assert "odd" not in said
+
+
 @pytest.mark.parametrize("why", ["size", "architecture"])
 def test_a_model_that_is_not_there_hides_no_misfit_of_the_others(root: Path, why: str) -> None:
     config = {"architectures": ["MistralForCausalLM"]} if why == "architecture" else {}

@@ -137,9 +137,9 @@ def execute(
 
 def setting(device: str) -> str:
     """What the last digits of a result depend on: a run is finished in the setting it began in."""
-    loops = "compiled" if native.library() else "torch's"
     place = device.partition(":")[0]
-    return f"weft {version('weft')}, torch {version('torch')}, {place}, {loops} loops"
+    loops = ", compiled loops" if place == "cpu" and native.library() else ""
+    return f"weft {version('weft')}, torch {version('torch')}, {place}{loops}"
 
 
 def _size(jobs: Sequence[Any]) -> int:

@@ -185,8 +185,7 @@ class Kernel:
             return None
         if not math.isfinite(proof.base + proof.delta + proof.error):
             return None
-        compared = self._compared
-        if not compared:
+        if not self._compared:
             return Sums(compared=False)
         delta = 0.0 if self._square is not None else proof.delta
         return Sums(proof.base, delta, proof.error, bool(proof.changed))

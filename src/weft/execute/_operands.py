@@ -36,19 +36,18 @@ class Reader:
         base: Tensor | Stored | None = None
         if expression.base:
             base = self.operand(expression.base, f"{path}base", f"{path}b")
-        first = self.start * self.evaluator.columns
-        block = Block(first, base, ())
+        inputs: list[Tensor | Stored] = []
+        block = Block(self.start * self.evaluator.columns, base, inputs)
         apart = methods.method(expression.method).TASK_VECTORS
-        inputs = []
         for number, each in enumerate(expression.inputs):
             names = f"{path}{number}", f"{path}{number}."
             out = into if number == 0 else None
             if apart and expression.base:
                 pair = each, expression.base
-                inputs.append(self._task_vector(*pair, base, block, *names, out))
+                inputs.append(self._task_vector(*pair, block, *names, out))
             else:
                 inputs.append(self.operand(each, *names, out))
-        return Block(first, base, inputs)
+        return block
 
     def operand(
         self, expression: Expression, name: str, path: str, out: Tensor | None = None
@@ -58,6 +57,7 @@ class Reader:
         if found is not None:
             return found
         values = self._buffer(name, out)
+        self._widen_weight(expression, f"{name} weight")
         evaluator, loaded = self.evaluator, self._loaded
         evaluator.evaluate(expression, self.start, self.stop, values, path, loaded)
         return values
@@ -66,24 +66,38 @@ class Reader:
         self,
         tuned: Expression,
         base: Expression,
-        stored: Tensor | Stored | None,
         block: Block,
         name: str,
         path: str,
         out: Tensor | None,
     ) -> Tensor | Stored:
-        """Rows of tuned − base; `stored` are the base's, which `block` widens if it must."""
-        if tuned != base and isinstance(stored, Stored):
-            found = self._as_stored(tuned, name, out, (base, stored.operand))
+        """Rows of tuned − base, which are those of `block`."""
+        if tuned == base:
+            return self._buffer(name, out).zero_()
+        stored = (
+            block.base_operand() if isinstance(base, Load) and self._compiled(base.ref) else None
+        )
+        if stored is not None:
+            found = self._as_stored(tuned, name, out, (base, stored))
             if found is not None:
                 return found
         rows = block.base
         assert rows is not None
         if isinstance(base, Load):
             self._loaded[base.ref] = rows
+        self._widen_weight(tuned, f"{name} weight")
         values, span = self._buffer(name, out), (self.start, self.stop)
         task_vector(self.evaluator, tuned, base, rows, *span, values, path, self._loaded)
         return values
+
+    def _widen_weight(self, expression: Expression, name: str) -> None:
+        """What deltas are added to, if it was read as it is stored: it is not read again."""
+        weight = expression.base if isinstance(expression, AddDeltas) else None
+        if isinstance(weight, Load) and weight.ref in self._read:
+            ref, rows = weight.ref, self._buffer(name, None)
+            if ref not in self._loaded:
+                native.widen(Operand(self._read[ref]), rows)
+                self._loaded[ref] = rows
 
     def _as_stored(
         self,
@@ -94,13 +108,11 @@ class Reader:
     ) -> Stored | None:
         """Rows of a tensor, perhaps with an update that W has no part in.
 
-        Less those of another expression, which must be a tensor. None if that is not to be had.
+        Less those of another tensor. None if that is not to be had.
         """
         updated = expression if in_one_pass(expression) else None
         weight = updated.base if updated else expression
         if not isinstance(weight, Load) or not self._compiled(weight.ref):
-            return None
-        if less is not None and not isinstance(less[0], Load):
             return None
         if updated is not None and less is not None and weight == less[0]:
             alone = self.update(updated, name, out)  # ΔW is all of the task vector
@@ -125,7 +137,9 @@ class Reader:
         return there and native.reads(ref.dtype)
 
     def _rows(self, ref: TensorRef, name: str) -> Tensor:
-        """As they are stored, flat; several models may stand on the same weights."""
+        """Flat, as they are stored or widened already; several models may stand on them."""
+        if ref in self._loaded:
+            return self._loaded[ref].view(-1)
         if ref not in self._read:
             files, columns = self.evaluator.files, self.evaluator.columns
             span = self.start, self.stop

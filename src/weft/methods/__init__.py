@@ -118,57 +118,61 @@ class Stored:
 class Block:
     """Some rows of every tensor.
 
-    Attributes:
+    Args:
         start: The first element, counted in the whole tensor.
+        base: Rows of the base, if there is one.
+        inputs: Rows of the inputs; more may be added to the list until they are asked for.
     """
 
     def __init__(
-        self,
-        start: int,
-        base: Tensor | Stored | None,
-        inputs: Sequence[Tensor | Stored],
+        self, start: int, base: Tensor | Stored | None, inputs: list[Tensor | Stored]
     ) -> None:
         self.start = start
         self._base = base
-        self._inputs = list(inputs)
+        self._inputs = inputs
+        self._wide_base: Tensor | None = None
+        self._wide: list[Tensor] | None = None
 
     @property
     def base(self) -> Tensor | None:
         """Rows of the base in the arithmetic dtype; not to be changed. None if there is none."""
-        if isinstance(self._base, Stored):
-            self._base = self._base.widen()
-        return self._base
+        if self._wide_base is None and self._base is not None:
+            self._wide_base = _widened(self._base)
+        return self._wide_base
 
     @property
     def inputs(self) -> list[Tensor]:
         """Rows of the inputs: x, or x − base for a method of `TASK_VECTORS`.
 
-        In the arithmetic dtype. A method may write over them, where nobody reads them again.
+        In the arithmetic dtype. A method may write over them: nobody reads them again.
         """
-        found = [each.widen() if isinstance(each, Stored) else each for each in self._inputs]
-        self._inputs = list(found)
-        return found
+        if self._wide is None:
+            self._wide = [_widened(each) for each in self._inputs]
+        return self._wide
 
     @property
     def count(self) -> int:
         """Elements of each."""
         first = self._inputs[0] if self._inputs else self._base
         assert first is not None
-        return (first.operand.values if isinstance(first, Stored) else first).numel()
+        return _operand(first).values.numel()
 
     def operands(self) -> list[Operand] | None:
         """The inputs for compiled loops, in whatever dtype they are; None if those take others."""
-        found = [
-            each.operand if isinstance(each, Stored) else Operand(each.reshape(-1))
-            for each in self._inputs
-        ]
+        found = [_operand(each) for each in self._inputs]
         return found if native.takes(*found) else None
 
     def base_operand(self) -> Operand | None:
         """The base's rows for compiled loops."""
-        if isinstance(self._base, Stored):
-            return self._base.operand
-        return None if self._base is None else Operand(self._base.reshape(-1))
+        return None if self._base is None else _operand(self._base)
+
+
+def _widened(rows: Tensor | Stored) -> Tensor:
+    return rows.widen() if isinstance(rows, Stored) else rows
+
+
+def _operand(rows: Tensor | Stored) -> Operand:
+    return rows.operand if isinstance(rows, Stored) else Operand(rows.reshape(-1))
 
 
 class Blocks(Protocol):

@@ -115,7 +115,7 @@ def _measure(keep: Keep, block: Block, number: int) -> _Measured:
 
 
 def _norm(magnitudes: Tensor) -> float:
-    """Σ |d| in float64, but for runs of a few: it does not depend on where blocks are cut."""
+    """Σ |d| in float64, but for runs of a few."""
     whole = magnitudes[: len(magnitudes) // _RUN * _RUN].view(-1, _RUN)
     rest = magnitudes[whole.numel() :].double().sum()
     return float(whole.sum(1).double().sum() + rest)
@@ -165,22 +165,19 @@ def compiled(
     operands, base = block.operands(), block.base_operand()
     assert operands is not None
     assert base is not None
-    if len(operands) > native.MOST:
+    keeps = [part.keep for part in parts]
+    if len(operands) > native.MOST or not all(map(_sparsify.is_compiled, keeps)):
         return None
     weights = [float(weight) for weight in task.of_each("weight")]
     shares = weights if consensus else factors(task, weights)
     shares = [share * part.factor for share, part in zip(shares, parts, strict=True)]
     proof = Proof()
     rounded = out.view(-1)
-    keeps = [part.keep for part in parts]
     for first, last in _sparsify.runs(keeps, block.start, block.start + len(rounded)):
-        kept = [_sparsify.compiled(keep, first, last - first) for keep in keeps]
         here = slice(first - block.start, last - block.start)
-        if any(each is None for each in kept):
-            return None
         native.vote(
             [each.part(here) for each in operands],
-            [each for each in kept if each is not None],
+            [_sparsify.compiled(keep, first, last - first) for keep in keeps],
             shares,
             weights if consensus and task.params["normalize"] else None,
             float(task.params["lambda"]) if consensus else 1.0,

@@ -27,8 +27,8 @@ def gram(blocks: Blocks, *, base: bool = False) -> Matrix:
 
     def products(block: Block) -> list[list[float]]:
         operands = block.operands()
-        if operands is not None and len(operands) < native.MOST:
-            first = block.base_operand() if base else None
+        first = block.base_operand() if base else None
+        if operands is not None and len(operands) + (first is not None) <= native.MOST:
             return native.gram([*([first] if first is not None else []), *operands])
         tensors = [*([block.base] if base and block.base is not None else []), *block.inputs]
         flat = [each.reshape(-1) for each in tensors]

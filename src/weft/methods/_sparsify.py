@@ -141,6 +141,8 @@ class ByRank:
 
     def __call__(self, start: int, values: Tensor) -> None:
         size = self.count * self.inner
+        if not size:
+            return
         units = values.view(-1, self.count, self.inner)
         step = max(PIECE // size, 1)
         for at in range(0, len(units), step):
@@ -204,10 +206,6 @@ class Recorded:
             at += last - first
             piece += 1
 
-    @property
-    def ends(self) -> list[int]:
-        return [start + count for start, count in zip(self.starts, self.counts, strict=True)]
-
 
 def runs(keeps: Sequence[Keep], start: int, stop: int) -> Iterator[tuple[int, int]]:
     """The elements `start` to `stop` in runs in which `compiled` is the same for every keep."""
@@ -216,22 +214,26 @@ def runs(keeps: Sequence[Keep], start: int, stop: int) -> Iterator[tuple[int, in
         if isinstance(keep, Magnitudes):
             edges |= {cut.stop for cut in (keep.low, keep.high) if cut}
         elif isinstance(keep, Recorded):
-            edges |= set(keep.ends)
+            edges |= set(keep.starts)
     yield from pairwise(sorted(edge for edge in edges if start <= edge <= stop))
 
 
-def compiled(keep: Keep, start: int, count: int) -> native.Keep | None:
-    """What compiled loops are told of `count` elements from `start` on; None if they cannot."""
-    if keep is everything:
-        return native.Keep()
-    if isinstance(keep, Magnitudes):
-        return keep.compiled(start)
-    if isinstance(keep, Recorded):
-        piece = bisect_right(keep.starts, start) - 1
-        return native.Keep(bits=keep.bits[piece], first=start - keep.starts[piece])
-    if isinstance(keep, Bernoulli):
-        return native.Keep(bits=keep.bits(start, count))
-    return None
+def is_compiled(keep: Keep) -> bool:
+    """Whether compiled loops know what is kept."""
+    return keep is everything or isinstance(keep, Magnitudes | Recorded | Bernoulli)
+
+
+def compiled(keep: Keep, start: int, count: int) -> native.Keep:
+    """What they are told of `count` elements from `start` on, one of `runs`."""
+    match keep:
+        case Magnitudes():
+            return keep.compiled(start)
+        case Recorded():
+            piece = bisect_right(keep.starts, start) - 1
+            return native.Keep(bits=keep.bits[piece], first=start - keep.starts[piece])
+        case Bernoulli():
+            return native.Keep(bits=keep.bits(start, count))
+    return native.Keep()
 
 
 def nonzero_bits(values: Tensor) -> Array:

@@ -1,10 +1,10 @@
 """Loops compiled from `kernels.c`: the arithmetic of weights, without passes that torch would need.
 
 They are there where a C compiler was when Weft was installed. Whoever calls them has the same in
-torch, for GPUs, float64 and everything else that `takes` says no to. The interpreter's lock is free
-meanwhile.
+torch, for GPUs, float64 and other dtypes that `takes` says no to. The interpreter's lock is free
+meanwhile. At most `MOST` operands go into one call.
 
-Tensors are torch's, contiguous, on the CPU.
+Tensors are torch's, contiguous, on the CPU; what is not called an operand or `out` is float32.
 """
 
 from __future__ import annotations
@@ -16,13 +16,13 @@ from functools import cache
 from typing import TYPE_CHECKING, Any
 
 from weft.native import build
+from weft.native.build import MOST as MOST
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from torch import Tensor
 
-MOST = 32  # operands
 _KINDS = {"torch.float32": 0, "torch.bfloat16": 1, "torch.float16": 2}
 
 
@@ -126,7 +126,7 @@ def takes(*tensors: Tensor | Operand | None) -> bool:
 
 
 def gram(operands: Sequence[Operand]) -> list[list[float]]:
-    """⟨xᵢ, xⱼ⟩ of all i and j ≤ i: runs of 2048 products in float32, their sums in float64."""
+    """⟨xᵢ, xⱼ⟩ of all i and j ≤ i: products are added in float32 by 32, and then in float64."""
     count = len(operands)
     found = (ctypes.c_double * (count * (count + 1) // 2))()
     _call("gram", ctypes.c_size_t(count), _array(operands), _size(operands[0].values), found)
@@ -135,7 +135,7 @@ def gram(operands: Sequence[Operand]) -> list[list[float]]:
 
 def widen(operand: Operand, out: Tensor) -> None:
     """Into `out`, float32."""
-    _call("widen", _array([operand]), _size(out), _at(out))
+    _call("widen", _array([operand]), _size(out), _wide(out))
 
 
 def finish(
@@ -158,7 +158,7 @@ def finish(
     found = Proof()
     operand = _array([base]) if base is not None else None
     _call(
-        "finish", _at(value), operand, _at(delta), _size(out), ctypes.c_int(exact), _at(out),
+        "finish", _wide(value), operand, _wide(delta), _size(out), ctypes.c_int(exact), _at(out),
         ctypes.c_int(_kind(out)), ctypes.byref(found),
     )  # fmt: skip
     return found
@@ -272,6 +272,11 @@ def _kind(tensor: Tensor) -> int:
 
 def _at(tensor: Tensor | None) -> ctypes.c_void_p:
     return ctypes.c_void_p(None if tensor is None else tensor.data_ptr())
+
+
+def _wide(tensor: Tensor | None) -> ctypes.c_void_p:
+    assert tensor is None or (_kind(tensor) == 0 and tensor.is_contiguous())
+    return _at(tensor)
 
 
 def _size(tensor: Tensor) -> ctypes.c_size_t:

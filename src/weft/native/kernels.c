@@ -2,8 +2,8 @@
  * computed with in float32, and rounded once, while they are in the first level of the cache.
  *
  * Everything here has a torch form beside its caller, which GPUs, float64 and machines without this
- * library use. Products are not contracted to fused ones, so that the numbers do not depend on the
- * processor; the last digits of sums do, since vectors are of different lengths.
+ * library use. Numbers do not depend on the processor: products are not contracted to fused ones, and
+ * sums have as many lanes everywhere, whatever the length of vectors.
  *
  * An operand is n numbers of a kind (below), less others, and with more: where these are not NULL.
  */
@@ -21,7 +21,10 @@
 #define INLINE static inline __attribute__((always_inline))
 
 enum { FLOAT32, BFLOAT16, FLOAT16 };
-enum { TILE = 512, MOST = 32 }; /* elements at a time; operands of a Gram matrix */
+enum { TILE = 512, LANES = 16 }; /* elements at a time, and that are added side by side */
+#ifndef MOST
+#define MOST 32 /* operands */
+#endif
 
 typedef struct {
     const void *values, *less;
@@ -55,6 +58,26 @@ INLINE uint16_t to_bfloat16(float value) {
     return value != value ? 0x7FC0 : (uint16_t)rounded;
 }
 
+/* IEEE 754's binary16. By hand, since compilers before 2022 do not have it on every processor. */
+INLINE float from_float16(uint16_t half) {
+    uint32_t shifted = (uint32_t)(half & 0x7FFF) << 13;
+    float finite = from_bits(shifted) * 0x1p112f; /* the exponent's bias, exact below 1 as well */
+    uint32_t bits = (half & 0x7C00) == 0x7C00 ? shifted | 0x7F800000 : to_bits(finite);
+    return from_bits(bits | (uint32_t)(half & 0x8000) << 16);
+}
+
+INLINE uint16_t to_float16(float value) {
+    uint32_t bits = to_bits(value), sign = bits >> 16 & 0x8000;
+    bits &= 0x7FFFFFFF;
+    uint32_t magic = 126u << 23; /* 1/2, in whose last place lies the least of binary16 */
+    uint32_t small = to_bits(from_bits(bits) + from_bits(magic)) - magic;
+    uint32_t normal = (bits + 0xC8000FFF + (bits >> 13 & 1)) >> 13; /* half to even */
+    uint32_t half = bits < 0x38800000 ? small : normal;
+    half = bits >= 0x47800000 ? 0x7C00 : half;
+    half = bits > 0x7F800000 ? 0x7E00 : half;
+    return (uint16_t)(half | sign);
+}
+
 /* n numbers from element `at` on, widened. */
 INLINE void load(float *restrict out, const void *data, int kind, size_t at, size_t n) {
     if (kind == FLOAT32) {
@@ -63,8 +86,8 @@ INLINE void load(float *restrict out, const void *data, int kind, size_t at, siz
         const uint16_t *in = (const uint16_t *)data + at;
         for (size_t i = 0; i < n; i++) out[i] = from_bits((uint32_t)in[i] << 16);
     } else {
-        const _Float16 *in = (const _Float16 *)data + at;
-        for (size_t i = 0; i < n; i++) out[i] = (float)in[i];
+        const uint16_t *in = (const uint16_t *)data + at;
+        for (size_t i = 0; i < n; i++) out[i] = from_float16(in[i]);
     }
 }
 
@@ -93,22 +116,39 @@ INLINE void store(float *restrict values, void *data, int kind, size_t at, size_
             values[i] = from_bits((uint32_t)bits << 16);
         }
     } else {
-        _Float16 *out = (_Float16 *)data + at;
+        uint16_t *out = (uint16_t *)data + at;
         for (size_t i = 0; i < n; i++) {
-            _Float16 half = (_Float16)values[i];
-            out[i] = half;
-            values[i] = (float)half;
+            uint16_t bits = to_float16(values[i]);
+            out[i] = bits;
+            values[i] = from_float16(bits);
         }
     }
 }
 
 /* ------------------------------------------------------------------------------------- sums */
 
-INLINE double dot(const float *x, const float *y, size_t n) {
-    float sum = 0;
-#pragma omp simd reduction(+ : sum)
-    for (size_t i = 0; i < n; i++) sum += x[i] * y[i];
+INLINE double total(const float *lanes) {
+    double sum = 0;
+    for (int j = 0; j < LANES; j++) sum += lanes[j];
     return sum;
+}
+
+INLINE double dot(const float *x, const float *y, size_t n) {
+    float lanes[LANES] = {0};
+    size_t i = 0;
+    for (; i + LANES <= n; i += LANES)
+        for (int j = 0; j < LANES; j++) lanes[j] += x[i + j] * y[i + j];
+    for (int j = 0; i < n; i++, j++) lanes[j] += x[i] * y[i];
+    return total(lanes);
+}
+
+INLINE double magnitude(const float *x, size_t n) {
+    float lanes[LANES] = {0};
+    size_t i = 0;
+    for (; i + LANES <= n; i += LANES)
+        for (int j = 0; j < LANES; j++) lanes[j] += fabsf(x[i + j]);
+    for (int j = 0; i < n; i++, j++) lanes[j] += fabsf(x[i]);
+    return total(lanes);
 }
 
 /* The lower triangle of the Gram matrix of k operands, row by row. */
@@ -246,15 +286,10 @@ void weft_norms(const Operand *x, const Keep *which, size_t n, double *out) {
     float d[TILE];
     for (size_t at = 0; at < n; at += TILE) {
         size_t m = n - at < TILE ? n - at : TILE;
-        float before = 0, after = 0;
         take(d, x, at, m);
-#pragma omp simd reduction(+ : before)
-        for (size_t i = 0; i < m; i++) before += fabsf(d[i]);
+        out[0] += magnitude(d, m);
         keep(d, which, at, m);
-#pragma omp simd reduction(+ : after)
-        for (size_t i = 0; i < m; i++) after += fabsf(d[i]);
-        out[0] += before;
-        out[1] += after;
+        out[1] += magnitude(d, m);
     }
 }
 
@@ -267,14 +302,14 @@ void weft_vote(size_t k, const Operand *x, const Keep *which, const float *facto
     float e[MOST][TILE], sum[TILE], share[TILE], W[TILE];
     for (size_t at = 0; at < n; at += TILE) {
         size_t m = n - at < TILE ? n - at : TILE;
-        memset(sum, 0, sizeof sum);
         for (size_t i = 0; i < k; i++) {
             take(e[i], &x[i], at, m);
             keep(e[i], &which[i], at, m);
-            for (size_t j = 0; j < m; j++) {
-                e[i][j] *= factors[i];
-                sum[j] += e[i][j];
-            }
+            for (size_t j = 0; j < m; j++) e[i][j] *= factors[i];
+            if (i)
+                for (size_t j = 0; j < m; j++) sum[j] += e[i][j];
+            else
+                memcpy(sum, e[0], sizeof sum); /* and not 0 + −0 */
         }
         take(W, base, at, m);
         if (vote) {

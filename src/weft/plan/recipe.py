@@ -138,7 +138,7 @@ def misfits(recipe: Recipe, views: Views) -> list[Problem]:
         return problems
     found: dict[ModelName, Problem] = {}
     for each in (each for module in recipe.modules for each in module.slices):
-        there = [source for source in each.sources if source.model in views]
+        there = [s for s in each.sources if s.model in views and s.layers is None]
         for source in there[1:]:
             first, view = there[0].model, views[source.model]
             for name, job in views[first].tensors.items():
