@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 __all__ = ["Files", "Workspace"]
 
 
-def _pages(nbytes: int, *, pin: bool) -> tuple[Tensor, memoryview]:
+def pages(nbytes: int, *, pin: bool) -> tuple[Tensor, memoryview]:
     """Host memory from the beginning of a page on."""
     tensor = torch.empty(nbytes + PAGE, dtype=torch.uint8, device="cpu", pin_memory=pin)
     tensor = tensor[-tensor.data_ptr() % PAGE :][:nbytes]
@@ -50,7 +50,7 @@ class Workspace(threading.local):
         They lie in the memory's pages as bytes from `offset` on lie in a file's.
         """
         if slot not in self._host or self._host[slot][0].numel() < nbytes + PAGE:
-            self._host[slot] = _pages(nbytes + PAGE, pin=self.stream is not None)
+            self._host[slot] = pages(nbytes + PAGE, pin=self.stream is not None)
         tensor, view = self._host[slot]
         begin = offset % PAGE
         return tensor[begin : begin + nbytes], view[begin : begin + nbytes]

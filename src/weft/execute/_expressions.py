@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 
     from weft.deltas import DeltaKind
     from weft.execute._blocks import Files, Workspace
+    from weft.execute._held import Held
     from weft.execute._task_vectors import Loaded
     from weft.native import Proof
 
@@ -48,7 +49,9 @@ class Evaluator:
         workspace: Workspace,
         shared: Shared,
         helpers: Helpers,
+        held: Held | None = None,
     ) -> None:
+        self.held = held
         self.files = files
         self.workspace = workspace
         self.shared = shared

@@ -14,6 +14,7 @@ from weft.core.errors import NumericsError
 from weft.core.specs import AddDeltas, Load, Merge, Rows, Scaled, TensorJob, leaves
 from weft.core.sums import dot
 from weft.execute._expressions import Evaluator
+from weft.execute._held import hold
 from weft.execute._operands import Reader
 from weft.execute._soundness import culprit
 from weft.execute._updates import in_one_pass, update
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
 
     from weft.execute._blocks import Files, Workspace
     from weft.execute._expressions import Helpers, Shared
+    from weft.execute._held import Pool
     from weft.methods import Block
     from weft.native import Proof
 
@@ -70,6 +72,7 @@ class Kernel:
         workspace: Workspace,
         shared: Shared,
         helpers: Helpers,
+        pool: Pool | None = None,
     ) -> None:
         self.job = job
         self.workspace = workspace
@@ -77,6 +80,9 @@ class Kernel:
         wide = {ref.dtype for ref in leaves(job.expression)} | {job.dtype}
         self.dtype = torch.float64 if "float64" in wide else torch.float32
         self.layout = layout(job)
+        compiled = self.dtype == torch.float32 and workspace.device.type == "cpu"
+        numel = self.layout.rows * self.layout.columns
+        self._held = hold(job.expression, numel, pool) if compiled and pool else None
         self._evaluator = Evaluator(
             job.expression,
             columns=self.layout.columns,
@@ -86,6 +92,7 @@ class Kernel:
             workspace=workspace,
             shared=shared,
             helpers=helpers,
+            held=self._held,
         )
         self._square = self._square_of()
 
@@ -93,6 +100,11 @@ class Kernel:
     def closed_form(self) -> Sums:
         """What is known of the whole tensor without its blocks, and missing from their sums."""
         return Sums(delta=self._square or 0.0)
+
+    def close(self) -> None:
+        """All is done; the memory goes to others."""
+        if self._held is not None:
+            self._held.close()
 
     def run(self, start: int, stop: int, offset: int) -> tuple[memoryview, Sums]:
         """Rows `start` to `stop`: their bytes, for the place `offset` of a file, and their sums.

@@ -142,8 +142,10 @@ class Reader:
             return self._loaded[ref].view(-1)
         if ref not in self._read:
             files, columns = self.evaluator.files, self.evaluator.columns
-            span = self.start, self.stop
-            rows = self.evaluator.workspace.read(files, ref, *span, columns, f"in {name}")
+            span, held = (self.start, self.stop), self.evaluator.held
+            rows = held.rows(files, ref, *span, columns) if held else None
+            if rows is None:
+                rows = self.evaluator.workspace.read(files, ref, *span, columns, f"in {name}")
             self._read[ref] = rows.view(-1)
         return self._read[ref]
 

@@ -25,6 +25,7 @@ from weft.core.specs import Receipt, TensorJob
 from weft.execute._blocks import Files, Workspace
 from weft.execute._crew import Crew
 from weft.execute._expressions import Shared
+from weft.execute._held import Pool
 from weft.execute._kernel import Kernel, Sums
 from weft.plan.layout import layout, shared_at_once
 
@@ -94,6 +95,7 @@ class _Around:
     workspace: Workspace
     shared: Shared
     crew: Crew
+    pool: Pool
     on_event: OnEvent
 
 
@@ -120,7 +122,8 @@ def run(
         one.following = other
     crew = Crew(iter(()), threading.Semaphore(threads))
     files, workspace = Files(), Workspace(device)
-    around = _Around(sink, files, workspace, Shared(shared_at_once(jobs)), crew, on_event)
+    shared = Shared(shared_at_once(jobs))
+    around = _Around(sink, files, workspace, shared, crew, Pool(), on_event)
     crew.queue = iter(
         [
             partial(_run_piece, group, n, around)
@@ -192,6 +195,7 @@ def _run_piece(group: _Group, number: int, around: _Around) -> None:
         group.left -= 1
         if group.left:
             return
+    kernel.close()
     group.kernel = None  # the factors go as soon as nobody needs them
     around.sink.finish([_receipt(group)])
 
@@ -215,7 +219,9 @@ def _prepare(group: _Group, around: _Around) -> bool:
             return False
         group.begun = True
     with around.crew.cores:
-        group.kernel = Kernel(group.job, around.files, around.workspace, around.shared, around.crew)
+        group.kernel = Kernel(
+            group.job, around.files, around.workspace, around.shared, around.crew, around.pool
+        )
     around.crew.announce()
     return True
 

@@ -1,0 +1,96 @@
+"""Tensors that a method goes over more than once, kept as they are stored from the first time on.
+
+To read a file again is to copy it out of the page cache again, which takes longer than most of the
+arithmetic. What is kept is bounded: larger tensors are read for every pass.
+"""
+
+from __future__ import annotations
+
+import threading
+from typing import TYPE_CHECKING
+
+import torch
+
+from weft import methods
+from weft.core.specs import Load, Merge, children
+from weft.execute._blocks import pages
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from torch import Tensor
+
+    from weft.core.specs import Expression, TensorRef
+    from weft.execute._blocks import Files
+
+# Of all tensors of one job together; one job more is made ready ahead.
+MOST = 128_000_000  # bytes
+
+
+class Pool:
+    """Memory that jobs leave to those after them: new pages cost as much as they save."""
+
+    def __init__(self) -> None:
+        self._free: list[tuple[Tensor, memoryview]] = []
+        self._lock = threading.Lock()
+
+    def take(self, nbytes: int) -> tuple[Tensor, memoryview]:
+        with self._lock:
+            self._free.sort(key=lambda each: len(each[1]))
+            for number, (_, view) in enumerate(self._free):
+                if len(view) >= nbytes:
+                    return self._free.pop(number)
+            del self._free[:1]  # which is too small, and would be so for the next of this size
+        return pages(nbytes, pin=False)
+
+    def give(self, memory: tuple[Tensor, memoryview]) -> None:
+        with self._lock:
+            self._free.append(memory)
+
+
+class Held:
+    """The tensors of one job."""
+
+    def __init__(self, refs: set[TensorRef], pool: Pool) -> None:
+        self._pool = pool
+        self._memory = {ref: pool.take(ref.nbytes) for ref in refs}
+        self._read: dict[TensorRef, bytearray] = {}
+
+    def rows(
+        self, files: Files, ref: TensorRef, start: int, stop: int, columns: int
+    ) -> Tensor | None:
+        """Rows `start` to `stop` as they are stored, flat; None of a tensor that is not kept."""
+        if ref not in self._memory:
+            return None
+        tensor, view = self._memory[ref]
+        dtype = getattr(torch, ref.dtype)
+        here = slice(start * columns * dtype.itemsize, stop * columns * dtype.itemsize)
+        read = self._read.setdefault(ref, bytearray(ref.numel // max(columns, 1)))
+        if read.count(1, start, stop) < stop - start:
+            files.read(ref.file, ref.start + here.start, view[here])
+            read[start:stop] = b"\1" * (stop - start)
+        return tensor[here].view(dtype)
+
+    def close(self) -> None:
+        """Leave the memory to others."""
+        for memory in self._memory.values():
+            self._pool.give(memory)
+        self._memory.clear()
+
+
+def hold(expression: Expression, numel: int, pool: Pool) -> Held | None:
+    """Room for what `expression` reads more than once, if that is not too much."""
+    refs = set(_again(expression, again=False))
+    refs = {ref for ref in refs if ref.numel == numel}  # and not what has rows in another order
+    if not refs or sum(ref.nbytes for ref in refs) > MOST:
+        return None
+    return Held(refs, pool)
+
+
+def _again(expression: Expression, *, again: bool) -> Iterator[TensorRef]:
+    if isinstance(expression, Load) and again:
+        yield expression.ref
+    if isinstance(expression, Merge):
+        again = again or hasattr(methods.method(expression.method), "prepare")
+    for each in children(expression):
+        yield from _again(each, again=again)
