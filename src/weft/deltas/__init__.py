@@ -8,6 +8,7 @@ stream it.
 from __future__ import annotations
 
 import importlib
+from functools import cache
 from typing import TYPE_CHECKING, Any, Protocol, cast
 
 if TYPE_CHECKING:
@@ -80,6 +81,7 @@ class DeltaKind(Protocol):
         """Write what the kind makes of the rows `weight` (from row `start` on) into `out`."""
 
 
+@cache
 def kind(name: str) -> DeltaKind:
     """The kind called `name`."""
     return cast("DeltaKind", importlib.import_module(f"{__name__}.{name}"))

@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from weft import deltas, methods
-from weft.core.blocks import BLOCK, cut
+from weft import deltas, methods, native
+from weft.core.blocks import BLOCK, COMPILED, cut
 from weft.core.specs import AddDeltas, Delta, Expression, Load, Merge, Rows, Scaled, shape_of
 from weft.execute._operands import Reader
 from weft.execute._scales import scales, spread
@@ -56,11 +56,16 @@ class Evaluator:
         self.workspace = workspace
         self.shared = shared
         self.dtype = dtype
+        # Whether compiled loops do the arithmetic, of dtypes that they read.
+        on_cpu = workspace.device.type == "cpu"
+        self.compiles = dtype == torch.float32 and on_cpu and native.library() is not None
+        self._times = COMPILED if self.compiles and isinstance(expression, Merge) else 1
         self.columns = columns
         self._together = together
         self._helpers = helpers
         self._kept: list[Tensor] = []
         self._states: dict[int, Any] = {}
+        self._tasks: dict[int, Task] = {}
         self._apart: dict[tuple[int, int], Tensor] = {}
         self._prepare(expression, "")
         self.synchronise()  # the factors are read on other threads' streams
@@ -80,7 +85,7 @@ class Evaluator:
 
     def cut(self, start: int, stop: int) -> list[tuple[int, int]]:
         """Rows in blocks."""
-        elements = BLOCK[self.workspace.device.type]
+        elements = BLOCK[self.workspace.device.type] * self._times
         return cut(start, stop, self.columns, elements, self._together)
 
     def buffer(self, name: str, rows: int) -> Tensor:
@@ -127,14 +132,16 @@ class Evaluator:
             self._states[id(delta)] = kind.prepare(delta, source, partial(blocks, turned(delta)))
 
     def _task(self, expression: Merge) -> Task:
-        return Task(
-            shape=shape_of(expression),
-            columns=self.columns,
-            count=len(expression.inputs),
-            params=dict(expression.params),
-            each=tuple(dict(params) for params in expression.each),
-            key=expression.key,
-        )
+        if id(expression) not in self._tasks:
+            self._tasks[id(expression)] = Task(
+                shape=shape_of(expression),
+                columns=self.columns,
+                count=len(expression.inputs),
+                params=dict(expression.params),
+                each=tuple(dict(params) for params in expression.each),
+                key=expression.key,
+            )
+        return self._tasks[id(expression)]
 
     def _padding(self, expression: Rows, path: str) -> Tensor | None:
         """The mean of all rows, if any row holds it."""

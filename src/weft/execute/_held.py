@@ -23,8 +23,8 @@ if TYPE_CHECKING:
     from weft.core.specs import Expression, TensorRef
     from weft.execute._blocks import Files
 
-# Of all tensors of one job together; one job more is made ready ahead.
-MOST = 128_000_000  # bytes
+# Of all tensors of one job together, and of all jobs that are under way: those of more threads.
+MOST, MOST_OF_ALL = 128_000_000, 400_000_000  # bytes
 
 
 class Pool:
@@ -32,7 +32,19 @@ class Pool:
 
     def __init__(self) -> None:
         self._free: list[tuple[Tensor, memoryview]] = []
+        self._given = 0
         self._lock = threading.Lock()
+
+    def reserve(self, nbytes: int) -> bool:
+        """Whether so many bytes may be taken, which are given back by `release`."""
+        with self._lock:
+            allowed = self._given + nbytes <= MOST_OF_ALL
+            self._given += nbytes if allowed else 0
+        return allowed
+
+    def release(self, nbytes: int) -> None:
+        with self._lock:
+            self._given -= nbytes
 
     def take(self, nbytes: int) -> tuple[Tensor, memoryview]:
         with self._lock:
@@ -75,6 +87,7 @@ class Held:
         """Leave the memory to others."""
         for memory in self._memory.values():
             self._pool.give(memory)
+        self._pool.release(sum(ref.nbytes for ref in self._memory))
         self._memory.clear()
 
 
@@ -82,9 +95,8 @@ def hold(expression: Expression, numel: int, pool: Pool) -> Held | None:
     """Room for what `expression` reads more than once, if that is not too much."""
     refs = set(_again(expression, again=False))
     refs = {ref for ref in refs if ref.numel == numel}  # and not what has rows in another order
-    if not refs or sum(ref.nbytes for ref in refs) > MOST:
-        return None
-    return Held(refs, pool)
+    size = sum(ref.nbytes for ref in refs)
+    return Held(refs, pool) if 0 < size <= MOST and pool.reserve(size) else None
 
 
 def _again(expression: Expression, *, again: bool) -> Iterator[TensorRef]:

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-import torch
-
 from weft import methods, native
 from weft.core.specs import AddDeltas, Expression, Load, Merge
 from weft.execute._task_vectors import task_vector
@@ -132,9 +130,7 @@ class Reader:
 
     def _compiled(self, ref: TensorRef) -> bool:
         """Whether compiled loops read the tensor."""
-        evaluator = self.evaluator
-        there = evaluator.dtype == torch.float32 and evaluator.workspace.device.type == "cpu"
-        return there and native.reads(ref.dtype)
+        return self.evaluator.compiles and native.reads(ref.dtype)
 
     def _rows(self, ref: TensorRef, name: str) -> Tensor:
         """Flat, as they are stored or widened already; several models may stand on them."""

@@ -14,6 +14,7 @@ import importlib
 import math
 import pkgutil
 from dataclasses import dataclass, field
+from functools import cache
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar, cast
 
 from weft import native
@@ -232,6 +233,7 @@ def names() -> list[str]:
     return sorted(info.name for info in found if not info.name.startswith("_"))
 
 
+@cache
 def method(name: str) -> Method:
     """The method called `name`, one of `names()`."""
     return cast("Method", importlib.import_module(f"{__name__}.{name}"))

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
-_KINDS = {"torch.float32": 0, "torch.bfloat16": 1, "torch.float16": 2}
+_KINDS = {"float32": 0, "bfloat16": 1, "float16": 2}
 
 
 @dataclass(frozen=True, slots=True)
@@ -109,18 +109,27 @@ def library() -> ctypes.CDLL | None:
     return found
 
 
+@cache
+def _kinds() -> dict[Any, int]:
+    """By torch's dtypes: their names take longer to make than small blocks to compute."""
+    import torch
+
+    return {getattr(torch, name): kind for name, kind in _KINDS.items()}
+
+
 def reads(dtype: str) -> bool:
     """Whether tensors of `dtype` can be given to the functions below."""
-    return library() is not None and f"torch.{dtype}" in _KINDS
+    return dtype in _KINDS and library() is not None
 
 
 def takes(*tensors: Tensor | Operand | None) -> bool:
     """Whether these can be given to the functions below."""
     if library() is None:
         return False
+    kinds = _kinds()
     for each in tensors:
         for part in each.tensors if isinstance(each, Operand) else (each,):
-            if part is not None and (str(part.dtype) not in _KINDS or part.device.type != "cpu"):
+            if part is not None and not (part.dtype in kinds and part.is_cpu):
                 return False
     return True
 
@@ -267,7 +276,7 @@ def _floats(values: Sequence[float]) -> Any:
 
 
 def _kind(tensor: Tensor) -> int:
-    return _KINDS[str(tensor.dtype)]
+    return _kinds()[tensor.dtype]
 
 
 def _at(tensor: Tensor | None) -> ctypes.c_void_p:
