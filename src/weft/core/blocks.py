@@ -11,7 +11,7 @@ if TYPE_CHECKING:
 
 # A block is what one thread works on at a time; its float32 buffers stay near the core.
 BLOCK = {"cpu": 2**19, "cuda": 2**24}  # elements
-# Compiled loops of merge methods have theirs nearer: their blocks are so many times as large, and the
+# Compiled loops of merge methods have theirs nearer: with blocks so many times as large the
 # interpreter has less to do.
 COMPILED = 2
 # A strip is what one thread takes from the queue and writes at once, large enough for any disk;
