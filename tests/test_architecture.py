@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import ast
+import re
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -52,3 +55,22 @@ def test_public_names_resolve() -> None:
 def test_other_names_do_not() -> None:
     with pytest.raises(AttributeError, match="has no attribute 'mergee'"):
         weft.mergee  # noqa: B018
+
+
+def test_what_is_imported_is_installed() -> None:
+    """Every package that the source imports is a dependency, or one of an extra's own folder."""
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    named = {re.split(r"[<>=\[;~! ]", each)[0] for each in project["dependencies"]}
+    named = {{"pyyaml": "yaml"}.get(name, name) for name in named} | {"weft"}
+    for path in sorted((ROOT / "src/weft").rglob("*.py")):
+        if "demo" in path.parts:
+            continue
+        for node in ast.walk(ast.parse(path.read_text())):
+            names = []
+            if isinstance(node, ast.Import):
+                names = [alias.name for alias in node.names]
+            elif isinstance(node, ast.ImportFrom) and node.module:
+                names = [node.module]
+            for name in names:
+                top = name.partition(".")[0]
+                assert top in named or top in sys.stdlib_module_names, f"{path}: {name}"

@@ -391,3 +391,19 @@ def test_a_large_change_without_adapters(root: Path) -> None:
     (warning,) = (line for line in report.warnings if line.startswith("‖ΔW‖ is "))
     assert "lora_alpha" not in warning
     assert "check the weights" in warning
+
+
+@pytest.mark.parametrize("value", ["1.0e+300", "-1.0e+39"])
+@pytest.mark.parametrize("method", ["ties", "linear", "della"])
+def test_a_weight_beyond_float32(root: Path, method: str, value: str) -> None:
+    base = "" if method == "linear" else "base_model: base\n"
+    text = f"merge_method: {method}\n{base}models: [model: a, model: b]\n"
+    said = refused(root, f"{text}parameters: {{weight: {value}}}\n")
+    assert '"weight" should be a number that float32 knows' in said
+
+
+def test_a_weight_of_an_adapter_beyond_float32(root: Path) -> None:
+    lora(root / "adapter", 1, rms=1e-3)
+    with pytest.raises(WeftError, match=r"the update of .* is NaN or infinite") as error:
+        weft.merge(root / "base", f"{root / 'adapter'}:1e300", output=root / "out")
+    assert "weight that it is given" in (error.value.hint or "")

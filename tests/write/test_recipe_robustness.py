@@ -96,7 +96,7 @@ def test_killed_at_random_moments(
     for _ in range(6):
         more = ["--resume"] if partial_of(out).exists() else []
         nursery.begin(command(large, out, *more, method=method))
-        time.sleep(length * (0.3 + 0.6 * rng.random()))  # a third of it loads torch
+        time.sleep(length * (0.3 + 0.4 * rng.random()))  # a third of it loads torch
         nursery.kill()
         if nursery.end() == 0 or out.exists():
             assert differences(out, whole) == []

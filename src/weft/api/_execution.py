@@ -138,8 +138,8 @@ def execute(
 def setting(device: str) -> str:
     """What the last digits of a result depend on: a run is finished in the setting it began in."""
     place = device.partition(":")[0]
-    loops = ", compiled loops" if place == "cpu" and native.library() else ""
-    return f"weft {version('weft')}, torch {version('torch')}, {place}{loops}"
+    loops = "compiled" if place == "cpu" and native.library() else "plain"
+    return f"weft {version('weft')}, torch {version('torch')}, {place}, {loops} loops"
 
 
 def _size(jobs: Sequence[Any]) -> int:

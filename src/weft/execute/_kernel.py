@@ -224,7 +224,8 @@ class Kernel:
         kind, state = self._evaluator.state(expression.deltas[0])
         if not hasattr(kind, "square"):
             return None
-        square = float(kind.square(state)) * expression.deltas[0].weight ** 2
+        weight = float(expression.deltas[0].weight)
+        square = float(kind.square(state)) * weight * weight
         return square if math.isfinite(square) else None
 
     # ---------------------------------------------------------------------------------- the proof
@@ -251,7 +252,8 @@ class Kernel:
             )
         if not delta.isfinite().all():
             raise NumericsError(
-                f"the update of {self.job.name} is NaN or infinite", "check the adapter's factors"
+                f"the update of {self.job.name} is NaN or infinite",
+                "check the adapter's factors, and the weight that it is given",
             )
         self._check_cast(value, rounded)
         # Finite, but too large for the squares of this dtype: rare enough to do again in float64.

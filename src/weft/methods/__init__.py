@@ -31,6 +31,9 @@ if TYPE_CHECKING:
     T = TypeVar("T")
 
 
+FLOAT32 = 3.4028235e38  # the largest; the arithmetic knows none beyond it
+
+
 @dataclass(frozen=True, slots=True)
 class Parameter:
     """What a recipe may set.
@@ -67,8 +70,10 @@ class Parameter:
         return f"{self.low:g} or more" if math.isfinite(self.low) else None
 
     def allows(self, value: object) -> bool:
-        """Whether the value lies in the range."""
-        return not isinstance(value, int | float) or self.low <= value <= self.high
+        """Whether the value lies in the range, and is a number of float32."""
+        if not isinstance(value, int | float):
+            return True
+        return self.low <= value <= self.high and abs(value) <= FLOAT32
 
 
 @dataclass(frozen=True, slots=True)

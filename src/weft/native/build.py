@@ -1,4 +1,4 @@
-"""Compile `kernels.c` beside it: `python -m weft.native.build`, and what the wheel is built with.
+"""Compile `kernels.c` beside it: `python -m weft.native`, and what the wheel is built with.
 
 Standard library alone: the build of the package runs this file before there is a package.
 """
@@ -10,7 +10,6 @@ import hashlib
 import os
 import shlex
 import subprocess
-import sys
 import sysconfig
 from pathlib import Path
 
@@ -67,8 +66,3 @@ def _compile(command: list[str]) -> str | None:
         if old != target:
             old.unlink(missing_ok=True)  # whoever has it open keeps it
     return None
-
-
-if __name__ == "__main__":
-    if problem := compile_kernels():
-        sys.exit(f"weft's kernels could not be compiled, and torch does their work:\n{problem}")

@@ -128,7 +128,8 @@ class SettingsReader:
             self.faults.add(self.document, loc, what, f"such as {name}: {example(parameter)}")
             return 0
         if not parameter.allows(made):
-            what = f'"{name}" should be {parameter.range}, not {made:g}'
+            allowed = parameter.range or "a number that float32 knows, up to 3.4e38"
+            what = f'"{name}" should be {allowed}, not {made:g}'
             self.faults.add(
                 self.document, loc, what, f"{parameter.what}: {_possible(name, parameter)}"
             )
