@@ -86,7 +86,7 @@ def test_metadata(wheel: Path) -> None:
     for line in ("Name: weft", "License-Expression: Apache-2.0", "Requires-Python: >=3.11"):
         assert f"\n{line}\n" in text
     assert re.search(r"^Requires-Dist: torch>=", text, re.MULTILINE)
-    assert not re.search(r"^Requires-Dist: (transformers|peft|safetensors)[^;]*$", text, re.M)
+    assert not re.search(r"^Requires-Dist: (transformers|peft)[^;]*$", text, re.M)
 
 
 def test_it_is_the_wheel_that_runs(weft: Path, tmp_path: Path) -> None:
