@@ -108,15 +108,14 @@ def test_the_same_merge(dtype: str, tmp_path: Path, monkeypatch: pytest.MonkeyPa
     assert survival == pytest.approx(other, rel=1e-5)
 
 
-def test_a_run_is_not_resumed_by_other_loops(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+@pytest.mark.skipif(native.library() is None, reason="nothing was compiled")
+def test_a_run_is_not_resumed_by_other_loops(monkeypatch: pytest.MonkeyPatch) -> None:
     """Their last digits may differ, and an output is one's work."""
     from weft.api import _execution
 
-    ours = _execution.setting("cpu")
+    assert _execution.setting("cpu").endswith(", compiled loops")
     monkeypatch.setattr(native, "library", lambda: None)
-    assert (_execution.setting("cpu") == ours) == (not ours.endswith(", compiled loops"))
+    assert _execution.setting("cpu").endswith(", plain loops")
 
 
 @pytest.mark.parametrize("models", ["base+adapter base+dora", "base base+adapter"])
