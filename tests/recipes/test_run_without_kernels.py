@@ -138,7 +138,7 @@ def test_weights_that_several_models_stand_on_are_read_once(
     reads: list[str] = []
     real = Workspace.read
 
-    def read(self: Workspace, files: Any, ref: Any, *rest: Any) -> Tensor:
+    def read(self: Workspace, files: Any, ref: Any, *rest: Any) -> native.Numbers:
         if ref.name == f"{MATRIX.format(0)}.weight":
             reads.append(ref.name)
         return real(self, files, ref, *rest)

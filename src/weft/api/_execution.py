@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from weft import native
 from weft.core import events, units
 from weft.core.errors import NumericsError, OutputError, PlanError
+from weft.core.lazy import load_torch
 from weft.core.specs import Load
 from weft.formats.identity import identify
 
@@ -48,9 +49,9 @@ def check_place(device: str, threads: int | None) -> int:
 
     count = pick_threads(threads)
     if device != "cpu":
-        from weft.execute.threads import pick_device
+        from weft.execute.threads import check_device
 
-        pick_device(device)
+        check_device(device)
     return count
 
 
@@ -89,6 +90,7 @@ def execute(
     Raises:
         WeftError: See `weft.core.errors`; the output is not there, and `resume` may finish it.
     """
+    from weft.execute import threads as executor
     from weft.execute.copies import Copies
     from weft.write.checkpoint import CheckpointSink
     from weft.write.manifest import NAME, manifest, to_text, totals
@@ -102,14 +104,14 @@ def execute(
         on_event(events.Started(plan.nbytes, plan.nbytes - _size(pending)))
         try:
             with Copies(pending, sink, on_event) as copies:
-                loading = time.perf_counter()
-                from weft.execute import threads as executor  # a second, while the copies go on
-
-                begin += time.perf_counter() - loading
+                if executor.needs_torch(pending, device):
+                    loading = time.perf_counter()
+                    load_torch()  # a second, while the copies go on
+                    begin += time.perf_counter() - loading
                 found = examine()
-                place = executor.pick_device(device)
+                executor.check_device(device)
                 executor.run(
-                    pending, sink, copies, threads=threads, device=place, on_event=on_event
+                    pending, sink, copies, threads=threads, device=device, on_event=on_event
                 )
         except (NumericsError, PlanError):
             sink.discard()  # another run on these inputs ends the same way

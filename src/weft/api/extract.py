@@ -244,7 +244,6 @@ def _decompose(
     """
     from weft.execute import choose, extraction
     from weft.execute._decomposed import SMALL, spectrum_of
-    from weft.execute.threads import pick_device
 
     read = [change for change in plan.changes if change.is_read]
     asked = choose.first_ranks(read, plan.wishes)
@@ -254,7 +253,7 @@ def _decompose(
     while True:
         pending = [change for change in read if change.name not in scratch.receipts]
         extraction.run(
-            pending, scratch, plan.wishes, asked, threads=threads, device=pick_device(device),
+            pending, scratch, plan.wishes, asked, threads=threads, device=device,
             on_event=on_event,
         )  # fmt: skip
         changed = _changed(plan, scratch.receipts)

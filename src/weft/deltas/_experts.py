@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from weft.core.blocks import MIN_ROWS
-from weft.deltas._torch import torch
+from weft.core.lazy import torch
 
 if TYPE_CHECKING:
     from collections.abc import Mapping

@@ -5,7 +5,7 @@ from __future__ import annotations
 from functools import lru_cache
 from typing import TYPE_CHECKING
 
-from weft.deltas._torch import torch
+from weft.core.lazy import torch
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -11,8 +11,8 @@ from dataclasses import dataclass
 from math import prod, tau
 from typing import TYPE_CHECKING
 
+from weft.core.lazy import torch
 from weft.deltas._places import places
-from weft.deltas._torch import torch
 
 if TYPE_CHECKING:
     from collections.abc import Mapping

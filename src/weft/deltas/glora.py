@@ -8,8 +8,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from weft.core.lazy import torch
 from weft.deltas import _paths
-from weft.deltas._torch import torch
 
 if TYPE_CHECKING:
     from collections.abc import Mapping

@@ -10,8 +10,8 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from weft.core.blocks import BLOCK, cut
+from weft.core.lazy import torch
 from weft.deltas import _paths
-from weft.deltas._torch import torch
 
 if TYPE_CHECKING:
     from collections.abc import Mapping

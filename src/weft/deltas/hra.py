@@ -12,7 +12,7 @@ from math import prod
 from typing import TYPE_CHECKING
 
 from weft.core.errors import NumericsError
-from weft.deltas._torch import torch
+from weft.core.lazy import torch
 
 if TYPE_CHECKING:
     from collections.abc import Mapping

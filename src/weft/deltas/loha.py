@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from math import prod
 from typing import TYPE_CHECKING
 
-from weft.deltas._torch import torch
+from weft.core.lazy import torch
 
 if TYPE_CHECKING:
     from collections.abc import Mapping

@@ -17,8 +17,8 @@ from dataclasses import dataclass
 from math import isqrt, prod
 from typing import TYPE_CHECKING
 
+from weft.core.lazy import torch
 from weft.deltas import _rotation
-from weft.deltas._torch import torch
 
 if TYPE_CHECKING:
     from collections.abc import Mapping

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 
 from torch.nn import functional
 
-from weft.deltas._torch import torch
+from weft.core.lazy import torch
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping

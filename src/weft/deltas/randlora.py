@@ -20,8 +20,8 @@ from functools import lru_cache
 from typing import TYPE_CHECKING
 
 from weft.core.dtypes import itemsize
+from weft.core.lazy import torch
 from weft.deltas._low_rank import Factors
-from weft.deltas._torch import torch
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence

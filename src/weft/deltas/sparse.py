@@ -9,8 +9,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from weft.core.lazy import torch
 from weft.deltas import _indices
-from weft.deltas._torch import torch
 
 if TYPE_CHECKING:
     from collections.abc import Mapping

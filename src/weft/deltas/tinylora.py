@@ -12,8 +12,8 @@ from functools import lru_cache
 from typing import TYPE_CHECKING
 
 from weft.core.errors import FormatError
+from weft.core.lazy import torch
 from weft.deltas import _low_rank
-from weft.deltas._torch import torch
 
 if TYPE_CHECKING:
     from collections.abc import Mapping

@@ -77,7 +77,8 @@ class Difference:
         self._open = (files, workspace, shared)
         self._layouts = [layout(job) for job in change.jobs]
         refs = [ref for job in change.jobs for ref in leaves(job.expression)]
-        self.dtype = torch.float64 if any(r.dtype == "float64" for r in refs) else torch.float32
+        wide = any(ref.dtype == "float64" for ref in refs)
+        self.dtype = torch.float64 if wide else torch.float32
         self.rows = sum(each.rows for each in self._layouts)
         self.columns = self._layouts[0].columns
         self._evaluators: dict[int, Evaluator] = {}
@@ -91,7 +92,7 @@ class Difference:
                     self.change.jobs[number].expression,
                     columns=self.columns,
                     together=self._layouts[number].together,
-                    dtype=self.dtype,
+                    dtype=str(self.dtype).removeprefix("torch."),
                     files=files,
                     workspace=workspace,
                     shared=shared,

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-import torch
-
 from weft import deltas, methods, native
 from weft.core.blocks import BLOCK, COMPILED, cut
+from weft.core.lazy import torch
 from weft.core.specs import AddDeltas, Delta, Expression, Load, Merge, Rows, Scaled, shape_of
 from weft.execute._operands import Reader
 from weft.execute._scales import scales, spread
@@ -26,9 +26,21 @@ if TYPE_CHECKING:
     from weft.execute._blocks import Files, Workspace
     from weft.execute._held import Held
     from weft.execute._task_vectors import Loaded
-    from weft.native import Proof
+    from weft.native import Flat, Proof
 
 __all__ = ["Evaluator", "Helpers", "Shared"]
+
+
+def task_of(expression: Merge, columns: int) -> Task:
+    """What the method is told of a tensor."""
+    return Task(
+        shape=shape_of(expression),
+        columns=columns,
+        count=len(expression.inputs),
+        params=dict(expression.params),
+        each=tuple(dict(params) for params in expression.each),
+        key=expression.key,
+    )
 
 
 class Evaluator:
@@ -44,7 +56,7 @@ class Evaluator:
         *,
         columns: int,
         together: int,
-        dtype: torch.dtype,
+        dtype: str,
         files: Files,
         workspace: Workspace,
         shared: Shared,
@@ -55,10 +67,10 @@ class Evaluator:
         self.files = files
         self.workspace = workspace
         self.shared = shared
-        self.dtype = dtype
+        self._dtype = dtype
         # Whether compiled loops do the arithmetic, of dtypes that they read.
-        on_cpu = workspace.device.type == "cpu"
-        self.compiles = dtype == torch.float32 and on_cpu and native.library() is not None
+        on_cpu = workspace.kind == "cpu"
+        self.compiles = dtype == "float32" and on_cpu and native.library() is not None
         self._times = COMPILED if self.compiles and isinstance(expression, Merge) else 1
         self.columns = columns
         self._together = together
@@ -70,6 +82,11 @@ class Evaluator:
         self._prepare(expression, "")
         self.synchronise()  # the factors are read on other threads' streams
         self._kept.clear()
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the arithmetic."""
+        return getattr(torch, self._dtype)  # type: ignore[no-any-return]
 
     def synchronise(self) -> None:
         if self.workspace.stream is not None:
@@ -85,7 +102,7 @@ class Evaluator:
 
     def cut(self, start: int, stop: int) -> list[tuple[int, int]]:
         """Rows in blocks."""
-        elements = BLOCK[self.workspace.device.type] * self._times
+        elements = BLOCK[self.workspace.kind] * self._times
         return cut(start, stop, self.columns, elements, self._together)
 
     def buffer(self, name: str, rows: int) -> Tensor:
@@ -118,7 +135,7 @@ class Evaluator:
 
     def _prepare_deltas(self, expression: AddDeltas, path: str) -> None:
         rows = shape_of(expression.base)
-        count = torch.Size(rows).numel() // max(self.columns, 1)
+        count = math.prod(rows) // max(self.columns, 1)
 
         def blocks(turned: bool) -> Iterator[tuple[int, Tensor]]:
             for first, last in self.cut(0, count):
@@ -133,14 +150,7 @@ class Evaluator:
 
     def _task(self, expression: Merge) -> Task:
         if id(expression) not in self._tasks:
-            self._tasks[id(expression)] = Task(
-                shape=shape_of(expression),
-                columns=self.columns,
-                count=len(expression.inputs),
-                params=dict(expression.params),
-                each=tuple(dict(params) for params in expression.each),
-                key=expression.key,
-            )
+            self._tasks[id(expression)] = task_of(expression, self.columns)
         return self._tasks[id(expression)]
 
     def _padding(self, expression: Rows, path: str) -> Tensor | None:
@@ -204,7 +214,7 @@ class Evaluator:
                 add_deltas(self, expression, start, weight, delta, out)
             case Merge():
                 block = self.block(expression, start, stop, path)
-                if self.compiled(expression, block, out) is None:
+                if self.compiled(expression, block, out.view(-1)) is None:
                     out.copy_(self.merged(expression, block))
             case Rows():
                 self._rows(expression, start, stop, out, path)
@@ -230,7 +240,7 @@ class Evaluator:
         own = methods.method(expression.method)
         return methods.merged(own, self._task(expression), self._states[id(expression)], block)
 
-    def compiled(self, expression: Merge, block: Block, out: Tensor) -> Proof | None:
+    def compiled(self, expression: Merge, block: Block, out: Flat) -> Proof | None:
         """The same, rounded into `out` by compiled loops, if there are any for it."""
         own = methods.method(expression.method)
         state = self._states[id(expression)]

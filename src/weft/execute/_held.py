@@ -9,19 +9,17 @@ from __future__ import annotations
 import threading
 from typing import TYPE_CHECKING
 
-import torch
-
 from weft import methods
+from weft.core.dtypes import itemsize
 from weft.core.specs import Load, Merge, children
-from weft.execute._blocks import pages
+from weft.execute._blocks import Memory
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-    from torch import Tensor
-
     from weft.core.specs import Expression, TensorRef
     from weft.execute._blocks import Files
+    from weft.native import Numbers
 
 # Of all tensors of one job together, and of all jobs that are under way: those of more threads.
 MOST, MOST_OF_ALL = 128_000_000, 400_000_000  # bytes
@@ -31,7 +29,7 @@ class Pool:
     """Memory that jobs leave to those after them: new pages cost as much as they save."""
 
     def __init__(self) -> None:
-        self._free: list[tuple[Tensor, memoryview]] = []
+        self._free: list[Memory] = []
         self._given = 0
         self._lock = threading.Lock()
 
@@ -46,16 +44,16 @@ class Pool:
         with self._lock:
             self._given -= nbytes
 
-    def take(self, nbytes: int) -> tuple[Tensor, memoryview]:
+    def take(self, nbytes: int) -> Memory:
         with self._lock:
-            self._free.sort(key=lambda each: len(each[1]))
-            for number, (_, view) in enumerate(self._free):
-                if len(view) >= nbytes:
+            self._free.sort(key=len)
+            for number, memory in enumerate(self._free):
+                if len(memory) >= nbytes:
                     return self._free.pop(number)
             del self._free[:1]  # which is too small, and would be so for the next of this size
-        return pages(nbytes, pin=False)
+        return Memory(nbytes)
 
-    def give(self, memory: tuple[Tensor, memoryview]) -> None:
+    def give(self, memory: Memory) -> None:
         with self._lock:
             self._free.append(memory)
 
@@ -70,18 +68,17 @@ class Held:
 
     def rows(
         self, files: Files, ref: TensorRef, start: int, stop: int, columns: int
-    ) -> Tensor | None:
+    ) -> Numbers | None:
         """Rows `start` to `stop` as they are stored, flat; None of a tensor that is not kept."""
         if ref not in self._memory:
             return None
-        tensor, view = self._memory[ref]
-        dtype = getattr(torch, ref.dtype)
-        here = slice(start * columns * dtype.itemsize, stop * columns * dtype.itemsize)
+        begin = start * columns * itemsize(ref.dtype)
+        found = self._memory[ref].numbers(begin, (stop - start) * columns, ref.dtype)
         read = self._read.setdefault(ref, bytearray(ref.numel // max(columns, 1)))
         if read.count(1, start, stop) < stop - start:
-            files.read(ref.file, ref.start + here.start, view[here])
+            files.read(ref.file, ref.start + begin, found.view)
             read[start:stop] = b"\1" * (stop - start)
-        return tensor[here].view(dtype)
+        return found
 
     def close(self) -> None:
         """Leave the memory to others."""

@@ -7,10 +7,9 @@ from dataclasses import dataclass
 from functools import reduce
 from typing import TYPE_CHECKING
 
-import torch
-
 from weft import native
 from weft.core.errors import NumericsError
+from weft.core.lazy import torch
 from weft.core.specs import AddDeltas, Load, Merge, Rows, Scaled, TensorJob, leaves
 from weft.core.sums import dot
 from weft.execute._expressions import Evaluator
@@ -29,7 +28,7 @@ if TYPE_CHECKING:
     from weft.execute._expressions import Helpers, Shared
     from weft.execute._held import Pool
     from weft.methods import Block
-    from weft.native import Proof
+    from weft.native import Numbers, Proof
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,9 +77,9 @@ class Kernel:
         self.workspace = workspace
         self._files = files
         wide = {ref.dtype for ref in leaves(job.expression)} | {job.dtype}
-        self.dtype = torch.float64 if "float64" in wide else torch.float32
+        self.dtype = "float64" if "float64" in wide else "float32"
         self.layout = layout(job)
-        compiled = self.dtype == torch.float32 and workspace.device.type == "cpu"
+        compiled = self.dtype == "float32" and workspace.kind == "cpu"
         numel = self.layout.rows * self.layout.columns
         self._held = hold(job.expression, numel, pool) if compiled and pool else None
         self._evaluator = Evaluator(
@@ -114,15 +113,15 @@ class Kernel:
         Raises:
             NumericsError: NaN or infinity, or an overflow of the output dtype.
         """
-        dtype = getattr(torch, self.job.dtype)
-        count = (stop - start) * self.layout.columns * dtype.itemsize
-        host, raw = self.workspace.host("out", count, offset)
-        out = host.view(dtype).view(stop - start, self.layout.columns)
-        pieces = self._evaluator.cut(start, stop)
-        found = [self._block(a, b, out[a - start : b - start]) for a, b in pieces]
-        return raw, reduce(Sums.__add__, found)
+        columns = self.layout.columns
+        out = self.workspace.host("out", (stop - start) * columns, self.job.dtype, offset)
+        found = [
+            self._block(a, b, out[(a - start) * columns : (b - start) * columns])
+            for a, b in self._evaluator.cut(start, stop)
+        ]
+        return out.view, reduce(Sums.__add__, found)
 
-    def _block(self, start: int, stop: int, out: Tensor) -> Sums:
+    def _block(self, start: int, stop: int, out: Numbers) -> Sums:
         """Rows `start` to `stop`, rounded into `out` on the host."""
         expression, rows = self.job.expression, stop - start
         match expression:
@@ -131,7 +130,7 @@ class Kernel:
                 self._evaluator.evaluate(expression, start, stop, value)
                 if self._finished(value, None, None, out) is not None:
                     return Sums(compared=False)
-                sound = self._check_cast(value, self.workspace.narrow(value, out))
+                sound = self._check_cast(value, self._rounded(value, out))
                 return Sums(compared=False, sound=sound)
             case AddDeltas():
                 return self._updated(expression, start, stop, out)
@@ -140,12 +139,12 @@ class Kernel:
                 found = self._sums_of(self._evaluator.compiled(expression, block, out))
                 return found or self._merged(self._evaluator.merged(expression, block), block, out)
 
-    def _merged(self, value: Tensor, block: Block, out: Tensor) -> Sums:
+    def _merged(self, value: Tensor, block: Block, out: Numbers) -> Sums:
         """What a method has made, rounded, and compared with the base if there is one."""
         found = self._finished(value, block.base_operand(), None, out)
         if found is not None:
             return found
-        rounded = self.workspace.narrow(value, out)
+        rounded = self._rounded(value, out)
         base = block.base
         if base is None:
             self._check_finite(value, rounded)
@@ -153,7 +152,7 @@ class Kernel:
         delta = torch.sub(value, base, out=self._evaluator.buffer("delta", len(value)))
         return self._sums(base, delta, value, rounded)
 
-    def _updated(self, expression: AddDeltas, start: int, stop: int, out: Tensor) -> Sums:
+    def _updated(self, expression: AddDeltas, start: int, stop: int, out: Numbers) -> Sums:
         """W + ΔW of adapters."""
         rows = stop - start
         reader = Reader(self._evaluator, start, stop)
@@ -180,10 +179,14 @@ class Kernel:
             return found
         if not added:
             torch.add(weight, delta, out=value)
-        return self._sums(weight, delta, value, self.workspace.narrow(value, out))
+        return self._sums(weight, delta, value, self._rounded(value, out))
+
+    def _rounded(self, value: Tensor, out: Numbers) -> Tensor:
+        """`value` in the dtype of `out`, which it is written to."""
+        return self.workspace.narrow(value, out.tensor().view(value.shape))
 
     def _finished(
-        self, value: Tensor | None, base: Operand | None, delta: Tensor | None, out: Tensor
+        self, value: Tensor | None, base: Operand | None, delta: Tensor | None, out: Numbers
     ) -> Sums | None:
         """Rounded into `out` and compared by compiled loops; None if that is not to be had."""
         if not native.takes(value, base, delta, out):

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from weft.core.specs import TensorRef
     from weft.execute._expressions import Evaluator
     from weft.execute._task_vectors import Loaded
+    from weft.native import Numbers
 
 
 class Reader:
@@ -26,7 +27,7 @@ class Reader:
         self.evaluator = evaluator
         self.start = start
         self.stop = stop
-        self._read: dict[TensorRef, Tensor] = {}
+        self._read: dict[TensorRef, Numbers] = {}
         self._loaded: Loaded = {}
 
     def block(self, expression: Merge, path: str, into: Tensor | None = None) -> Block:
@@ -132,7 +133,7 @@ class Reader:
         """Whether compiled loops read the tensor."""
         return self.evaluator.compiles and native.reads(ref.dtype)
 
-    def _rows(self, ref: TensorRef, name: str) -> Tensor:
+    def _rows(self, ref: TensorRef, name: str) -> Tensor | Numbers:
         """Flat, as they are stored or widened already; several models may stand on them."""
         if ref in self._loaded:
             return self._loaded[ref].view(-1)
@@ -142,7 +143,7 @@ class Reader:
             rows = held.rows(files, ref, *span, columns) if held else None
             if rows is None:
                 rows = self.evaluator.workspace.read(files, ref, *span, columns, f"in {name}")
-            self._read[ref] = rows.view(-1)
+            self._read[ref] = rows
         return self._read[ref]
 
     def update(self, expression: AddDeltas, name: str, out: Tensor | None = None) -> Tensor:

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-import torch
-
 from weft.core.blocks import rows_and_columns
+from weft.core.lazy import torch
 
 if TYPE_CHECKING:
     from torch import Tensor

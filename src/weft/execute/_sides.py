@@ -138,14 +138,12 @@ class Model:
 
 
 def _kernels(jobs: Sequence[TensorJob], files: Files) -> Callable[[TensorJob], Kernel]:
-    import torch
-
     from weft.execute._blocks import Workspace
     from weft.execute._expressions import Shared
     from weft.execute._kernel import Kernel
     from weft.plan.layout import shared_at_once
 
-    workspace, shared = Workspace(torch.device("cpu")), Shared(shared_at_once(jobs))
+    workspace, shared = Workspace(), Shared(shared_at_once(jobs))
     return lambda job: Kernel(job, files, workspace, shared, _Alone())
 
 

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-import torch
-
 from weft.core.blocks import BLOCK, rows_and_columns
 from weft.core.errors import NumericsError
+from weft.core.lazy import torch
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -27,7 +26,7 @@ def culprit(refs: Iterable[TensorRef], files: Files, workspace: Workspace) -> Nu
 
 def _sound(ref: TensorRef, files: Files, workspace: Workspace) -> bool:
     rows, columns = rows_and_columns(ref.shape)
-    step = max(1, BLOCK[workspace.device.type] // max(columns, 1))
+    step = max(1, BLOCK[workspace.kind] // max(columns, 1))
     for start in range(0, rows, step):
         stop = min(rows, start + step)
         out = workspace.compute("searched", stop - start, columns, torch.float32)

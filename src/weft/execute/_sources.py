@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
+import math
 import threading
 from collections import OrderedDict
 from dataclasses import dataclass, field
 from functools import partial
 from typing import TYPE_CHECKING, Any, Protocol
 
-import torch
-
 from weft.core.blocks import BLOCK, rows_and_columns
+from weft.core.lazy import torch
 from weft.core.specs import AddDeltas, Delta, Expression, Load, Merge, Rows, Scaled, shape_of
 from weft.execute._updates import turned
 
@@ -76,7 +76,7 @@ class Source:
         floating = getattr(torch, ref.dtype).is_floating_point
         dtype = self._evaluator.dtype if floating else torch.int64
         out = torch.empty(rows, columns, dtype=dtype, device=workspace.device)
-        step = max(1, BLOCK[workspace.device.type] // max(columns, 1))
+        step = max(1, BLOCK[workspace.kind] // max(columns, 1))
         for start in range(0, rows, step):
             stop = min(rows, start + step)
             workspace.load(self._evaluator.files, ref, start, stop, out[start:stop])
@@ -119,7 +119,7 @@ class Blocks:
         sample: int | None = None,
         only: Collection[int] | None = None,
     ) -> list[Any]:
-        numel = torch.Size(shape_of(self._expression)).numel()
+        numel = math.prod(shape_of(self._expression))
         pieces = self._evaluator.cut(0, numel // max(self._evaluator.columns, 1))
         if sample is not None and sample < numel:
             pieces = _sampled(pieces, sample / numel)

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, TypeGuard
 
-import torch
-
 from weft import deltas
+from weft.core.lazy import torch
 from weft.core.specs import AddDeltas, Delta, Expression
 
 if TYPE_CHECKING:

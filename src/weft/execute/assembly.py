@@ -89,7 +89,7 @@ class Assembly:
             return
         job = TensorJob(change.name, entry.dtype, entry.shape, "", expression)
         shared = Shared(shared_at_once([job]))
-        kernel = Kernel(job, self._files, Workspace(torch.device("cpu")), shared, Alone())
+        kernel = Kernel(job, self._files, Workspace(), shared, Alone())
         rows, width = kernel.layout.rows, kernel.layout.columns * itemsize(entry.dtype)
         step = max(kernel.layout.together, _CHUNK // max(width, 1))
         step -= step % kernel.layout.together

@@ -70,7 +70,7 @@ def run(
     asked: Mapping[str, int],
     *,
     threads: int,
-    device: torch.device,
+    device: str,
     on_event: OnEvent,
 ) -> None:
     """Read every change, decompose what is to be, and leave a receipt for each.

@@ -28,7 +28,7 @@ def examine(adapter: Adapter, weight: float = 1) -> tuple[list[Problem], list[st
     silent = 0
     shares: list[tuple[int, int]] = []
     files = Files()
-    workspace = Workspace(torch.device("cpu"))
+    workspace = Workspace()
     nothing: dict[TensorRef, bool] = {}  # whether a tensor is zero all over
     try:
         for entry in adapter.entries:
@@ -81,12 +81,10 @@ def _look_at_large(ref: TensorRef, files: Files, workspace: Workspace) -> tuple[
     dtype = getattr(torch, ref.dtype)
     if not dtype.is_floating_point:
         return True, False
-    step = BLOCK["cpu"] * dtype.itemsize
     finite = zero = True
-    for start in range(ref.start, ref.stop, step):
-        raw, view = workspace.host("in", min(step, ref.stop - start))
-        files.read(ref.file, start, view)
-        values = raw.view(dtype).float()
+    for start in range(0, ref.numel, BLOCK["cpu"]):
+        stop = min(start + BLOCK["cpu"], ref.numel)
+        values = workspace.read(files, ref, start, stop, 1, "in").tensor().float()
         finite = finite and bool(values.isfinite().all())
         zero = zero and not bool(values.any())
         if not finite:
@@ -101,9 +99,8 @@ def _not_finite_somewhere(ref: TensorRef) -> Problem:
 def _values(ref: TensorRef, files: Files, workspace: Workspace) -> Tensor:
     """The whole of a small tensor, widened (torch cannot count in float8)."""
     dtype = torch.float64 if ref.dtype == "float64" else torch.float32
-    raw, view = workspace.host("in", ref.nbytes)
-    files.read(ref.file, ref.start, view)
-    return raw.view(getattr(torch, ref.dtype)).view(ref.shape).to(dtype, copy=True)
+    found = workspace.read(files, ref, 0, ref.numel, 1, "in")
+    return found.tensor().view(ref.shape).to(dtype, copy=True)
 
 
 def _not_floating(ref: TensorRef) -> Problem:

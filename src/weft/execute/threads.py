@@ -16,15 +16,16 @@ from functools import partial
 from itertools import pairwise
 from typing import TYPE_CHECKING, Protocol
 
-import torch
-
+from weft import methods, native
 from weft.core.blocks import STRIP, WORKERS, cut
+from weft.core.dtypes import itemsize
 from weft.core.errors import WeftError
 from weft.core.events import Moved, OnEvent
-from weft.core.specs import Receipt, TensorJob
+from weft.core.lazy import torch, torch_is_loaded
+from weft.core.specs import Load, Merge, Receipt, TensorJob, children, leaves
 from weft.execute._blocks import Files, Workspace
 from weft.execute._crew import Crew
-from weft.execute._expressions import Shared
+from weft.execute._expressions import Shared, task_of
 from weft.execute._held import Pool
 from weft.execute._kernel import Kernel, Sums
 from weft.plan.layout import layout, shared_at_once
@@ -51,8 +52,8 @@ class Sink(Protocol):
         """These tensors are complete."""
 
 
-def pick_device(name: str) -> torch.device:
-    """`cpu`, `cuda` or `cuda:n` -> the device.
+def check_device(name: str) -> None:
+    """`cpu`, `cuda` or `cuda:n`.
 
     Raises:
         WeftError: There is no such device here.
@@ -68,7 +69,26 @@ def pick_device(name: str) -> torch.device:
                 f"no device {name!r}: torch {torch.__version__} sees {count} CUDA devices",
                 "write --device cpu",
             )
-    return torch.device(name)
+
+
+def needs_torch(jobs: Sequence[TensorJob], device: str) -> bool:
+    """Whether any of the jobs needs more than compiled loops, as long as all numbers are finite."""
+    plain = device == "cpu" and native.library() is not None
+    return not plain or not all(job.is_copy or _is_plain(job) for job in jobs)
+
+
+def _is_plain(job: TensorJob) -> bool:
+    """A method of which loops are all that there is, on tensors that they read."""
+    merge = job.expression
+    if not isinstance(merge, Merge) or merge.base in merge.inputs:
+        return False
+    own = methods.method(merge.method)
+    return (
+        all(isinstance(each, Load) for each in children(merge))
+        and all(native.reads(ref.dtype) for ref in leaves(merge))
+        and native.reads(job.dtype)
+        and methods.without_torch(own, task_of(merge, layout(job).columns))
+    )
 
 
 @dataclass(slots=True)
@@ -105,7 +125,7 @@ def run(
     copies: Copies,
     *,
     threads: int,
-    device: torch.device,
+    device: str,
     on_event: OnEvent,
 ) -> None:
     """Evaluate every job, write its blocks to `sink`, and leave a receipt for each.
@@ -117,11 +137,11 @@ def run(
         WeftError: What went wrong first; the threads have stopped.
     """
     jobs = [job for job in jobs if not job.is_copy]
-    groups = [_group(job, STRIP[device.type]) for job in jobs]
+    files, workspace = Files(), Workspace(device)
+    groups = [_group(job, STRIP[workspace.kind]) for job in jobs]
     for one, other in pairwise(groups):
         one.following = other
     crew = Crew(iter(()), threading.Semaphore(threads))
-    files, workspace = Files(), Workspace(device)
     shared = Shared(shared_at_once(jobs))
     around = _Around(sink, files, workspace, shared, crew, Pool(), on_event)
     crew.queue = iter(
@@ -133,13 +153,15 @@ def run(
     )
 
     def work() -> None:
-        with one_torch_thread(), stream(workspace):
+        with alone(), stream(workspace):
             crew.work()
 
+    # Torch may come late, for a closer look at NaN: that may use as many threads as it likes.
+    alone = one_torch_thread if torch_is_loaded() else nullcontext
     workers = WORKERS * threads
     pool = ThreadPoolExecutor(workers, thread_name_prefix="weft")
     try:
-        with one_torch_thread():
+        with alone():
             futures = [pool.submit(work) for _ in range(workers)]
             done, _ = wait([*futures, *copies.futures], return_when=FIRST_EXCEPTION)
             crew.stop()
@@ -183,7 +205,7 @@ def _run_piece(group: _Group, number: int, around: _Around) -> None:
     kernel = _ready(group, around)
     if kernel is None:
         return
-    row = kernel.layout.columns * getattr(torch, job.dtype).itemsize
+    row = kernel.layout.columns * itemsize(job.dtype)
     offset = around.sink.offset(job.name) + start * row
     with around.crew.cores:
         data, sums = kernel.run(start, stop, offset)

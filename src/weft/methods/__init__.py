@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 
     from weft.core.errors import Problem
     from weft.core.specs import Param, Shape
+    from weft.native import Flat
 
     T = TypeVar("T")
 
@@ -229,7 +230,11 @@ class Method(Protocol):
     #     def weights(task: Task, state: Any) -> tuple[float, Sequence[float]] | None
     #
     # And where there is a compiled loop, the same rows rounded into `out`; None if it cannot.
-    #     def compiled(task: Task, state: Any, block: Block, out: Tensor) -> Proof | None
+    #     def compiled(task: Task, state: Any, block: Block, out: Flat) -> Proof | None
+    #
+    # Loops are all that it needs, of tensors that they read; if it does not say, where it has
+    # no `block`:
+    #     def without_torch(task: Task) -> bool
 
 
 def names() -> list[str]:
@@ -286,8 +291,18 @@ def merged(own: Method, task: Task, state: Any, block: Block) -> Tensor:
     return total
 
 
-def compiled(own: Method, task: Task, state: Any, block: Block, out: Tensor) -> Proof | None:
-    """The merged rows, rounded into `out` by compiled loops, and their proof; None if by others."""
+def without_torch(own: Method, task: Task) -> bool:
+    """Whether compiled loops do all of it."""
+    ask = getattr(own, "without_torch", None)
+    found = bool(ask(task)) if ask else not hasattr(own, "block")
+    return found and 1 <= task.count < native.MOST  # and the base
+
+
+def compiled(own: Method, task: Task, state: Any, block: Block, out: Flat) -> Proof | None:
+    """The merged rows, rounded into the flat `out` by compiled loops, and their proof.
+
+    None if they must be made by others.
+    """
     operands, base = block.operands(), block.base_operand()
     if not operands or not native.takes(out, base):
         return None

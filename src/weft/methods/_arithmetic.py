@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 
     from weft.methods import Block, Blocks, Task
     from weft.methods._sparsify import Keep
+    from weft.native import Flat
 
 _RUN = 64  # elements
 LEAST_SUM = 1e-8  # of weights, by which nothing is divided below it
@@ -158,8 +159,13 @@ def factors(task: Task, weights: Sequence[float]) -> list[float]:
     return [float(weight) * scale for weight in weights]
 
 
+def without_torch(task: Task) -> bool:
+    """Of methods that draw at random: `norms` and `vote` are all, if something is kept of each."""
+    return all(density > 0 for density in task.of_each("density"))
+
+
 def compiled(
-    task: Task, parts: Sequence[Part], block: Block, out: Tensor, *, consensus: bool
+    task: Task, parts: Sequence[Part], block: Block, out: Flat, *, consensus: bool
 ) -> Proof | None:
     """`merge`, rounded into `out`; None where it is not to be had."""
     operands, base = block.operands(), block.base_operand()
@@ -172,8 +178,7 @@ def compiled(
     shares = weights if consensus else factors(task, weights)
     shares = [share * part.factor for share, part in zip(shares, parts, strict=True)]
     proof = Proof()
-    rounded = out.view(-1)
-    for first, last in _sparsify.runs(keeps, block.start, block.start + len(rounded)):
+    for first, last in _sparsify.runs(keeps, block.start, block.start + out.numel()):
         here = slice(first - block.start, last - block.start)
         native.vote(
             [each.part(here) for each in operands],
@@ -182,7 +187,7 @@ def compiled(
             weights if consensus and task.params["normalize"] else None,
             float(task.params["lambda"]) if consensus else 1.0,
             base.part(here),
-            rounded[here],
+            out[here],
             consensus=consensus,
             proof=proof,
         )

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from weft.methods import Block, Blocks, Task
-    from weft.native import Proof
+    from weft.native import Flat, Proof
 
 USE_WHEN = "Many fine-tunes at once, whose outliers and noise should both go."
 PARAMETERS = _arithmetic.parameters(normalize=False, rescale=False, gamma=_sparsify.GAMMA)
@@ -35,5 +35,5 @@ def block(task: Task, state: list[_arithmetic.Part], block: Block) -> Tensor:
     return _arithmetic.merge(task, state, block, consensus=False)
 
 
-def compiled(task: Task, state: list[_arithmetic.Part], block: Block, out: Tensor) -> Proof | None:
+def compiled(task: Task, state: list[_arithmetic.Part], block: Block, out: Flat) -> Proof | None:
     return _arithmetic.compiled(task, state, block, out, consensus=False)

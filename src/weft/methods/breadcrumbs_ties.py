@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from weft.methods import Block, Blocks, Task
-    from weft.native import Proof
+    from weft.native import Flat, Proof
 
 USE_WHEN = "As breadcrumbs, where the fine-tunes pull in opposite directions."
 PARAMETERS = _arithmetic.parameters(normalize=False, rescale=False, gamma=_sparsify.GAMMA)
@@ -36,5 +36,5 @@ def block(task: Task, state: list[_arithmetic.Part], block: Block) -> Tensor:
     return _arithmetic.merge(task, state, block, consensus=True)
 
 
-def compiled(task: Task, state: list[_arithmetic.Part], block: Block, out: Tensor) -> Proof | None:
+def compiled(task: Task, state: list[_arithmetic.Part], block: Block, out: Flat) -> Proof | None:
     return _arithmetic.compiled(task, state, block, out, consensus=True)

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from weft.methods import Block, Blocks, Task
-    from weft.native import Proof
+    from weft.native import Flat, Proof
 
 USE_WHEN = "Fine-tunes with much redundancy, thinned so that their sum disturbs each of them less."
 PARAMETERS = _arithmetic.parameters(normalize=False, rescale=True)
@@ -30,9 +30,13 @@ def prepare(task: Task, blocks: Blocks) -> list[_arithmetic.Part]:
     return _arithmetic.rescaled(task, blocks, _sparsify.at_random(task))
 
 
+def without_torch(task: Task) -> bool:
+    return _arithmetic.without_torch(task)
+
+
 def block(task: Task, state: list[_arithmetic.Part], block: Block) -> Tensor:
     return _arithmetic.merge(task, state, block, consensus=False)
 
 
-def compiled(task: Task, state: list[_arithmetic.Part], block: Block, out: Tensor) -> Proof | None:
+def compiled(task: Task, state: list[_arithmetic.Part], block: Block, out: Flat) -> Proof | None:
     return _arithmetic.compiled(task, state, block, out, consensus=False)

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from weft.methods import Block, Blocks, Task
-    from weft.native import Proof
+    from weft.native import Flat, Proof
 
 USE_WHEN = "As ties, where the changes are many and small, and chance may choose among them."
 PARAMETERS = _arithmetic.parameters(normalize=False, rescale=True)
@@ -31,9 +31,13 @@ def prepare(task: Task, blocks: Blocks) -> list[_arithmetic.Part]:
     return _arithmetic.rescaled(task, blocks, _sparsify.at_random(task))
 
 
+def without_torch(task: Task) -> bool:
+    return _arithmetic.without_torch(task)
+
+
 def block(task: Task, state: list[_arithmetic.Part], block: Block) -> Tensor:
     return _arithmetic.merge(task, state, block, consensus=True)
 
 
-def compiled(task: Task, state: list[_arithmetic.Part], block: Block, out: Tensor) -> Proof | None:
+def compiled(task: Task, state: list[_arithmetic.Part], block: Block, out: Flat) -> Proof | None:
     return _arithmetic.compiled(task, state, block, out, consensus=True)

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from weft.core.errors import Problem
     from weft.core.specs import Shape
     from weft.methods import Block, Blocks, Task
-    from weft.native import Proof
+    from weft.native import Flat, Proof
 
 USE_WHEN = "As dare_ties, where large changes should be likelier to stay."
 PARAMETERS = _arithmetic.parameters(normalize=True, rescale=True, epsilon=_sparsify.EPSILON)
@@ -50,5 +50,5 @@ def block(task: Task, state: list[_arithmetic.Part], block: Block) -> Tensor:
     return _arithmetic.merge(task, state, block, consensus=True)
 
 
-def compiled(task: Task, state: list[_arithmetic.Part], block: Block, out: Tensor) -> Proof | None:
+def compiled(task: Task, state: list[_arithmetic.Part], block: Block, out: Flat) -> Proof | None:
     return _arithmetic.compiled(task, state, block, out, consensus=True)

@@ -47,6 +47,10 @@ def prepare(task: Task, blocks: Blocks) -> float | None:
     return mean / denominator if abs(denominator) >= LEAST else 0.0
 
 
+def without_torch(task: Task) -> bool:
+    return not task.params["filter_wise"]
+
+
 def weights(task: Task, state: float | None) -> tuple[float, list[float]] | None:
     return None if state is None else (1.0, [state] * task.count)
 

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from weft.methods import Block, Blocks, Task
-    from weft.native import Proof
+    from weft.native import Flat, Proof
 
 USE_WHEN = "Several models tuned from one base for different tasks, whose changes conflict."
 PARAMETERS = _arithmetic.parameters(normalize=True, rescale=False)
@@ -35,5 +35,5 @@ def block(task: Task, state: list[_arithmetic.Part], block: Block) -> Tensor:
     return _arithmetic.merge(task, state, block, consensus=True)
 
 
-def compiled(task: Task, state: list[_arithmetic.Part], block: Block, out: Tensor) -> Proof | None:
+def compiled(task: Task, state: list[_arithmetic.Part], block: Block, out: Flat) -> Proof | None:
     return _arithmetic.compiled(task, state, block, out, consensus=True)

@@ -4,7 +4,8 @@ They are there where a C compiler was when Weft was installed. Whoever calls the
 torch, for GPUs, float64 and other dtypes that `takes` says no to. The interpreter's lock is free
 meanwhile. At most `MOST` operands go into one call.
 
-Tensors are torch's, contiguous, on the CPU; what is not called an operand or `out` is float32.
+Tensors are torch's, contiguous, on the CPU, or `Numbers`, for which torch need not be loaded; what
+is not called an operand or `out` is float32.
 """
 
 from __future__ import annotations
@@ -17,11 +18,14 @@ from typing import TYPE_CHECKING, Any
 
 from weft.native import build
 from weft.native.build import MOST as MOST
+from weft.native.numbers import Numbers as Numbers
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from torch import Tensor
+
+    Flat = Tensor | Numbers
 
 _KINDS = {"float32": 0, "bfloat16": 1, "float16": 2}
 
@@ -33,16 +37,16 @@ class Operand:
     The first two are float32, bfloat16 or float16, `more` is float32.
     """
 
-    values: Tensor
-    less: Tensor | None = None
-    more: Tensor | None = None
+    values: Flat
+    less: Flat | None = None
+    more: Flat | None = None
 
     def part(self, here: slice) -> Operand:
         """Of some of the elements."""
         return Operand(*(None if each is None else each[here] for each in self.tensors))  # type: ignore[arg-type]
 
     @property
-    def tensors(self) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    def tensors(self) -> tuple[Flat, Flat | None, Flat | None]:
         return self.values, self.less, self.more
 
 
@@ -122,14 +126,13 @@ def reads(dtype: str) -> bool:
     return dtype in _KINDS and library() is not None
 
 
-def takes(*tensors: Tensor | Operand | None) -> bool:
+def takes(*tensors: Flat | Operand | None) -> bool:
     """Whether these can be given to the functions below."""
     if library() is None:
         return False
-    kinds = _kinds()
     for each in tensors:
         for part in each.tensors if isinstance(each, Operand) else (each,):
-            if part is not None and not (part.dtype in kinds and part.is_cpu):
+            if part is not None and (_kind(part) < 0 or not part.is_cpu):
                 return False
     return True
 
@@ -151,7 +154,7 @@ def finish(
     value: Tensor | None,
     base: Operand | None,
     delta: Tensor | None,
-    out: Tensor,
+    out: Flat,
     *,
     exact: bool,
 ) -> Proof:
@@ -178,7 +181,7 @@ def combine(
     factors: Sequence[float],
     base: Operand | None,
     share: float,
-    out: Tensor,
+    out: Flat,
 ) -> Proof:
     """Σ factorᵢ · xᵢ + share · W, rounded into `out`, and its proof against `base` W."""
     found = Proof()
@@ -205,7 +208,7 @@ def vote(
     weights: Sequence[float] | None,
     scale: float,
     base: Operand,
-    out: Tensor,
+    out: Flat,
     *,
     consensus: bool,
     proof: Proof,
@@ -275,18 +278,20 @@ def _floats(values: Sequence[float]) -> Any:
     return (ctypes.c_float * len(values))(*values)
 
 
-def _kind(tensor: Tensor) -> int:
-    return _kinds()[tensor.dtype]
+def _kind(tensor: Flat) -> int:
+    """−1 of a dtype that is none of the three."""
+    kinds: dict[Any, int] = _KINDS if isinstance(tensor, Numbers) else _kinds()
+    return kinds.get(tensor.dtype, -1)
 
 
-def _at(tensor: Tensor | None) -> ctypes.c_void_p:
+def _at(tensor: Flat | None) -> ctypes.c_void_p:
     return ctypes.c_void_p(None if tensor is None else tensor.data_ptr())
 
 
-def _wide(tensor: Tensor | None) -> ctypes.c_void_p:
+def _wide(tensor: Flat | None) -> ctypes.c_void_p:
     assert tensor is None or (_kind(tensor) == 0 and tensor.is_contiguous())
     return _at(tensor)
 
 
-def _size(tensor: Tensor) -> ctypes.c_size_t:
+def _size(tensor: Flat) -> ctypes.c_size_t:
     return ctypes.c_size_t(tensor.numel())
