@@ -55,12 +55,12 @@ class Dense:
     Attributes:
         values: (m, n).
         squares: ‖A‖², where it is known already.
-        scratch: (m, n) bfloat16, for a rough copy; memory that is new costs more than the copy.
+        rounded: The same in bfloat16, where it is at hand.
     """
 
     values: Tensor
     squares: float | None = None
-    scratch: Tensor | None = None
+    rounded: Tensor | None = None
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -88,9 +88,7 @@ class Dense:
     def rough(self) -> Rough | None:
         if not multiplies_bfloat16(self.values.device):
             return None
-        if self.scratch is None:
-            return Rough(self.values.bfloat16())
-        return Rough(self.scratch.copy_(self.values))
+        return Rough(self.values.bfloat16() if self.rounded is None else self.rounded)
 
     def rows(self) -> Iterator[tuple[int, Tensor]]:
         step = max(1, _ROWS // max(self.values.shape[1], 1))

@@ -6,14 +6,16 @@ import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
 
+import numpy as np
 import torch
 
 from weft import native
 from weft.core.errors import NumericsError
-from weft.core.specs import Merge, Scaled, leaves
+from weft.core.specs import Load, Merge, Scaled, children, leaves
 from weft.core.sums import dot
 from weft.execute._expressions import Evaluator
 from weft.execute._rounding import NONE, Samples
+from weft.native import Numbers
 from weft.plan.layout import layout
 
 if TYPE_CHECKING:
@@ -27,6 +29,7 @@ if TYPE_CHECKING:
     from weft.decompose.noise import Noise
     from weft.execute._blocks import Files, Workspace
     from weft.execute._expressions import Shared
+    from weft.methods import Block
     from weft.plan.extract import Change
 
 _TINY = 1e-28
@@ -108,43 +111,77 @@ class Difference:
 
         In buffers that are reused; the difference in the rows of `into`, if given.
         """
+        for first, evaluator, expression, piece, out in self._pieces(start, stop, into):
+            if out is None:
+                out = evaluator.buffer("delta", piece[1] - piece[0])
+            yield first, out, _difference(evaluator, expression, *piece, out)
+
+    def _pieces(
+        self, start: int, stop: int, into: Tensor | None
+    ) -> Iterator[tuple[int, Evaluator, Expression, tuple[int, int], Tensor | None]]:
+        """The blocks of rows `start` to `stop`: the first row, and which rows of what they are."""
         at = 0
         for number, (job, form) in enumerate(zip(self.change.jobs, self._layouts, strict=True)):
             low, high = max(start - at, 0), min(stop - at, form.rows)
             if low < high:
                 evaluator = self._evaluator(number)
                 for first, last in evaluator.cut(low, high):
-                    if into is None:
-                        out = evaluator.buffer("delta", last - first)
-                    else:
-                        out = into[at + first - start : at + last - start]
-                    base = _difference(evaluator, job.expression, first, last, out)
-                    yield at + first, out, base
+                    here = slice(at + first - start, at + last - start)
+                    out = None if into is None else into[here]
+                    yield at + first, evaluator, job.expression, (first, last), out
             at += form.rows
 
-    def sums(self, start: int, stop: int, into: Tensor | None = None) -> Sums:
-        """Of rows `start` to `stop`, which are left in `into`, if given.
+    def sums(
+        self, start: int, stop: int, into: Tensor | None = None, rough: Tensor | None = None
+    ) -> Sums:
+        """Of rows `start` to `stop`, left in `into` and in `rough` (bfloat16), if given.
 
         Raises:
             NumericsError: NaN or infinity.
         """
         tuned, energy = [], []
         samples = Samples(self.change, (stop - start) * self.columns)
-        for first, delta, base in self.blocks(start, stop, into):
-            own, whole = _squares_of(delta, base)
+        for first, evaluator, expression, piece, out in self._pieces(start, stop, into):
+            here = slice(first - start, first - start + piece[1] - piece[0])
+            also = None if rough is None else rough[here]
+            own, whole = self._squares(evaluator, expression, piece, (out, also), samples)
             energy.append(own)
             tuned.append(whole)
-            if not math.isfinite(own):
-                self._check_finite(delta, base)
-            if base is None:
-                continue
-            samples.add("base", base)
-            samples.add_tuned(base, delta)
             if samples.scaled:
-                self._add_scales(samples, first, len(delta))
+                self._add_scales(samples, first, piece[1] - piece[0])
         square = math.fsum(energy)
         mean_square = square / max(1, (stop - start) * self.columns)
         return Sums(math.fsum(tuned), square, samples.noise(mean_square), samples.grid)
+
+    def _squares(
+        self,
+        evaluator: Evaluator,
+        expression: Expression,
+        piece: tuple[int, int],
+        into: tuple[Tensor | None, Tensor | None],
+        samples: Samples,
+    ) -> tuple[float, float]:
+        """‖ΔW‖² and ‖W + ΔW‖² of some rows, which are left in both of `into` that are given."""
+        out, rough = into
+        block = _as_stored(evaluator, expression, *piece, out) if samples.stored else None
+        if block is None:
+            delta = evaluator.buffer("delta", piece[1] - piece[0]) if out is None else out
+            base = _difference(evaluator, expression, *piece, delta)
+        else:
+            found = _squares_of_stored(block, *into)
+            if found is not None:
+                samples.add_stored(*_sides(block))
+                return found
+            delta, base = block.inputs[0], block.base
+        if rough is not None:
+            rough.copy_(delta)
+        own, whole = _squares_of(delta, base)
+        if not math.isfinite(own):
+            self._check_finite(delta, base)
+        if base is not None:
+            samples.add("base", base)
+            samples.add_tuned(base, delta)
+        return own, whole
 
     def _add_scales(self, samples: Samples, first: int, count: int) -> None:
         """Of `count` rows from `first` on, for the sides that are float8."""
@@ -167,6 +204,55 @@ class Difference:
             raise NumericsError(f"the tuned {name} holds NaN or infinity", "check TUNED's files")
 
 
+def _as_stored(
+    evaluator: Evaluator, expression: Expression, first: int, last: int, out: Tensor | None
+) -> Block | None:
+    """Two tensors that compiled loops read, not widened yet: then into `out`; None of others."""
+    if not isinstance(expression, Merge) or expression.base in expression.inputs:
+        return None
+    plain = all(isinstance(each, Load) for each in children(expression))
+    if not (
+        plain and evaluator.compiles and all(native.reads(r.dtype) for r in leaves(expression))
+    ):
+        return None
+    return evaluator.block(expression, first, last, "", out)
+
+
+def _sides(block: Block) -> tuple[Numbers, Numbers]:
+    """Rows of the tuned tensor and of the base."""
+    operands = block.operands()
+    assert operands is not None
+    tuned, base = operands[0].values, operands[0].less
+    assert isinstance(tuned, Numbers)
+    assert isinstance(base, Numbers)
+    return tuned, base
+
+
+def _squares_of_stored(
+    block: Block, out: Tensor | None, rough: Tensor | None
+) -> tuple[float, float] | None:
+    """As `_squares_of`, ΔW in `out` and `rough`; None where float32 does not tell the squares."""
+    operands = block.operands()
+    assert operands is not None
+    own, both, others = native.difference(operands[0], out, rough)
+    if not own and others > _TINY and _equal(*_sides(block)):
+        return 0.0, others
+    return _told(own, both, others)
+
+
+def _equal(one: Numbers, other: Numbers) -> bool:
+    """Bit for bit; of 0 and −0 it says no."""
+    ours, theirs = (np.frombuffer(each.view, f"u{each.size}") for each in (one, other))
+    return one.dtype == other.dtype and bool(np.array_equal(ours, theirs))
+
+
+def _told(own: float, both: float, others: float) -> tuple[float, float] | None:
+    """‖ΔW‖² and ‖W + ΔW‖², by ‖ΔW‖², ⟨ΔW, W⟩ and ‖W‖²; None if the squares leave float32."""
+    whole = own + 2 * both + others
+    # Where W and ΔW cancel, nothing of the sum's digits is left.
+    return (own, whole) if own > _TINY and _CANCELS * (own + others) < whole < math.inf else None
+
+
 def _squares_of(delta: Tensor, base: Tensor | None) -> tuple[float, float]:
     """‖ΔW‖² and ‖W + ΔW‖² of some rows."""
     if base is None:
@@ -174,10 +260,8 @@ def _squares_of(delta: Tensor, base: Tensor | None) -> tuple[float, float]:
     if native.takes(delta, base):
         operands = [native.Operand(delta.view(-1)), native.Operand(base.view(-1))]
         (own,), (both, others) = native.gram(operands)
-        whole = own + 2 * both + others
-        # Where W and ΔW cancel, nothing of the sum's digits is left.
-        if own > _TINY and _CANCELS * (own + others) < whole < math.inf:
-            return own, whole
+        if found := _told(own, both, others):
+            return found
     return squares(delta), squares(base + delta)
 
 

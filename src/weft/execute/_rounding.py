@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from weft.decompose.noise import Ulps
+    from weft.native import Numbers
     from weft.plan.extract import Change
 
 _SAMPLE = 2**17  # elements by which the size of an ulp is told
@@ -34,6 +35,11 @@ class Samples:
         self._eighths = _float8(change)
         self._share = max(1, count // _SAMPLE)
         self._seen: dict[str, list[Tensor]] = {}
+
+    @property
+    def stored(self) -> bool:
+        """Every element lies in a file as it is."""
+        return self._kept is not None
 
     @property
     def scaled(self) -> bool:
@@ -57,6 +63,11 @@ class Samples:
         stored = self._kept or self._eighths[0]
         some = self._some(delta)
         self._keep("tuned", self._some(base) + some if stored else some.clone())
+
+    def add_stored(self, tuned: Numbers, base: Numbers) -> None:
+        """Both sides of a block, as they lie in their files."""
+        for what, side in (("tuned", tuned), ("base", base)):
+            self._keep(what, self._some(side.tensor()).to(torch.float32, copy=True))
 
     def _some(self, block: Tensor) -> Tensor:
         return block.reshape(-1)[:: self._share]

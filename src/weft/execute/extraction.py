@@ -16,6 +16,7 @@ import torch
 
 from weft.core.events import Moved, OnEvent
 from weft.core.specs import Merge, Receipt, leaves
+from weft.decompose._rough import multiplies_bfloat16
 from weft.decompose.krylov import Svd, key_of, svd_until, truncated_svd
 from weft.decompose.matrices import Dense
 from weft.decompose.noise import signal
@@ -166,10 +167,13 @@ def _decompose(
         # Reading overlaps with the arithmetic of the threads that hold the cores.
         size = (stop - start, columns)
         values = state.workspace.compute("difference", *size, source.dtype)
-        sums = source.sums(start, stop, values)
-        scratch = state.workspace.compute("rough", *size, torch.bfloat16)
+        rough = None
+        if multiplies_bfloat16(values.device):
+            rough = state.workspace.compute("rough", *size, torch.bfloat16)
+        sums = source.sums(start, stop, values, rough)
         shape = (form.rows, form.columns)
-        matrix = Dense(values.view(shape), sums.energy, scratch.view(shape))
+        rounded = None if rough is None else rough.view(shape)
+        matrix = Dense(values.view(shape), sums.energy, rounded)
     else:
         sums = source.sums(start, stop)
         matrix = Streamed(source, start, stop, sums.energy)

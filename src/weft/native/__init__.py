@@ -27,6 +27,9 @@ if TYPE_CHECKING:
 
     Flat = Tensor | Numbers
 
+_FUNCTIONS = (
+    "gram", "widen", "difference", "finish", "combine", "norms", "vote", "between", "philox",
+)  # fmt: skip
 _KINDS = {"float32": 0, "bfloat16": 1, "float16": 2}
 
 
@@ -108,7 +111,7 @@ def library() -> ctypes.CDLL | None:
         found = ctypes.CDLL(str(build.library()))
     except OSError:
         return None
-    for name in ("gram", "widen", "finish", "combine", "norms", "vote", "between", "philox"):
+    for name in _FUNCTIONS:
         getattr(found, f"weft_{name}").restype = None
     return found
 
@@ -148,6 +151,18 @@ def gram(operands: Sequence[Operand]) -> list[list[float]]:
 def widen(operand: Operand, out: Tensor) -> None:
     """Into `out`, float32."""
     _call("widen", _array([operand]), _size(out), _wide(out))
+
+
+def difference(
+    operand: Operand, out: Tensor | None, rough: Tensor | None
+) -> tuple[float, float, float]:
+    """D = values − less into `out`, and into `rough` (bfloat16), where they are given.
+
+    Returns ‖d‖², ⟨d, less⟩ and ‖less‖², summed as in `gram`.
+    """
+    sums = (ctypes.c_double * 3)()
+    _call("difference", _array([operand]), _size(operand.values), _wide(out), _at(rough), sums)
+    return sums[0], sums[1], sums[2]
 
 
 def finish(

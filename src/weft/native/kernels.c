@@ -171,6 +171,24 @@ void weft_widen(const Operand *x, size_t n, float *out) {
         take(out + at, x, at, n - at < TILE ? n - at : TILE);
 }
 
+/* x.values − x.less into `out`, and rounded to bfloat16 into `rough`, where these are not NULL. Added to
+ * `sums`: its square, its product with x.less, and the square of that. */
+FOR_EVERY_PROCESSOR
+void weft_difference(const Operand *x, size_t n, float *out, uint16_t *rough, double *sums) {
+    float apart[TILE], base[TILE];
+    for (size_t at = 0; at < n; at += TILE) {
+        size_t m = n - at < TILE ? n - at : TILE;
+        load(apart, x->values, x->kind, at, m);
+        load(base, x->less, x->less_kind, at, m);
+        for (size_t i = 0; i < m; i++) apart[i] -= base[i];
+        sums[0] += dot(apart, apart, m);
+        sums[1] += dot(apart, base, m);
+        sums[2] += dot(base, base, m);
+        if (out) memcpy(out + at, apart, 4 * m);
+        if (rough) store(apart, rough, BFLOAT16, at, m);
+    }
+}
+
 /* ------------------------------------------------------------------------------------ proofs */
 
 /* Round a tile, and compare it with the base W: value = W + delta, delta may be known better than
