@@ -97,7 +97,9 @@ def test_an_adapter_whose_base_is_not_there(root: Path, monkeypatch: pytest.Monk
     lora(root / "adapter", 1, rms=1e-3, base="./no/such/base")
     lora(root / "nameless", 1, rms=1e-3)
     message = refused(root, LINEAR.replace("model: b", "model: adapter"))
-    assert "adapter is an adapter, whose config names the base ./no/such/base: " in message
+    config = root / "adapter/adapter_config.json"
+    assert f"adapter is an adapter, and {config} names its base ./no/such/base: no such" in message
+    assert f"(looked for at {root}/no/such/base)  @" in message
     assert "@ models[1], line 2, column 20" in message
     assert "write where its base is: path/of/the/base+adapter" in message
     message = refused(root, LINEAR.replace("model: b", "model: nameless"))
@@ -253,6 +255,52 @@ def test_a_size_below_zero(capsys: pytest.CaptureFixture[str]) -> None:
     assert said.startswith("error: --size -5MB: there is no such value below zero\n")
     said = said_by(["extract", "a", "--base", "b", "-o", "c", "--size"], capsys)
     assert said.startswith("error: --size needs a value behind it\n")
+
+
+def test_a_base_that_an_adapter_names_and_that_is_not_there(
+    root: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Every command says which file names it, where it was looked for, and what overrides it."""
+    lora(root / "adapter", 1, rms=1e-3, base="../base")
+    fact = f"adapter is an adapter, and {root}/adapter/adapter_config.json names its base ../base: "
+    fact += f"no such file or folder: ../base (looked for at {root.parent}/base)\n"
+    cure = "hint: give the base first: weft merge BASE ADAPTER -o OUT\n"
+    assert said_by(["merge", "adapter", "-o", "out"], capsys) == f"error: {fact}{cure}"
+    cure = "hint: write where its base is: path/of/the/base+adapter\n"
+    for command in (
+        ["extract", "adapter", "--base", "base", "-o", "out"],
+        ["diff", "adapter", "a"],
+    ):
+        assert said_by(command, capsys) == f"error: {fact}{cure}"
+
+
+def test_a_model_that_lies_beside_the_recipe(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Paths count from the working folder, as in MergeKit: from another one the way is told."""
+    (root / "recipe.yml").write_text(LINEAR.replace("model: b", "model: ./a+absent"))
+    (root / "elsewhere").mkdir()
+    monkeypatch.chdir(root / "elsewhere")
+    with pytest.raises(WeftError) as error:
+        weft.plan_run("../recipe.yml")
+    where = f"no such file or folder: a (looked for at {root}/elsewhere/a)  @ models[0], line 2"
+    assert where in str(error.value)
+    beside = f"it exists beside the recipe: run from {root}, or write {root}/a\n"
+    assert beside in str(error.value)
+    monkeypatch.chdir(root)
+    with pytest.raises(WeftError) as error:
+        weft.plan_run("recipe.yml")
+    assert f"no such file or folder: absent (looked for at {root}/absent)" in str(error.value)
+    assert "beside the recipe" not in str(error.value)
+
+
+def test_a_recipe_is_no_model(root: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (root / "recipe.yml").write_text(LINEAR)
+    (root / "extraction.yaml").write_text("base_model: base\nfinetune: a\n")
+    for name in ("recipe.yml", "extraction.yaml"):
+        said = said_by(["inspect", name], capsys)
+        assert said.startswith(f"error: {root}/{name} is a recipe, and no model\nhint: weft run ")
+        assert f"weft run {root}/{name} --check says whether it is sound, --dry-run" in said
+    (root / "notes.yml").write_text("merge_methods: none\n")
+    assert "is not weights" in said_by(["inspect", "notes.yml"], capsys)
 
 
 # ---------------------------------------------------------------------------------------- notes

@@ -20,7 +20,8 @@ from weft.core.errors import (
     WeftError,
     as_problems,
 )
-from weft.recipes.mergekit import read
+from weft.formats.hub import NotFetched, local, nothing_fetched, sought
+from weft.recipes.mergekit import draft, read
 from weft.recipes.records import ModelName
 
 if TYPE_CHECKING:
@@ -168,6 +169,23 @@ def read_recipe(path: str | Path) -> list[Recipe]:
     return read(_text(Path(path)), Path(path).name)
 
 
+def _read_with_models(path: Path, opened: Models) -> list[Recipe]:
+    """As `read_recipe`; what is wrong with the file is said with what is wrong with its models.
+
+    Raises:
+        WeftError: As there.
+    """
+    found = draft(_text(path), path.name)
+    if not found.problems:
+        return found.recipes
+    wrong = [*found.problems]
+    with nothing_fetched():
+        for recipe in found.recipes:
+            _, missing = _views(recipe, opened, dict.fromkeys(found.no_models), path.parent)
+            wrong += _located(missing, recipe)
+    raise RecipeError(path.name, wrong)
+
+
 def _extraction(
     path: str | Path, seed: int, max_shard_size: str | int | None, tensors: str
 ) -> Extraction | None:
@@ -221,14 +239,14 @@ def _plan(
         raise WeftError(f"tensors={tensors!r}", f"one of {SAME}, {UNION}, {INTERSECTION}")
     made: dict[str, View | None] = {}  # by the name of the document; None where it cannot be made
     wrong: list[Problem] = []
-    recipes = read_recipe(path)
+    recipes = _read_with_models(Path(path), opened)
     used = {name.path for recipe in recipes for name in recipe.models()}
     idle = [each.name for each in recipes[:-1] if each.name not in used]
     said = f"no document uses {', '.join(map(str, idle))}, and only the last one is written"
     for recipe in recipes:
         made[recipe.name or ""] = None
         try:
-            views, missing = _views(recipe, opened, made)
+            views, missing = _views(recipe, opened, made, Path(path).parent)
             if missing:
                 raise PlanError(recipe.name or "", [*missing, *misfits(recipe, views)])
             if len(views) < len(recipe.models()):
@@ -246,7 +264,7 @@ def _plan(
 
 
 def _views(
-    recipe: Recipe, opened: Models, made: Mapping[str, View | None]
+    recipe: Recipe, opened: Models, made: Mapping[str, View | None], folder: Path
 ) -> tuple[dict[ModelName, View], list[Problem]]:
     """The models of a recipe, but for those that an earlier document failed to make.
 
@@ -259,10 +277,27 @@ def _views(
             continue
         try:
             views[name] = opened.view(name, made.get(name.path))
+        except NotFetched:
+            continue
         except WeftError as error:
             at = _place(name, recipe)
-            problems += [Problem(f"{p.what}  @ {at}", p.hint) for p in as_problems(error)]
+            found = as_problems(error)
+            if isinstance(error, NotFound):
+                found = (_not_found(error, name, folder),)
+            problems += [Problem(f"{p.what}  @ {at}", p.hint) for p in found]
     return views, problems
+
+
+def _not_found(error: NotFound, name: ModelName, folder: Path) -> Problem:
+    """With where a relative path was looked for, and whether it leads there from the recipe."""
+    paths = [name.path, *(path for path, _, _ in name.adapters)]
+    lost = next((path for path in paths if not local(path)), None)
+    if lost is None:
+        return Problem(str(error), error.hint)
+    hint, home = error.hint, folder.resolve()
+    if local(str(home / lost)):
+        hint = f"it exists beside the recipe: run from {home}, or write {home / lost}"
+    return Problem(sought(error, lost), hint)
 
 
 def _place(name: ModelName, recipe: Recipe) -> str:
@@ -288,5 +323,7 @@ def _located(problems: Sequence[Problem], recipe: Recipe) -> list[Problem]:
             known = known.rpartition(".")[0]
         line, column = recipe.positions.get(known, (0, 0))
         at = f"  @ {where}, line {line}, column {column}" if line else f"  @ {where}"
-        found.append(Problem(fact + (at if where else ""), problem.hint))
+        found.append(
+            Problem(fact + (at if where else ""), problem.hint, (line, column) if line else None)
+        )
     return found
