@@ -305,6 +305,57 @@ def test_a_recipe_is_no_model(root: Path, capsys: pytest.CaptureFixture[str]) ->
 # ---------------------------------------------------------------------------------------- notes
 
 
+def noted(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> list[str]:
+    """What a command that ends well says in notes, on either stream."""
+    with pytest.raises(SystemExit) as end:
+        main(arguments)
+    assert not end.value.code
+    both = capsys.readouterr()
+    return [line for line in f"{both.err}{both.out}".splitlines() if line.startswith("note: ")]
+
+
+DENSE = f"{TIES}parameters: {{weight: 1, density: 2}}\n"
+BEYOND = "merge_method: slerp\nbase_model: base\nmodels: [model: a]\nparameters: {{t: {}}}\n"
+
+
+@pytest.mark.parametrize(
+    ("text", "note"),
+    [
+        (DENSE, "note: a density of 2 keeps all of a: it is a share, up to 1"),
+        (
+            BEYOND.format("-1"),
+            "note: a t of -1 goes beyond the two models, the base at 0 and the",
+        ),
+        (BEYOND.format("[0, 1.5]"), "note: a t of 1.5 goes beyond the two models"),
+        (BEYOND.format("[{filter: q_proj, value: 2}, {value: 1}]"), "note: a t of 2 goes beyond"),
+        (BEYOND.format("[0, 1]"), None),
+        ("finetune: ./a\nbase_model: ./base\nrank: 4\n", None),
+    ],
+)
+def test_the_same_notes_before_the_run_and_in_it(
+    text: str, note: str | None, root: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (root / "recipe.yml").write_text(text)
+    ways = [["--check"], ["--dry-run"], ["-o", "out"]]
+    check, dry_run, run = (noted(["run", "recipe.yml", *way], capsys) for way in ways)
+    assert check == dry_run == run
+    assert any(line.startswith(note) for line in run) if note else not any("t of" in n for n in run)
+    with pytest.raises(SystemExit):
+        main(["run", "recipe.yml", "--check", "--quiet"])
+    assert capsys.readouterr() == ("", "")
+
+
+@pytest.mark.parametrize("command", ["run", "merge", "extract"])
+def test_nothing_to_resume(command: str, root: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    lora(root / "adapter", 1, rms=1e-3)
+    (root / "recipe.yml").write_text(LINEAR)
+    more = {"run": ["recipe.yml"], "merge": ["base", "adapter"], "extract": ["a", "--base", "base"]}
+    start = [command, *more[command]]
+    note = f"note: nothing to resume in {root}/out.partial: this run starts from the beginning"
+    assert noted([*start, "-o", "out", "--resume"], capsys).count(note) == 1
+    assert not any("resume" in line for line in noted([*start, "-o", "other"], capsys))
+
+
 def test_only_files_that_are_there_are_said_to_be_taken(root: Path) -> None:
     def taken(text: str) -> list[str]:
         (root / "recipe.yml").write_text(text)
