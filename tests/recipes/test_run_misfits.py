@@ -196,6 +196,22 @@ def test_documents_of_a_faulty_file_are_no_models_that_are_missing(root: Path) -
     assert len(found) == 2
 
 
+def test_models_of_a_file_that_is_hardly_understood(root: Path) -> None:
+    """Without a method, or without a model; and of an extraction recipe."""
+    found = said("base_model: ./absent\nmodels:\n  - model: a\n  - model: b+./none\n  - {}\n")
+    assert [problem.split(",")[0] for problem in found] == [
+        '"merge_method" is missing  @ line 1',
+        f"no such file or folder: ./absent (looked for at {root}/absent)  @ base_model",
+        f"no such file or folder: ./none (looked for at {root}/none)  @ models[1].model",
+        '"model" is missing  @ models[2]',
+    ]
+    found = said("finetune: ./absent\nbase_model: ./none\nrnk: 8\n")
+    assert "no such file or folder: ./absent" in found[0]
+    assert "@ finetune, line 1, column 1" in found[0]
+    assert "@ base_model, line 2, column 1" in found[1]
+    assert found[2].startswith('unknown key "rnk"')
+
+
 def test_a_mistake_made_twice_is_shown_with_all_its_places(root: Path) -> None:
     text = "merge_method: ties\nbase_model: base\nmodels:\n"
     text += "  - {model: a, parameters: {weight: 1, densty: 1}}\n"

@@ -21,11 +21,12 @@ from weft.core.errors import (
     as_problems,
 )
 from weft.formats.hub import NotFetched, local, nothing_fetched, sought
+from weft.recipes._rough import rough
 from weft.recipes.mergekit import draft, read
 from weft.recipes.records import ModelName
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Iterable, Mapping, Sequence
 
     from weft.core.specs import Plan
     from weft.plan._views import View
@@ -97,7 +98,7 @@ def run(
 
     begin = time.perf_counter()
     command = command or f"weft.run({str(recipe)!r}, output={str(output)!r}, seed={seed})"
-    if extraction := _extraction(recipe, seed, max_shard_size, tensors):
+    if extraction := _extraction(recipe, seed, max_shard_size, tensors, cache_dir):
         return run_extraction(
             extraction.tuned, extraction.base, extraction.wishes, output=Path(output),
             threads=threads, device=device, force=force, resume=resume, cache_dir=cache_dir,
@@ -145,7 +146,7 @@ def plan_run(
     from weft.plan.preflight import measure
     from weft.write.checkpoint import check_output
 
-    if extraction := _extraction(recipe, seed, max_shard_size, tensors):
+    if extraction := _extraction(recipe, seed, max_shard_size, tensors, cache_dir):
         return plan_extraction(
             extraction.tuned, extraction.base, extraction.wishes,
             output=None if output is None else Path(output), threads=threads, device=device,
@@ -178,16 +179,28 @@ def _read_with_models(path: Path, opened: Models) -> list[Recipe]:
     found = draft(_text(path), path.name)
     if not found.problems:
         return found.recipes
-    wrong = [*found.problems]
+    missing = _missing(found.recipes, opened, path.parent, found.no_models)
+    raise RecipeError(path.name, [*found.problems, *missing])
+
+
+def _missing(
+    recipes: Iterable[Recipe], opened: Models, folder: Path, no_models: Iterable[str] = ()
+) -> list[Problem]:
+    """The models of faulty recipes that are not there; nothing is fetched for the others."""
+    found = []
     with nothing_fetched():
-        for recipe in found.recipes:
-            _, missing = _views(recipe, opened, dict.fromkeys(found.no_models), path.parent)
-            wrong += _located(missing, recipe)
-    raise RecipeError(path.name, wrong)
+        for recipe in recipes:
+            _, problems = _views(recipe, opened, dict.fromkeys(no_models), folder)
+            found += _located(problems, recipe)
+    return found
 
 
 def _extraction(
-    path: str | Path, seed: int, max_shard_size: str | int | None, tensors: str
+    path: str | Path,
+    seed: int,
+    max_shard_size: str | int | None,
+    tensors: str,
+    cache_dir: str | None,
 ) -> Extraction | None:
     """What the file asks for, if it is an extraction recipe."""
     from weft.recipes import extraction
@@ -201,7 +214,11 @@ def _extraction(
     if tensors != "same":
         what = f"{name} makes an adapter, of the tensors that both models have"
         raise WeftError(what, f"no --tensor-{tensors}")
-    found = extraction.read(document, name)
+    try:
+        found = extraction.read(document, name)
+    except RecipeError as error:
+        missing = _missing([rough(document)], Models(cache_dir), Path(path).parent)
+        raise RecipeError(name, [*error.problems, *missing]) from None
     wishes = found.wishes
     return replace(found, wishes=replace(wishes, seed=wishes.seed or seed))
 
@@ -306,7 +323,7 @@ def _place(name: ModelName, recipe: Recipe) -> str:
     places = [(recipe.base_model, "base_model")]
     for module in recipe.modules:
         for each in module.slices:
-            places += [(s.model, s.where) for s in each.sources if s.where != "base_model"]
+            places += [(s.model, s.where) for s in each.sources]
             places.append((each.base_model, f"{each.where}.base_model"))
     if tokenizer and isinstance(tokenizer.source, ModelName):
         places.append((tokenizer.source, "tokenizer"))

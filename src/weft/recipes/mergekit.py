@@ -15,6 +15,7 @@ from weft.recipes import _order, _others, _yaml
 from weft.recipes._build import Builder
 from weft.recipes._faults import Faults
 from weft.recipes._form import form
+from weft.recipes._rough import rough
 
 if TYPE_CHECKING:
     from weft.core.errors import Problem
@@ -78,6 +79,8 @@ def draft(text: str, name: str = "recipe") -> Draft:
             builder = Builder(document, faults, parsed, popped, notes)
             recipes.append((builder.build(), document))
             no_models |= builder.no_names
+        elif isinstance(document.data, dict):
+            recipes.append((rough(document), document))
     ordered = [recipe for recipe, _ in recipes]
     if not faults.problems:
         ordered = _order.in_order(recipes, faults)
