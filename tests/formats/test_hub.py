@@ -399,6 +399,21 @@ def test_what_the_hub_refuses(hub: Hub, tmp_path: Path) -> None:
     assert hub.fetched == []
 
 
+def test_nothing_is_fetched_for_a_recipe_with_mistakes(hub: Hub, tmp_path: Path) -> None:
+    """The hub is asked what it has: a mistake in the file is said before gigabytes come."""
+    hub.repos["org/base"] = base_files(3, tmp_path)
+    text = (
+        "merge_method: linear\nparameters: {wieght: 1}\nmodels: [model: org/base, model: org/no]\n"
+    )
+    (tmp_path / "recipe.yml").write_text(text)
+    code, out, err = online(hub, "run", "recipe.yml", "--check", home=tmp_path / "home")
+    assert (code, out) == (2, "")
+    assert err.startswith("error: 2 problems in recipe.yml\n")
+    assert "wieght" in err
+    assert "no such repository on the hub: org/no" in err
+    assert hub.fetched == []
+
+
 def test_hub_that_cannot_be_reached(tmp_path: Path) -> None:
     """One error, and soon: huggingface_hub alone tries for 23 s, with two lines each time."""
     begin = time.monotonic()

@@ -57,7 +57,8 @@ def test_alike_problems_show_once() -> None:
     message = refused("merge_method: linear\nmodels:\n" + models)
     assert message.startswith("30 problems")
     assert message.count("\n") == 1
-    assert message.endswith("@ models[0], line 3, column 17 (and 29 more)")
+    assert "@ models[0], line 3, column 17 (and 29 more: line 4, column 17; line 5, " in message
+    assert message.endswith("; line 11, column 17; …)")
 
 
 MISTAKES = {

@@ -115,7 +115,7 @@ def test_a_document_under_another_architecture(root: Path) -> None:
     other = {"architectures": ["MyLlamaForCausalLM"]}
     config.write_text(json.dumps(json.loads(config.read_text()) | other))
     last = "merge_method: linear\nmodels: [model: left, model: c]\nparameters: {weight: 1}\n"
-    with pytest.raises(WeftError, match="c is a MyLlamaForCausalLM, and left a Llama"):
+    with pytest.raises(WeftError, match="left is a LlamaForCausalLM, and c is a MyLlama"):
         run(root, f"name: left\n{LEFT}---\n{last}")
     named = "model: {model: {path: left}, override_architecture: MyLlamaForCausalLM}"
     run(root, f"name: left\n{LEFT}---\n{last.replace('model: left', named)}")
@@ -135,7 +135,7 @@ def test_what_is_wrong_with_all_documents_is_said_at_once(root: Path) -> None:
     assert message.startswith("3 problems in recipe.yml\n")
     assert "./nowhere" in message
     assert "@ models[0], line 4, column 10" in message
-    assert "2 layers in a, and 3 in deep  @ models[1], line 9, column 20" in message
+    assert "2 and 3 layers in model.layers  @ models[1], line 9, column 20" in message
     assert "@ models[1], line 13, column 20" in message
 
 

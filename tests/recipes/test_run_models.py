@@ -368,4 +368,4 @@ def test_vocabularies_of_different_sizes(tmp_path: Path) -> None:
     with pytest.raises(PlanError) as error:
         run(tmp_path, text + "parameters: {weight: 1}")
     assert "tokenizer: {source: base}" in str(error.value)
-    assert "[40, 48] in" in str(error.value)
+    assert ": [40, 48] and [39, 48]" in str(error.value)

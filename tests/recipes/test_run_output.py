@@ -243,8 +243,16 @@ AT = "@ models[1], line 5, column 5"
 WRONG = {
     "missing": ("  - model: ./nowhere\n", _nothing, ["./nowhere", AT]),
     "missing adapter": ("  - model: b+./nowhere\n", _nothing, ["./nowhere", AT]),
-    "wide": ("  - model: wide\n", _wider, ["[48, 48] in a", "[96, 96] in wide", AT]),
-    "deep": ("  - model: deep\n", _deeper, ["2 layers in a", "3 in deep", AT]),
+    "wide": (
+        "  - model: wide\n",
+        _wider,
+        ["a and wide do not fit each other", "hidden_size 48 and 96", AT],
+    ),
+    "deep": (
+        "  - model: deep\n",
+        _deeper,
+        ["a and deep do not fit each other: 2 and 3 layers", AT],
+    ),
     "architecture": ("  - model: other\n", _other, ["LlamaForCausalLM", "GPT2LMHeadModel", AT]),
     "adapter": ("  - model: b+narrow\n", _narrow_adapter, ["narrow", "32", AT]),
     "base": ("  - model: b\nbase_model: ./none\n", _nothing, ["./none", "@ base_model, line 6"]),

@@ -18,15 +18,16 @@ from typing import TYPE_CHECKING
 
 from weft.api._execution import Report, check_place, execute
 from weft.core import dtypes, events, units
-from weft.core.errors import PlanError, Problem, WeftError
+from weft.core.errors import NotFound, PlanError, Problem, WeftError
 from weft.formats import checkpoint as checkpoints
 from weft.formats.adapters import describe_adapter, is_adapter, open_adapter
-from weft.formats.hub import resolve
+from weft.formats.hub import repository, resolve, sought
 
 __all__ = [
     "Inputs",
     "MergePlan",
     "Report",
+    "find_base",
     "inspect",
     "merge",
     "names_adapter",
@@ -304,11 +305,34 @@ def open_inputs(
             problems += error.problems
     if problems:
         raise PlanError(", ".join(str(text) for text in listed), problems)
-    given = str(base) if base is not None else _named_base(opened)
-    if base is None and revision is None:
-        revision = opened[0][0].revision
-    folder = resolve(given, revision=revision, cache_dir=cache_dir)
+    if base is not None:
+        given = str(base)
+        folder = resolve(given, revision=revision, cache_dir=cache_dir)
+    else:
+        given = _named_base(opened)
+        cure = "give the base first: weft merge BASE ADAPTER -o OUT"
+        folder = find_base(opened[0][0], cure, revision=revision, cache_dir=cache_dir)
     return Inputs(checkpoints.open_checkpoint(folder, given), tuple(opened))
+
+
+def find_base(
+    adapter: Adapter, cure: str, *, revision: str | None = None, cache_dir: str | None = None
+) -> Path:
+    """The base that an adapter names, as a local file or folder.
+
+    Raises:
+        NotFound: It is not there: which file names it, where it was looked for, and `cure`.
+    """
+    named = adapter.base_model or ""
+    try:
+        return resolve(named, revision=revision or adapter.revision, cache_dir=cache_dir)
+    except WeftError as error:
+        hub = repository(named) is not None and error.hint
+        raise NotFound(
+            f"{adapter.given} is an adapter, and {adapter.sources[-1].path} names its base "
+            f"{named}: {sought(error, named)}",
+            f"{cure}\n{error.hint}" if hub else cure,
+        ) from None
 
 
 def parse_weighted(text: str) -> tuple[str, float]:

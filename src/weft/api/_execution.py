@@ -101,6 +101,8 @@ def execute(
     try:
         pending = sink.pending()
         resumed = len(plan.jobs) - len(pending)
+        if resume and not resumed:
+            on_event(nothing_to_resume(sink.partial))
         on_event(events.Started(plan.nbytes, plan.nbytes - _size(pending)))
         try:
             with Copies(pending, sink, on_event) as copies:
@@ -135,6 +137,11 @@ def execute(
     for folder in sink.leftovers():
         on_event(events.Noted(f"{folder} is left of a model that was replaced: remove it"))
     return Report(output, sums, time.perf_counter() - begin, resumed, content, tuple(warnings))
+
+
+def nothing_to_resume(partial: Path) -> events.Noted:
+    """Whoever asks for the rest of a run should know that all of it is to be done."""
+    return events.Noted(f"nothing to resume in {partial}: this run starts from the beginning")
 
 
 def setting(device: str) -> str:

@@ -5,8 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from weft.api import names_adapter
-from weft.core.errors import NotFound, PlanError, Problem, WeftError
+from weft.api import find_base, names_adapter
+from weft.core.errors import PlanError, Problem, WeftError
 from weft.formats import checkpoint as checkpoints
 from weft.formats.adapters import open_adapter
 from weft.formats.hub import resolve
@@ -88,15 +88,9 @@ class Models:
 
     def _base_of(self, adapter: Adapter, path: str) -> Checkpoint:
         """What an adapter stands on that stands where a model should."""
-        named = adapter.base_model or ""
-        try:
-            resolve(named, revision=adapter.revision, cache_dir=self._cache_dir)
-        except WeftError as error:
-            raise NotFound(
-                f"{path} is an adapter, whose config names the base {named}: {error}",
-                f"write where its base is: path/of/the/base+{path}",
-            ) from None
-        return self.base(named, adapter.revision)
+        cure = f"write where its base is: path/of/the/base+{path}"
+        find_base(adapter, cure, cache_dir=self._cache_dir)
+        return self.base(adapter.base_model or "", adapter.revision)
 
     def examine(self) -> list[str]:
         """Warnings that the adapters' numbers give rise to.

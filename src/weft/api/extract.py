@@ -9,7 +9,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from weft.api._execution import check_place, setting, unchanged
+from weft.api._execution import check_place, nothing_to_resume, setting, unchanged
 from weft.api._models import Models, named
 from weft.core import events, units
 from weft.core.errors import OutputError, WeftError
@@ -218,6 +218,8 @@ def run_extraction(
     )
     try:
         resumed = len(scratch.receipts)
+        if resume and not resumed:
+            on_event(nothing_to_resume(scratch.folder))
         ranks = _decompose(plan, scratch, count, device, on_event)
         manifest = _write(
             plan, scratch, ranks, output, command=command, warnings=warnings, begin=begin,

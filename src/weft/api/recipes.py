@@ -20,11 +20,13 @@ from weft.core.errors import (
     WeftError,
     as_problems,
 )
-from weft.recipes.mergekit import read
+from weft.formats.hub import NotFetched, local, nothing_fetched, sought
+from weft.recipes._rough import rough
+from weft.recipes.mergekit import draft, read
 from weft.recipes.records import ModelName
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Iterable, Mapping, Sequence
 
     from weft.core.specs import Plan
     from weft.plan._views import View
@@ -96,7 +98,7 @@ def run(
 
     begin = time.perf_counter()
     command = command or f"weft.run({str(recipe)!r}, output={str(output)!r}, seed={seed})"
-    if extraction := _extraction(recipe, seed, max_shard_size, tensors):
+    if extraction := _extraction(recipe, seed, max_shard_size, tensors, cache_dir):
         return run_extraction(
             extraction.tuned, extraction.base, extraction.wishes, output=Path(output),
             threads=threads, device=device, force=force, resume=resume, cache_dir=cache_dir,
@@ -144,7 +146,7 @@ def plan_run(
     from weft.plan.preflight import measure
     from weft.write.checkpoint import check_output
 
-    if extraction := _extraction(recipe, seed, max_shard_size, tensors):
+    if extraction := _extraction(recipe, seed, max_shard_size, tensors, cache_dir):
         return plan_extraction(
             extraction.tuned, extraction.base, extraction.wishes,
             output=None if output is None else Path(output), threads=threads, device=device,
@@ -168,8 +170,37 @@ def read_recipe(path: str | Path) -> list[Recipe]:
     return read(_text(Path(path)), Path(path).name)
 
 
+def _read_with_models(path: Path, opened: Models) -> list[Recipe]:
+    """As `read_recipe`; what is wrong with the file is said with what is wrong with its models.
+
+    Raises:
+        WeftError: As there.
+    """
+    found = draft(_text(path), path.name)
+    if not found.problems:
+        return found.recipes
+    missing = _missing(found.recipes, opened, path.parent, found.no_models)
+    raise RecipeError(path.name, [*found.problems, *missing])
+
+
+def _missing(
+    recipes: Iterable[Recipe], opened: Models, folder: Path, no_models: Iterable[str] = ()
+) -> list[Problem]:
+    """The models of faulty recipes that are not there; nothing is fetched for the others."""
+    found = []
+    with nothing_fetched():
+        for recipe in recipes:
+            _, problems = _views(recipe, opened, dict.fromkeys(no_models), folder)
+            found += _located(problems, recipe)
+    return found
+
+
 def _extraction(
-    path: str | Path, seed: int, max_shard_size: str | int | None, tensors: str
+    path: str | Path,
+    seed: int,
+    max_shard_size: str | int | None,
+    tensors: str,
+    cache_dir: str | None,
 ) -> Extraction | None:
     """What the file asks for, if it is an extraction recipe."""
     from weft.recipes import extraction
@@ -183,7 +214,11 @@ def _extraction(
     if tensors != "same":
         what = f"{name} makes an adapter, of the tensors that both models have"
         raise WeftError(what, f"no --tensor-{tensors}")
-    found = extraction.read(document, name)
+    try:
+        found = extraction.read(document, name)
+    except RecipeError as error:
+        missing = _missing([rough(document)], Models(cache_dir), Path(path).parent)
+        raise RecipeError(name, [*error.problems, *missing]) from None
     wishes = found.wishes
     return replace(found, wishes=replace(wishes, seed=wishes.seed or seed))
 
@@ -221,14 +256,14 @@ def _plan(
         raise WeftError(f"tensors={tensors!r}", f"one of {SAME}, {UNION}, {INTERSECTION}")
     made: dict[str, View | None] = {}  # by the name of the document; None where it cannot be made
     wrong: list[Problem] = []
-    recipes = read_recipe(path)
+    recipes = _read_with_models(Path(path), opened)
     used = {name.path for recipe in recipes for name in recipe.models()}
     idle = [each.name for each in recipes[:-1] if each.name not in used]
     said = f"no document uses {', '.join(map(str, idle))}, and only the last one is written"
     for recipe in recipes:
         made[recipe.name or ""] = None
         try:
-            views, missing = _views(recipe, opened, made)
+            views, missing = _views(recipe, opened, made, Path(path).parent)
             if missing:
                 raise PlanError(recipe.name or "", [*missing, *misfits(recipe, views)])
             if len(views) < len(recipe.models()):
@@ -246,7 +281,7 @@ def _plan(
 
 
 def _views(
-    recipe: Recipe, opened: Models, made: Mapping[str, View | None]
+    recipe: Recipe, opened: Models, made: Mapping[str, View | None], folder: Path
 ) -> tuple[dict[ModelName, View], list[Problem]]:
     """The models of a recipe, but for those that an earlier document failed to make.
 
@@ -259,10 +294,27 @@ def _views(
             continue
         try:
             views[name] = opened.view(name, made.get(name.path))
+        except NotFetched:
+            continue
         except WeftError as error:
             at = _place(name, recipe)
-            problems += [Problem(f"{p.what}  @ {at}", p.hint) for p in as_problems(error)]
+            found = as_problems(error)
+            if isinstance(error, NotFound):
+                found = (_not_found(error, name, folder),)
+            problems += [Problem(f"{p.what}  @ {at}", p.hint) for p in found]
     return views, problems
+
+
+def _not_found(error: NotFound, name: ModelName, folder: Path) -> Problem:
+    """With where a relative path was looked for, and whether it leads there from the recipe."""
+    paths = [name.path, *(path for path, _, _ in name.adapters)]
+    lost = next((path for path in paths if not local(path)), None)
+    if lost is None:
+        return Problem(str(error), error.hint)
+    hint, home = error.hint, folder.resolve()
+    if local(str(home / lost)):
+        hint = f"it exists beside the recipe: run from {home}, or write {home / lost}"
+    return Problem(sought(error, lost), hint)
 
 
 def _place(name: ModelName, recipe: Recipe) -> str:
@@ -271,7 +323,7 @@ def _place(name: ModelName, recipe: Recipe) -> str:
     places = [(recipe.base_model, "base_model")]
     for module in recipe.modules:
         for each in module.slices:
-            places += [(s.model, s.where) for s in each.sources if s.where != "base_model"]
+            places += [(s.model, s.where) for s in each.sources]
             places.append((each.base_model, f"{each.where}.base_model"))
     if tokenizer and isinstance(tokenizer.source, ModelName):
         places.append((tokenizer.source, "tokenizer"))
@@ -288,5 +340,7 @@ def _located(problems: Sequence[Problem], recipe: Recipe) -> list[Problem]:
             known = known.rpartition(".")[0]
         line, column = recipe.positions.get(known, (0, 0))
         at = f"  @ {where}, line {line}, column {column}" if line else f"  @ {where}"
-        found.append(Problem(fact + (at if where else ""), problem.hint))
+        found.append(
+            Problem(fact + (at if where else ""), problem.hint, (line, column) if line else None)
+        )
     return found

@@ -106,15 +106,19 @@ def run(
             cache_dir=cache_dir,
         )
         if isinstance(made, ExtractPlanned):
+            checked = f"{recipe}: sound; an adapter, {made.plan.wishes.rule}"
             shown = show_extract.plan_as_dict(made) if json else show_extract.plan_as_text(made)
-            if check and not json:
-                shown = f"{recipe}: sound; an adapter, {made.plan.wishes.rule}"
-            if json or check or not quiet:
-                emit(shown)
-        elif check and not json:
-            emit(show_recipes.check_as_text(made, recipe))
+            notes = made.plan.notes
+        else:
+            checked = show_recipes.check_as_text(made, recipe)
+            shown = show_recipes.plan_as_dict(made) if json else show_recipes.plan_as_text(made)
+            notes = (*made.plan.notes, *made.plan.beside)
+        if check and not json and not quiet:
+            for note in notes:
+                console.say("note", note)
+            emit(checked)
         elif json or not quiet:
-            emit(show_recipes.plan_as_dict(made) if json else show_recipes.plan_as_text(made))
+            emit(shown)
         warn(made.warnings)
         return
     if output is None:

@@ -195,7 +195,7 @@ def inspection_as_dict(found: Checkpoint | Adapter) -> dict[str, Any]:
         "scalings": sorted(_scalings(found)),
         "modules": {entry.target: entry.kind for entry in found.entries},
         "notes": list(found.notes),
-        "obstacles": [asdict(obstacle) for obstacle in found.obstacles],
+        "obstacles": [{"what": each.what, "hint": each.hint} for each in found.obstacles],
     }
 
 

@@ -14,6 +14,7 @@ Anything else that reaches the command line is a defect of Weft and ends with ex
 
 from __future__ import annotations
 
+import math
 import re
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
 
 
 _LAYER = re.compile(r"(?<=[._])\d+(?=[._])")  # its number, in the name of a tensor
+_PLACES = 8  # of one fact that are listed
 
 
 class WeftError(Exception):
@@ -62,10 +64,12 @@ class Problem:
     Attributes:
         what: The fact, with the tensor, the file and the shapes.
         hint: The way out, if there is one beyond fixing the fact.
+        at: Line and column, of what is wrong with a file that people write.
     """
 
     what: str
     hint: str | None = None
+    at: tuple[int, int] | None = None
 
 
 class PlanError(WeftError):
@@ -88,11 +92,12 @@ class PlanError(WeftError):
 class RecipeError(PlanError):
     """A recipe that cannot be meant; every problem of the file, each with its place and its cure.
 
-    The place follows the fact after `  @ `, so that facts of several places show once.
+    They come in the order of the lines. The place follows the fact after `  @ `, so that facts of
+    several places show once, with the lines of the others behind it.
     """
 
     def __init__(self, name: str, problems: Sequence[Problem]) -> None:
-        self.problems = tuple(problems)
+        self.problems = tuple(sorted(problems, key=lambda problem: problem.at or (math.inf, 0)))
         count = f"{len(self.problems)} problem{'s' if len(self.problems) != 1 else ''}"
         lines = [f"{count} in {name}"]
         alike: dict[tuple[str, str | None], list[Problem]] = {}
@@ -100,9 +105,20 @@ class RecipeError(PlanError):
             fact = _LAYER.sub("*", problem.what.split("  @ ")[0])
             alike.setdefault((fact, problem.hint), []).append(problem)
         for (_, hint), (first, *others) in alike.items():
-            lines.append(f"  - {first.what}" + (f" (and {len(others)} more)" if others else ""))
+            lines.append(f"  - {first.what}{_and_more(first, others)}")
             lines += [f"      {line}" for line in (hint or "").split("\n") if line]
         WeftError.__init__(self, "\n".join(lines))
+
+
+def _and_more(first: Problem, others: Sequence[Problem]) -> str:
+    """` (and 2 more: line 7, column 9; line 9, column 9)`."""
+    if not others:
+        return ""
+    places = [each.at for each in others if each.at and each.at != first.at]
+    said = [f"line {line}, column {column}" for line, column in dict.fromkeys(places)]
+    rest = ["…"] if len(said) > _PLACES else []
+    shown = "; ".join(said[:_PLACES] + rest)
+    return f" (and {len(others)} more{f': {shown}' if shown else ''})"
 
 
 def as_problems(error: WeftError) -> tuple[Problem, ...]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import importlib
 import json
+import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
 
     import numpy as np
 
+_RECIPE = re.compile(rb"^[\"']?(merge_method|finetune\w*)[\"']?\s*:", re.MULTILINE)
 _WEIGHT_SUFFIXES = {".safetensors", ".bin", ".pt", ".pth"}
 
 
@@ -143,6 +145,11 @@ def _refuse_other_files(path: Path) -> None:
         raise FormatError(f"cannot read {path}: {error.strerror}") from None
     if head == b"GGUF":
         raise _unread(path, "is a GGUF file")
+    if path.suffix in (".yml", ".yaml") and _RECIPE.search(path.read_bytes()):
+        raise FormatError(
+            f"{path} is a recipe, and no model",
+            f"weft run {path} --check says whether it is sound, --dry-run what it makes",
+        )
     torch = head == b"PK\3\4" or head[:1] == b"\x80"  # an archive, or a pickle
     if path.suffix not in _WEIGHT_SUFFIXES and not torch:
         raise FormatError(

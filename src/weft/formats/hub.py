@@ -8,6 +8,7 @@ huggingface_hub: `HF_TOKEN`, `HF_HUB_OFFLINE`, `HF_HOME`, `HF_HUB_CACHE`, `HF_HU
 from __future__ import annotations
 
 import glob
+import os
 import re
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -31,8 +32,14 @@ _FOLDERS = {
 }
 _PICKLES = re.compile(r"(pytorch|adapter)_model.*\.bin|adapter_(model|\d+)\.pt")
 _SAVES = re.compile(r"\d+_adapters\.safetensors")  # mlx-lm's, of single iterations
+_NOWHERE = "no such file or folder"
 _Asked = tuple[str, str | None, str | None, str | None]
 _FOUND: ContextVar[dict[_Asked, Path] | None] = ContextVar("found", default=None)
+_FETCHES: ContextVar[bool] = ContextVar("fetches", default=True)
+
+
+class NotFetched(Exception):
+    """The hub has it, and it was not to be fetched."""
 
 
 def resolve(given: str, *, revision: str | None = None, cache_dir: str | None = None) -> Path:
@@ -41,12 +48,13 @@ def resolve(given: str, *, revision: str | None = None, cache_dir: str | None = 
     Raises:
         NotFound: Neither a path nor, as far as can be reached, a repository on the hub.
     """
-    if path := _local(given):
+    if path := local(given):
         return _snapshot_of(path, revision) if path.name.startswith("models--") else path
     match = _ID.fullmatch(given)
     if match is None or given.startswith((".", "/", "~")):
         raise NotFound(
-            f"no such file or folder: {clean(given)[:200]}", "give a path, or org/name on the hub"
+            f"{_NOWHERE}: {clean(given)[:200]}{_looked(given)}",
+            "give a path, or org/name on the hub",
         )
     revision = match["revision"] or revision
     folder = _download(match["repo"], match["subfolder"], revision, cache_dir)
@@ -63,7 +71,17 @@ def asked_once() -> Iterator[None]:
         _FOUND.reset(token)
 
 
-def _local(given: str) -> Path | None:
+@contextmanager
+def nothing_fetched() -> Iterator[None]:
+    """Within it the hub is only asked: `resolve` raises NotFetched for what it has."""
+    token = _FETCHES.set(False)
+    try:
+        yield
+    finally:
+        _FETCHES.reset(token)
+
+
+def local(given: str) -> Path | None:
     """The path that `given` is on this machine, if it is one."""
     try:
         path = Path(given).expanduser()
@@ -80,9 +98,23 @@ def repository(text: str) -> str | None:
     if cached := _CACHED.search(text):
         return cached["repo"].replace("--", "/")
     match = _ID.fullmatch(text)
-    if match is None or text.startswith((".", "/", "~")) or _local(text):
+    if match is None or text.startswith((".", "/", "~")) or local(text):
         return None
     return None if match["repo"].partition("/")[0].lower() in _FOLDERS else match["repo"]
+
+
+def sought(error: WeftError, given: str) -> str:
+    """What the error says, with where `given` was looked for if it was taken for a path, too."""
+    said, at = str(error), _looked(given)
+    return said if at in said or not said.startswith(_NOWHERE) else said + at
+
+
+def _looked(given: str) -> str:
+    """The whole of a relative path: what names it may lie in another folder."""
+    if given.startswith(("/", "~")):
+        return ""
+    whole = os.path.abspath(given)  # noqa: PTH100, which says nothing of what is on the disk
+    return f" (looked for at {clean(whole)[:400]})"
 
 
 def _snapshot_of(path: Path, revision: str | None) -> Path:
@@ -123,6 +155,8 @@ def _fetch(repo: str, subfolder: str | None, revision: str | None, cache_dir: st
         else:
             allow = [glob.escape(file) for file in wanted(files, inside, name)]
             ignore = []
+            if not _FETCHES.get():
+                raise NotFetched(name)
         folder = huggingface_hub.snapshot_download(
             repo,
             revision=revision,
@@ -139,14 +173,14 @@ def _fetch(repo: str, subfolder: str | None, revision: str | None, cache_dir: st
         ) from None
     except errors.RepositoryNotFoundError:
         raise NotFound(
-            f"no such file or folder, and no such repository on the hub: {repo}",
+            f"{_NOWHERE}, and no such repository on the hub: {repo}",
             "check the spelling; a private repository needs HF_TOKEN",
         ) from None
     except errors.HFValidationError:
-        raise NotFound(f"no such file or folder, and no id on the hub: {name}") from None
+        raise NotFound(f"{_NOWHERE}, and no id on the hub: {name}") from None
     except errors.LocalEntryNotFoundError:
         raise NotFound(
-            f"no such file or folder: {name}; the hub cannot be reached "
+            f"{_NOWHERE}: {name}; the hub cannot be reached "
             f"({why or 'the connection broke'}) and its cache has "
             "no whole copy",
             "download it first, or point --cache-dir or HF_HOME at the cache that has it",

@@ -10,6 +10,7 @@ from weft.core.errors import Problem
 from weft.plan._stacks import Stack, comes_before, place
 
 if TYPE_CHECKING:
+    from weft.plan._fit import Fit
     from weft.plan._views import View
     from weft.recipes.records import ModelName, Module, Slice, Source
 
@@ -37,12 +38,12 @@ class Planned:
 
 
 def planned(
-    module: Module, belongs: Belongs, views: Views, donor: View, problems: list[Problem]
+    module: Module, belongs: Belongs, views: Views, donor: View, fit: Fit, problems: list[Problem]
 ) -> Iterator[Planned]:
     """Every tensor of one module of the output."""
     if all(source.layers is None for each in module.slices for source in each.sources):
         for each in module.slices:
-            yield from _whole(each, belongs, views, problems)
+            yield from _whole(each, belongs, views, fit)
         return
     found = _ranges(module, belongs, views, problems)
     if found is None:
@@ -95,24 +96,16 @@ def _stacks(source: Source, belongs: Belongs, views: Views) -> list[Stack]:
     return [stack for stack in views[source.model].stacks if belongs(f"{stack.path}.0")]
 
 
-def _whole(
-    each: Slice, belongs: Belongs, views: Views, problems: list[Problem]
-) -> Iterator[Planned]:
+def _whole(each: Slice, belongs: Belongs, views: Views, fit: Fit) -> Iterator[Planned]:
     """All layers of models that have equally many."""
-    first, *others = each.sources
-    stacks = _stacks(first, belongs, views)
-    counts = {stack.path: stack.count for stack in stacks}
-    for other in others:
-        for stack in _stacks(other, belongs, views):
-            if counts.get(stack.path, stack.count) != stack.count:
-                problems.append(
-                    Problem(
-                        f"{stack.path} has {counts[stack.path]} layers in {first.model}, and "
-                        f"{stack.count} in {other.model}  @ {other.where}",
-                        "choose as many of each with slices and layer_range",
-                    )
-                )
-                return
+    counts: dict[str, list[tuple[Source, int]]] = {}
+    for source in each.sources:
+        for stack in _stacks(source, belongs, views):
+            counts.setdefault(stack.path, []).append((source, stack.count))
+    fitting = [fit.layers(path, found) for path, found in counts.items()]
+    if not all(fitting):
+        return
+    stacks = _stacks(each.sources[0], belongs, views)
     owners: dict[str, ModelName] = {}
     for source in each.sources:
         for name in views[source.model].tensors:

@@ -14,10 +14,11 @@ from weft.core.names import nearest
 from weft.core.specs import Expression, Input, Load, Merge, Plan, TensorJob, job_bytes
 from weft.formats.checkpoint import same_bytes
 from weft.plan._computed import is_computed
+from weft.plan._fit import Fit, architectures
 from weft.plan._modules import modules_of
 from weft.plan._recipe_files import recipe_files
 from weft.plan._slices import Planned, planned
-from weft.plan._tables import arranged, is_table, vocabulary_of
+from weft.plan._tables import arranged, vocabulary_of
 from weft.plan.merge import reshard
 from weft.plan.preflight import dominant_dtype
 from weft.recipes.parameters import MissingParameter, place_of, resolve
@@ -44,6 +45,7 @@ class _Draft:
     vocabulary: Vocabulary | None
     seed: int
     tensors: str
+    fit: Fit
     problems: list[Problem] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
     jobs: list[TensorJob] = field(default_factory=list)
@@ -78,12 +80,13 @@ def plan_recipe(
     """
     donor = views[recipe.base_model or recipe.models()[0]]
     vocabulary, problems = vocabulary_of(recipe, views)
-    draft = _Draft(recipe, views, donor, vocabulary, seed, tensors, problems)
-    if other := _other_architectures(recipe, views):
-        raise PlanError(recipe.name or "the recipe", other)  # of which all else would follow
+    if architectures(recipe, views)[0]:  # of which all else would follow
+        raise PlanError(recipe.name or "the recipe", misfits(recipe, views))
+    draft = _Draft(recipe, views, donor, vocabulary, seed, tensors, Fit(recipe, views), problems)
     for module, belongs in modules_of(recipe, donor, views, draft.problems):
-        for each in planned(module, belongs, views, donor, draft.problems):
+        for each in planned(module, belongs, views, donor, draft.fit, draft.problems):
             _add(draft, module, each)
+    draft.problems += draft.fit.problems()
     draft.problems += _uncovered(draft)
     unmatched = _unmatched(draft)
     if draft.problems:
@@ -109,51 +112,33 @@ def plan_recipe(
     )
 
 
-def _other_architectures(recipe: Recipe, views: Views) -> list[Problem]:
-    """Models of another architecture than the first, as far as their configs tell."""
-    found: dict[str, ModelName] = {}
-    problems = []
-    sources = [s for module in recipe.modules for each in module.slices for s in each.sources]
-    for source in {s.model: s for s in sources if s.model in views}.values():
-        kind = (views[source.model].config.get("architectures") or [None])[0]
-        if kind is None or kind in found:
-            continue
-        if found:
-            first, model = next(iter(found.items()))
-            problems.append(
-                Problem(
-                    f"{source.model} is a {kind}, and {model} a {first}  @ {source.where}",
-                    "if they are one architecture under two names, write\n"
-                    f"model:\n  model: {{path: {source.model.path}}}\n"
-                    f"  override_architecture: {first}",
-                )
-            )
-        found[kind] = source.model
-    return problems
-
-
 def misfits(recipe: Recipe, views: Views) -> list[Problem]:
-    """Which models do not fit each other, where others could not be opened: told all the same."""
-    if problems := _other_architectures(recipe, views):
+    """Which of the models that are in `views` do not fit each other; the others count for none."""
+    problems, odd = architectures(recipe, views)
+    views = {model: view for model, view in views.items() if model not in odd}
+    there = _only(recipe, views)
+    if not there.modules:
         return problems
-    found: dict[ModelName, Problem] = {}
-    for each in (each for module in recipe.modules for each in module.slices):
-        there = [s for s in each.sources if s.model in views and s.layers is None]
-        for source in there[1:]:
-            first, view = there[0].model, views[source.model]
-            for name, job in views[first].tensors.items():
-                own = view.tensor(name)
-                if own is None or own.shape == job.shape or is_table(view, name, own):
-                    continue
-                what = (
-                    f"{name} is {list(job.shape)} in {first}, {list(own.shape)} in {source.model}"
-                )
-                found[source.model] = Problem(f"{what}  @ {source.where}", _ONE_SIZE)
-                break
-    return list(found.values())
+    fit, donor = Fit(there, views), views[there.models()[0]]
+    for module, belongs in modules_of(there, donor, views, []):
+        for each in planned(module, belongs, views, donor, fit, []):
+            named = zip(each.slice.sources, each.inputs, strict=True)
+            found = [(source, views[source.model].tensor(name)) for source, name in named]
+            fit.shapes(each.name, [(source, job) for source, job in found if job])
+    return [*problems, *fit.problems()]
 
 
-_ONE_SIZE = "only models of one architecture and size can be merged"
+def _only(recipe: Recipe, views: Views) -> Recipe:
+    """The recipe, of these models alone."""
+    modules = []
+    for module in recipe.modules:
+        cut = [
+            replace(each, sources=tuple(s for s in each.sources if s.model in views))
+            for each in module.slices
+        ]
+        if slices := tuple(each for each in cut if each.sources):
+            modules.append(replace(module, slices=slices))
+    return replace(recipe, modules=tuple(modules))
 
 
 def _add(draft: _Draft, module: Module, each: Planned) -> None:
@@ -286,22 +271,7 @@ def _tensors(draft: _Draft, each: Planned) -> list[tuple[Source, TensorJob]] | N
         except PlanError as error:
             draft.problems += error.problems
             return None
-    shapes = {job.shape for _, job in found}
-    if len(shapes) > 1:
-        what = ", ".join(f"{list(job.shape)} in {source.model}" for source, job in found)
-        other = next(source for source, job in found if job.shape != found[0][1].shape)
-        table = any(is_table(draft.views[s.model], each.name, job) for s, job in found)
-        draft.problems.append(
-            Problem(
-                f"{each.name} is {what}  @ {other.where}",
-                "the models have different vocabularies: write `tokenizer: {source: base}`, or "
-                "`union`, and the rows are brought in one order"
-                if table
-                else _ONE_SIZE,
-            )
-        )
-        return None
-    return found
+    return found if draft.fit.shapes(each.name, found) else None
 
 
 def _too_few(

@@ -43,6 +43,7 @@ class Builder:
         notes: list[str],
     ) -> None:
         self.document, self.faults, self.parsed, self.notes = document, faults, parsed, notes
+        self.no_names: set[str] = set()  # what should name models and does not
         self.method = self._method()
         self.settings = SettingsReader(document, faults, self.method)
         self.settings.meant |= popped
@@ -92,6 +93,7 @@ class Builder:
         except _names.NoName as error:
             what, cure = error.args
             self.faults.add(self.document, loc, what, cure)
+            self.no_names.add(str(found))
             return ModelName(str(found))
 
     def _modules(self) -> tuple[Module, ...]:

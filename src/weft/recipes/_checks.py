@@ -77,6 +77,7 @@ class _Checker:
         self._required(place, base)
         self._densities(place, base)
         self._selection(place)
+        self._way(place)
         if self.recipe.method.startswith("della"):
             self._della(place, base)
 
@@ -253,6 +254,15 @@ class _Checker:
         if share and share > 1:
             self.notes.append(f"a select_topk of {share:g} selects all: it is a share, up to 1")
 
+    def _way(self, place: Place) -> None:
+        """Slerp beyond its two ends is a formula, too, and hardly ever meant."""
+        beyond = [t for t in self._values("t", place) if not 0 <= t <= 1]
+        if self.recipe.method == "slerp" and beyond:
+            self.notes.append(
+                f"a t of {beyond[0]:g} goes beyond the two models, the base at 0 and the other at "
+                "1: slerp extrapolates, here as in MergeKit"
+            )
+
     def _della(self, place: Place, base: ModelName | None) -> None:
         """MagPrune drops with probabilities from density − ε to density + ε: both inside (0, 1)."""
         for source, loc in zip(place.slice.sources, place.sources, strict=True):
@@ -277,6 +287,18 @@ class _Checker:
                     f"write an epsilon below {room:g}, such as\n"
                     f"parameters:\n  epsilon: {room / 2:g}",
                 )
+
+    def _values(self, name: str, place: Place) -> list[float]:
+        """All values of a parameter of all, those of gradients and filters too."""
+        found = [
+            value
+            for level in levels(self.recipe, place.module, place.slice, None)
+            for condition in level.get(name, ())
+            for value in (
+                condition.value if isinstance(condition.value, tuple) else (condition.value,)
+            )
+        ]
+        return [float(value) for value in found]
 
     def _constant(self, name: str, place: Place, model: ModelName | None) -> float | None:
         """The parameter (of all, if `model` is None), if it is one number for all tensors."""

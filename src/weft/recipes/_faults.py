@@ -33,12 +33,17 @@ class Faults:
         named = place(loc[:-1] if key else loc)
         at = f"{named}, " if named else ""
         fact = f"{clean(what)}  @ {at}line {line}, column {column}"
-        self._found.setdefault((line, column, what), Problem(fact, cure))
+        self._found.setdefault((line, column, what), Problem(fact, cure, (line, column)))
+
+    @property
+    def problems(self) -> list[Problem]:
+        """In the order in which they were found."""
+        return list(self._found.values())
 
     def check(self) -> None:
         """Raises RecipeError, if there is anything."""
         if self._found:
-            raise RecipeError(self.name, [self._found[key] for key in sorted(self._found)])
+            raise RecipeError(self.name, self.problems)
 
 
 def position(document: Document, loc: Loc) -> tuple[int, int]:
