@@ -222,8 +222,8 @@ def run_extraction(
             on_event(nothing_to_resume(scratch.folder))
         ranks = _decompose(plan, scratch, count, device, on_event)
         manifest = _write(
-            plan, scratch, ranks, output, command=command, warnings=warnings, begin=begin,
-            force=force, tuned=tuned, base=base,
+            plan, scratch, ranks, output, threads=count, command=command, warnings=warnings,
+            begin=begin, force=force, tuned=tuned, base=base,
         )  # fmt: skip
         scratch.discard()
     except WeftError as error:
@@ -338,6 +338,7 @@ def _write(
     ranks: Mapping[str, int],
     output: Path,
     *,
+    threads: int,
     command: str,
     warnings: Sequence[str],
     begin: float,
@@ -349,6 +350,7 @@ def _write(
     from weft.api._extracted import Extracted
     from weft.execute._decomposed import SMALL, spectrum_of
     from weft.execute.assembly import Assembly
+    from weft.execute.threads import one_torch_thread
     from weft.plan._adapter_form import adapter_form
     from weft.write.adapter import Made, write_adapter
     from weft.write.adapter_card import extracted_card
@@ -361,7 +363,7 @@ def _write(
             f"nothing is left to write: {len(changed)} tensors changed, and all are left out",
             "name fewer in --exclude, or more in --target and --save",
         )
-    assembly = Assembly(scratch.load, form.scalings)
+    assembly = Assembly(scratch.load, form.scalings, form.entries, threads)
     found = {
         change.name: spectrum_of(scratch.load(change.name, SMALL))
         for change in plan.changes
@@ -382,15 +384,16 @@ def _write(
         return {"README.md": extracted_card(plan.config, content), NAME: to_text(content)}
 
     try:
-        write_adapter(
-            output,
-            {entry.key: made(entry) for entry in form.entries},
-            form.config,
-            {name: Path(source) for name, source in plan.tokenizer},
-            texts=texts,
-            force=force,
-            within=scratch.folder,
-        )
+        with one_torch_thread():
+            write_adapter(
+                output,
+                {entry.key: made(entry) for entry in form.entries},
+                form.config,
+                {name: Path(source) for name, source in plan.tokenizer},
+                texts=texts,
+                force=force,
+                within=scratch.folder,
+            )
     finally:
         assembly.close()
     return content

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections import deque
+from concurrent.futures import Future, ThreadPoolExecutor
+from itertools import groupby, islice
 from typing import TYPE_CHECKING
 
 import torch
@@ -18,18 +21,26 @@ from weft.plan.extract import tuned_of
 from weft.plan.layout import shared_at_once
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Mapping
+    from collections.abc import Callable, Iterator, Mapping, Sequence
 
     from torch import Tensor
 
     from weft.plan._adapter_form import Entry
     from weft.plan.extract import Change
 
+    _Made = tuple[list[tuple[Tensor, Tensor]], list[float]]
+
 _CHUNK = 2**23  # bytes
 
 
 class Assembly:
-    """Makes the tensors of the file in its order.
+    """Makes the tensors of the file in its order, a few ahead of whoever writes them.
+
+    Args:
+        load: What was kept of a decomposition, by the tensor's name.
+        scalings: Of each module.
+        entries: The tensors of the file, in its order.
+        threads: That may compute at once.
 
     Attributes:
         errors: Name -> ‖ΔW − scaling · B A‖² of each matrix, with the factors as they are written;
@@ -37,11 +48,21 @@ class Assembly:
     """
 
     def __init__(
-        self, load: Callable[[str], dict[str, Tensor]], scalings: Mapping[str, float]
+        self,
+        load: Callable[[str], dict[str, Tensor]],
+        scalings: Mapping[str, float],
+        entries: Sequence[Entry],
+        threads: int,
     ) -> None:
         self._load = load
         self._scalings = scalings
         self._files = Files()
+        factors = [entry for entry in entries if entry.role != "value"]
+        runs = (next(run) for _, run in groupby(factors, key=lambda each: each.change.name))
+        self._ahead: deque[tuple[str, Future[_Made]]] = deque()
+        self._pool = ThreadPoolExecutor(threads, initializer=torch.set_num_threads, initargs=(1,))
+        self._submitted = ((run.change.name, self._pool.submit(self._made, run)) for run in runs)
+        self._threads = threads
         self._last: tuple[str, list[tuple[Tensor, Tensor]]] | None = None
         self.errors: dict[str, list[float]] = {}
 
@@ -58,25 +79,35 @@ class Assembly:
         yield values.flatten().view(torch.uint8).numpy().tobytes()
 
     def close(self) -> None:
+        self._pool.shutdown(cancel_futures=True)
         self._files.close()
 
     def _factors(self, entry: Entry) -> list[tuple[Tensor, Tensor]]:
-        """(U √Σ, V √Σ) of each matrix, rounded; made once for all entries of a change."""
+        """Of each matrix, as they are written; made once for entries that follow each other."""
         name = entry.change.name
         if self._last is None or self._last[0] != name:
-            found, scaling = decomposed_of(self._load(name)), self._scalings[name]
-            exact = found.factors(entry.rank, scaling)
-            dtype = getattr(torch, entry.dtype)
-            written = [(left.to(dtype), right.to(dtype)) for left, right in exact]
-            if not all(bool(each.isfinite().all()) for pair in written for each in pair):
-                raise NumericsError(
-                    f"the factors of {name} overflow {entry.dtype}", "write --dtype bfloat16"
-                )
-            self._last = (name, written)
-            rounded = rounding(exact, written, scaling)
-            left_out = found.spectrum.errors(entry.rank)
-            self.errors[name] = [a + b for a, b in zip(rounded, left_out, strict=True)]
+            self._last = None  # nobody needs both
+            self._ahead.extend(islice(self._submitted, self._threads + 1 - len(self._ahead)))
+            found, future = self._ahead.popleft()
+            assert found == name
+            written, self.errors[name] = future.result()
+            self._last = name, written
         return self._last[1]
+
+    def _made(self, entry: Entry) -> _Made:
+        """(U √Σ, V √Σ) of each matrix, rounded, and what of ΔW they leave out."""
+        name = entry.change.name
+        found, scaling = decomposed_of(self._load(name)), self._scalings[name]
+        exact = found.factors(entry.rank, scaling)
+        dtype = getattr(torch, entry.dtype)
+        written = [(left.to(dtype), right.to(dtype)) for left, right in exact]
+        if not all(bool(each.isfinite().all()) for pair in written for each in pair):
+            raise NumericsError(
+                f"the factors of {name} overflow {entry.dtype}", "write --dtype bfloat16"
+            )
+        rounded = rounding(exact, written, scaling)
+        left_out = found.spectrum.errors(entry.rank)
+        return written, [a + b for a, b in zip(rounded, left_out, strict=True)]
 
     def _in_full(self, entry: Entry) -> Iterator[bytes]:
         change, expression = entry.change, tuned_of(entry.change)
