@@ -99,6 +99,24 @@ def test_gram(dtype: torch.dtype, size: int) -> None:
 
 @pytest.mark.parametrize("size", SIZES)
 @pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("wanted", ["both", "out", "rough", "neither"])
+def test_difference(wanted: str, dtype: torch.dtype, size: int) -> None:
+    tuned, base = numbers(size, 0, dtype), numbers(size, 1, torch.bfloat16)
+    out = torch.empty(size) if wanted in ("both", "out") else None
+    rough = torch.empty(size, dtype=torch.bfloat16) if wanted in ("both", "rough") else None
+    found = native.difference(Operand(tuned, base), out, rough)
+    exact, wide = tuned.float() - base.float(), base.double()
+    assert out is None or torch.equal(out, exact)
+    assert rough is None or torch.equal(rough, exact.bfloat16())
+    apart = tuned.double() - wide
+    for value, expected in zip(found, (apart @ apart, apart @ wide, wide @ wide), strict=True):
+        assert value == pytest.approx(
+            float(expected), abs=1e-6 * float(apart.norm() + wide.norm()) ** 2
+        )
+
+
+@pytest.mark.parametrize("size", SIZES)
+@pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("share", [0.0, 1.0, 0.3])
 def test_combine(dtype: torch.dtype, size: int, share: float) -> None:
     base, x = (numbers(size, seed, dtype) for seed in range(2))
