@@ -12,6 +12,7 @@ from weft import native
 from weft.core.errors import NumericsError
 from weft.core.specs import Merge, Scaled, leaves
 from weft.core.sums import dot
+from weft.decompose.noise import uneven
 from weft.execute._expressions import Evaluator
 from weft.execute._rounding import NONE, Samples
 from weft.plan.layout import layout
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
 
     from weft.core.specs import Expression
     from weft.decompose._rough import Rough
+    from weft.decompose.even import Evening
     from weft.decompose.noise import Noise
     from weft.execute._blocks import Files, Workspace
     from weft.execute._expressions import Shared
@@ -121,8 +123,16 @@ class Difference:
                     yield at + first, out, base
             at += form.rows
 
-    def sums(self, start: int, stop: int, into: Tensor | None = None) -> Sums:
+    def sums(
+        self, start: int, stop: int, into: Tensor | None = None, even: Evening | None = None
+    ) -> Sums:
         """Of rows `start` to `stop`, which are left in `into`, if given.
+
+        Args:
+            start: The first row.
+            stop: That after the last one.
+            into: (rows, columns).
+            even: Is shown how the noise is spread, where that is known.
 
         Raises:
             NumericsError: NaN or infinity.
@@ -139,6 +149,8 @@ class Difference:
                 continue
             samples.add("base", base)
             samples.add_tuned(base, delta)
+            if even is not None and samples.plain is not None:
+                even.add(uneven(base + delta, samples.plain))
             if samples.scaled:
                 self._add_scales(samples, first, len(delta))
         square = math.fsum(energy)

@@ -41,6 +41,14 @@ class Samples:
         return any(self._eighths)
 
     @property
+    def plain(self) -> str | None:
+        """The dtype that the tuned weights are stored in, where their size says how noisy each is.
+
+        That of numbers times scales it does not say, nor is there noise worth telling in float64.
+        """
+        return None if self.scaled or self._kept == "float64" else self._kept
+
+    @property
     def grid(self) -> str | None:
         """The dtype whose numbers both sides are; None where one is not, or scaled."""
         if not self._seen or self.scaled or self._kept in (None, "float64"):
