@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 
+from weft.decompose.even import Evening
 from weft.decompose.explained import Score, explained, random_signs, scored
 from weft.decompose.krylov import truncated_svd
 from weft.decompose.matrices import Dense
@@ -92,3 +93,32 @@ def test_of_what_has_no_low_rank_nothing_is_said() -> None:
     falling = 1e-3 * U * torch.arange(1, 257, dtype=torch.float64) ** -0.5 @ Vh
     assert Held(W, falling).rank(12) is None
     assert Held(W, falling).rank(250) is None
+
+
+class Weighted(Held):
+    """One whose rows are seen more or less surely."""
+
+    before: torch.Tensor | None = None
+
+    def score(self, left: torch.Tensor, right: torch.Tensor, variance: float) -> Score:
+        self.S, sure = scored(self.D, self.ulp, left @ right.T, variance)
+        even = Evening(self.shape[1], 0.1, self.before)
+        even.add(sure)
+        weights = even.weights()
+        assert weights is not None
+        self.before = weights.columns
+        mean_square = float(self.S.square().mean())
+        return Score(Dense(self.S), mean_square, float(sure.mean()), weights)
+
+
+def test_weights_of_rows_and_columns_and_a_guess_of_factors() -> None:
+    """Rows differ by factors of ten; of the large ones less is seen."""
+    rows = (0.7 * gaussian(SHAPE[0], seed=7)).exp()
+    W = (0.02 * rows[:, None] * gaussian(*SHAPE, seed=1)).bfloat16()
+    delta = 1e-4 * gaussian(SHAPE[0], 5, seed=2) @ gaussian(5, SHAPE[1], seed=3)
+    seen = Weighted(W, delta)
+    noise = float(seen.ulp.double().square().mean()) / 12
+    for guess in (3, 5, 8):
+        svd = truncated_svd(Dense(seen.D / rows[:, None].float()), guess)
+        left = rows[:, None].float() * svd.left * svd.values.float()
+        assert explained(seen, svd.right, seen.update, 7, left=left, rest=noise) == 5

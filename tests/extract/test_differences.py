@@ -14,6 +14,7 @@ from weft import native
 from weft.api._models import Models, named
 from weft.core.errors import NumericsError
 from weft.core.wishes import wishes_of
+from weft.decompose.even import Evening
 from weft.execute._blocks import Files, Workspace
 from weft.execute._differences import Difference
 from weft.execute._expressions import Shared
@@ -39,8 +40,7 @@ def loops(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> st
     return str(request.param)
 
 
-def taken(root: Path, base: Tensor, tuned: Tensor) -> tuple[Sums, Tensor, Tensor]:
-    """The sums, the difference, and what it is in bfloat16."""
+def difference(root: Path, base: Tensor, tuned: Tensor) -> Difference:
     for name, weight in (("base", base), ("tuned", tuned)):
         (root / name).mkdir()
         save_file({NAME: weight}, root / name / "model.safetensors", {"format": "pt"})
@@ -49,10 +49,15 @@ def taken(root: Path, base: Tensor, tuned: Tensor) -> tuple[Sums, Tensor, Tensor
     models = Models(None)
     views = [models.view(named(str(root / name))) for name in ("tuned", "base")]
     (change,) = plan_extract(*views, wishes_of(rank=4), None).changes
-    source = Difference(change, Files(), Workspace(), Shared(1))
+    return Difference(change, Files(), Workspace(), Shared(1))
+
+
+def taken(root: Path, base: Tensor, tuned: Tensor) -> tuple[Sums, Tensor, Tensor]:
+    """The sums, the difference, and what it is in bfloat16."""
+    source = difference(root, base, tuned)
     into, rough = torch.empty(SHAPE), torch.empty(SHAPE, dtype=torch.bfloat16)
     alone = source.sums(0, source.rows)
-    found = source.sums(0, source.rows, into, rough)
+    found = source.sums(0, source.rows, into, rough=rough)
     assert (alone.energy, alone.tuned) == (found.energy, found.tuned)
     assert alone.noise == found.noise
     return found, into, rough
@@ -132,3 +137,30 @@ def test_what_is_not_finite_stops_it(tmp_path: Path, where: str, value: float) -
     (base if where == "base" else tuned)[500, 3] = value
     with pytest.raises(NumericsError, match=where):
         taken(tmp_path, base, tuned)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_how_noise_is_spread_is_seen_by_loops_as_by_torch(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype
+) -> None:
+    rows, columns = normal(2)[:, :1].exp(), normal(3)[:1].exp()
+    base = (0.02 * rows * columns * normal(0)).to(dtype)
+    tuned = (base.float() + 1e-3 * normal(1)).to(dtype)
+    found = []
+    for number, library in enumerate((native.library(), None)):
+        monkeypatch.setattr(native, "library", lambda library=library: library)
+        (tmp_path / str(number)).mkdir()
+        source = difference(tmp_path / str(number), base, tuned)
+        even = Evening(SHAPE[1], 1e-3)
+        source.sums(0, source.rows, even=even)
+        weights = even.weights()
+        assert weights is not None
+        found.append(weights)
+    # Blocks are of another size, and so is what is known of the columns at a row.
+    torch.testing.assert_close(found[0].rows, found[1].rows, rtol=0.01, atol=0)
+    torch.testing.assert_close(found[0].columns, found[1].columns, rtol=0.01, atol=0)
+    step = 2 ** tuned.double().abs().clamp_min(1e-30).log2().floor()
+    v = (found[0].rows.double()[:, None] * step * found[0].columns.double()).square()
+    for dimension in (0, 1):
+        before, after = (each.mean(dimension) for each in (step.square(), v))
+        assert float(after.std() / after.mean()) < 0.1 < float(before.std() / before.mean())

@@ -14,9 +14,11 @@ and where it is not, in no other function of the elements either (Perry, Wein, B
 2018).
 
 M is found by steps along S, each cut to the rank by a step of subspace iteration, and v by
-expectation maximisation (Dempster, Laird & Rubin, 1977). What then stands out of S becomes further
-directions of M, until nothing does. Where the noise in S ends is told by S with random signs, which
-leave all of it but structure (Hong, Sheng & Dobriban, 2020).
+expectation maximisation (Dempster, Laird & Rubin, 1977). Where rows or columns are seen less surely
+than others, as large weights are, the steps are taken with weights under which h is even: the
+curvature, and the noise of S, are about the same in all directions. What then stands out of S
+becomes further directions of M, until nothing does. Where the noise in S ends is told by S with
+random signs, which leave all of it but structure (Hong, Sheng & Dobriban, 2020).
 """
 
 from __future__ import annotations
@@ -29,6 +31,7 @@ import numpy as np
 import torch
 
 from weft.decompose._orthogonal import gram, orthonormal, whitened
+from weft.decompose.even import Weighted, Weights
 from weft.decompose.krylov import gaussian
 
 if TYPE_CHECKING:
@@ -72,11 +75,18 @@ class Score:
         matrix: √v S.
         square: The mean of v S².
         sure: The mean of v h, from 0 (nothing was seen) to 1 (nothing was rounded).
+        weights: That make h even; None where it is.
     """
 
     matrix: Matrix
     square: float
     sure: float
+    weights: Weights | None = None
+
+    @property
+    def even(self) -> Matrix:
+        """`matrix` with even noise, whose variance is h."""
+        return self.matrix if self.weights is None else Weighted(self.matrix, self.weights, 0.0)
 
 
 def scored(D: Tensor, ulp: Tensor, M: Tensor, variance: float) -> tuple[Tensor, Tensor]:
@@ -118,7 +128,15 @@ def random_signs(rows: int, columns: int, key: int, first: int = 0) -> Tensor:
     return torch.from_numpy(2 * found - 1)
 
 
-def explained(seen: Scored, start: Tensor, variance: float, key: int) -> int | None:
+def explained(
+    seen: Scored,
+    start: Tensor,
+    variance: float,
+    key: int,
+    *,
+    left: Tensor | None = None,
+    rest: float = math.inf,
+) -> int | None:
     """The rank of the update; None where it is not clear, or the update has no low rank.
 
     Args:
@@ -126,17 +144,24 @@ def explained(seen: Scored, start: Tensor, variance: float, key: int) -> int | N
         start: (n, k) directions of its rows, the first guess.
         variance: Of an update of normal numbers that leaves a difference of its size.
         key: Of the random numbers.
+        left: (m, k): M = left @ startᵀ is the first guess, and not only its directions.
+        rest: The variance of what that leaves of the update, at most.
     """
     most = min(int(_MOST * min(seen.shape)), _MOST_OF_ALL)
     X = start.float()
     if X.shape[1] > most:
         return None
-    trial = _nothing(seen, X, variance)
+    if left is None:
+        left, first = (torch.zeros(size, 1) for size in seen.shape)
+    else:
+        left, first = left.float(), X
+    trial = _tried(seen, left, first, min(variance, rest))
     for number in range(_ROUNDS):
         trial = _fitted(seen, trial, X, variance)
-        values, directions = _leading(trial.score.matrix, key + number)
+        even, weights = trial.score.even, trial.score.weights
+        values, directions = _leading(even, key + number)
         seen.flip(key + number)
-        edge = float(_leading(trial.score.matrix, key + number)[0][0])
+        edge = float(_leading(even, key + number)[0][0])
         seen.flip(key + number)
         if not edge:  # there is no noise to compare with
             return None
@@ -145,13 +170,16 @@ def explained(seen: Scored, start: Tensor, variance: float, key: int) -> int | N
             return _clear(trial, edge)
         if trial.right.shape[1] + more > most:
             return None
-        X = orthonormal(torch.cat([trial.right, directions[:, :more]], 1), (), 0.0)
+        further = directions[:, :more]
+        if weights is not None:
+            further = further * weights.columns[:, None]
+        X = torch.cat([trial.right, further], 1)
     return None
 
 
 @dataclass(frozen=True, slots=True)
 class _Trial:
-    """M = L Rᵀ with its score; L is orthonormal."""
+    """M = L Rᵀ with its score."""
 
     left: Tensor
     right: Tensor
@@ -159,10 +187,13 @@ class _Trial:
     score: Score
     curvature: float  # v h̄ along the last step
 
+    def even(self) -> tuple[Tensor, Tensor]:
+        """L and R of diag(1/a) M diag(1/b), whose elements are all seen as surely."""
+        weights = self.score.weights
+        return (self.left, self.right) if weights is None else weights.back(self.left, self.right)
 
-def _nothing(seen: Scored, X: Tensor, variance: float) -> _Trial:
-    """M = 0."""
-    left, right = torch.zeros(seen.shape[0], 1), torch.zeros(seen.shape[1], 1)
+
+def _tried(seen: Scored, left: Tensor, right: Tensor, variance: float) -> _Trial:
     score = seen.score(left, right, variance)
     return _Trial(left, right, variance, score, max(score.sure, _LEAST))
 
@@ -171,13 +202,18 @@ def _fitted(seen: Scored, trial: _Trial, X: Tensor, most: float) -> _Trial:
     """The M and v that explain most, of as many directions as X has, from which it starts."""
     for _ in range(_STEPS):
         trial = _step(seen, trial, X, most)
-        X = orthonormal(trial.right, (), 0.0)
+        X = trial.right
     return trial
 
 
 def _step(seen: Scored, trial: _Trial, X: Tensor, most: float) -> _Trial:
-    """M + S/h̄ projected on its image of X; the mean h̄ is that along the step before (a secant)."""
-    L, R, v, matrix = trial.left, trial.right, trial.variance, trial.score.matrix
+    """M + S/h̄ projected on its image of X; the mean h̄ is that along the step before (a secant).
+
+    In the coordinates in which h is even: one h̄ is near that of every direction.
+    """
+    v, matrix, weights = trial.variance, trial.score.even, trial.score.weights
+    L, R = trial.even()
+    X = orthonormal(X if weights is None else X / weights.columns[:, None], (), 0.0)
     scale = math.sqrt(v) / trial.curvature
     Q = orthonormal(L @ (R.T @ X) + scale * matrix.matmul(X), (), 0.0)
     both = torch.cat([Q, L], 1)
@@ -187,11 +223,15 @@ def _step(seen: Scored, trial: _Trial, X: Tensor, most: float) -> _Trial:
     before = float((images.double() * moved).sum()) / math.sqrt(v)
     factor = 1 + trial.score.square - trial.score.sure
     after = min(max(v * factor, _LEFT * most), most)
+    length = float((gram(both) * gram(moved)).sum())
+    if weights is not None:
+        Q, B = weights.of(Q, B)
+        both, moved = weights.of(both, moved)
     score = seen.score(Q, B, after)
     along = float((score.matrix.rmatmul(both).double() * moved).sum()) / math.sqrt(after)
-    length = float((gram(both) * gram(moved)).sum())
     secant = after * (before - along) / length if length else 1.0
-    return _Trial(Q, B, after, score, min(max(secant, score.sure / 2, _LEAST), 1.0))
+    steepest = 1.0 if weights is None else weights.largest**2
+    return _Trial(Q, B, after, score, min(max(secant, score.sure / 2, _LEAST), steepest))
 
 
 def _leading(matrix: Matrix, key: int) -> tuple[Tensor, Tensor]:
@@ -217,7 +257,8 @@ def _clear(trial: _Trial, edge: float) -> int | None:
     come as near to it as one looks, and where they end is not a matter of this.
     """
     shown = math.sqrt(trial.variance) * edge / max(trial.score.sure, _LEAST)
-    values = [*(torch.linalg.svdvals(trial.right.double()) / shown).tolist(), 1.0]
+    L, R = (torch.linalg.qr(each.double())[1] for each in trial.even())
+    values = [*(torch.linalg.svdvals(L @ R.T) / shown).tolist(), 1.0]
     rank = int(sum(value > _CLEAR for value in values))
     if rank and values[rank - 1] > 2 * max(values[rank], 1.0):
         return rank

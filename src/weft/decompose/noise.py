@@ -26,6 +26,8 @@ if TYPE_CHECKING:
 _ABOVE_EDGE = 1.02
 # What is left of ΔW is not the noise predicted, if its deviation is off by more than this.
 _FITS = 0.1
+# Of the variance of uniform noise: with less, large ulps hide what they round; most of all.
+_UNIFORM, _HIDDEN = 0.8, 0.1
 # Of ‖ΔW‖²: less is not told from the rounding of the products that gave the singular values.
 _SEEN = 1e-5
 _MANTISSA = {"bfloat16": 7, "float16": 10, "float32": 23}
@@ -79,6 +81,20 @@ def ulp_of(block: Tensor, dtype: str) -> Tensor:
     return (powers << 23).view(torch.float32)
 
 
+def uneven(block: Tensor, dtype: str) -> Tensor:
+    """ulp² of each weight, in float32, in a unit of its own: how noise is spread, not how large.
+
+    Weights of 2⁻⁷⁰ to 2⁵⁶ are told apart: float32 has no more squares.
+    """
+    import torch
+
+    powers = (2 * (_powers(block, dtype) - _MIDDLE) + 127).clamp_(1, 254)
+    return (powers << 23).view(torch.float32)
+
+
+_MIDDLE = 120  # the exponent of 2⁻⁷, about which weights are
+
+
 def scaled_ulps(block: Tensor, scale: Tensor, dtype: str) -> Ulps:
     """Of weights that are numbers of `dtype` times scales: scale · ulp(w / scale).
 
@@ -120,6 +136,16 @@ class Noise:
     variance: float = 0.0
     update: float = 0.0
     rank: int | None = None
+
+    @property
+    def is_uniform(self) -> bool:
+        """The update is of so many ulps that what is rounded off hardly depends on it."""
+        return self.variance > _UNIFORM * self.uniform > 0
+
+    @property
+    def is_hidden(self) -> bool:
+        """It is of so small a part of an ulp that most weights did not change."""
+        return self.variance < _HIDDEN * self.uniform
 
     def edge(self, shape: tuple[int, int]) -> float:
         """σ (√m + √n), where the singular values of such noise end (Bai & Yin, 1993)."""

@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from weft.decompose import noise
 from weft.decompose.factors import split
 from weft.decompose.krylov import times_the_best
+from weft.decompose.noise import Signal
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -18,7 +18,6 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from weft.decompose.krylov import Svd
-    from weft.decompose.noise import Noise, Signal
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,9 +31,10 @@ class Spectrum:
         values: Σ (E, k), float64, falling, and zero behind a matrix's rank.
         energy: ‖ΔW‖² (E).
         error: ‖ΔW − U Σ Vᵀ‖² (E), of all k.
-        excess: (E, k) how much more of it the optimum of each rank may have, at most.
-        noise: What rounding put into it (E, 3): `Noise.uniform`, `Noise.variance`, `Noise.rank`
-            or -1.
+        excess: (E, k) how much more of it the optimum of each rank may have, at most; of matrices
+            that were decomposed with weights, as in the weighted norm (see `even.unweighted`).
+        above: What stands above the noise of rounding (E, 5): the numbers of a `Signal`, -1 for a
+            `fits` of None, and the noise's edge.
     """
 
     shape: tuple[int, int]
@@ -42,7 +42,7 @@ class Spectrum:
     energy: Tensor
     error: Tensor
     excess: Tensor
-    noise: Tensor
+    above: Tensor
 
     @property
     def rank(self) -> int:
@@ -68,16 +68,12 @@ class Spectrum:
 
     def signal(self, matrix: int = 0) -> Signal:
         """What of a matrix stands above the noise of rounding."""
-        values = clear(self.values[matrix].tolist())
-        return noise.signal(values, self._noise(matrix), self.shape, float(self.energy[matrix]))
+        rank, known, fits, kept, _ = self.above[matrix].tolist()
+        return Signal(int(rank), bool(known), None if fits < 0 else bool(fits), kept)
 
     def edge(self, matrix: int = 0) -> float:
         """Where the singular values of the noise end."""
-        return self._noise(matrix).edge(self.shape)
-
-    def _noise(self, matrix: int) -> Noise:
-        uniform, variance, rank = self.noise[matrix].tolist()
-        return noise.Noise(uniform, variance, rank=int(rank) if rank >= 0 else None)
+        return float(self.above[matrix, -1])
 
 
 @dataclass(frozen=True, slots=True)
@@ -117,7 +113,7 @@ def clear(values: Sequence[float]) -> list[float]:
 
 
 _CLEAR = 1e-6
-_KEPT = ("values", "energy", "error", "excess", "noise")
+_KEPT = ("values", "energy", "error", "excess", "above")
 SMALL = ("shape", *_KEPT)  # the names that a spectrum takes
 
 
@@ -137,8 +133,14 @@ def _padded(values: Tensor, rank: int) -> Tensor:
     return torch.nn.functional.pad(values, (0, rank - values.shape[1]))
 
 
-def stacked(svds: Sequence[Svd], noises: Sequence[Noise]) -> Decomposed:
-    """The factorisations of a tensor's matrices, brought to one rank by zeros."""
+def stacked(svds: Sequence[Svd], signals: Sequence[Signal], edges: Sequence[float]) -> Decomposed:
+    """The factorisations of a tensor's matrices, brought to one rank by zeros.
+
+    Args:
+        svds: One for each matrix.
+        signals: What stands above the noise of each.
+        edges: Where that ends.
+    """
     rank = max(svd.rank for svd in svds)
     return Decomposed(
         Spectrum(
@@ -147,15 +149,18 @@ def stacked(svds: Sequence[Svd], noises: Sequence[Noise]) -> Decomposed:
             energy=torch.tensor([svd.energy for svd in svds], dtype=torch.float64),
             error=torch.tensor([svd.error for svd in svds], dtype=torch.float64),
             excess=torch.stack([_held(svd.excess.double(), rank) for svd in svds]),
-            noise=torch.tensor([_kept(each) for each in noises], dtype=torch.float64),
+            above=torch.tensor(
+                [_numbers(*each) for each in zip(signals, edges, strict=True)], dtype=torch.float64
+            ),
         ),
         left=torch.stack([_padded(svd.left.float(), rank) for svd in svds]),
         right=torch.stack([_padded(svd.right.float(), rank) for svd in svds]),
     )
 
 
-def _kept(noise: Noise) -> tuple[float, float, float]:
-    return noise.uniform, noise.variance, -1 if noise.rank is None else noise.rank
+def _numbers(above: Signal, edge: float) -> tuple[float, ...]:
+    fits = -1 if above.fits is None else above.fits
+    return above.rank, above.known, fits, above.kept, edge
 
 
 def _held(values: Tensor, rank: int) -> Tensor:
@@ -173,7 +178,8 @@ def rounding(
     """‖scaling (Lw Rwᵀ − L Rᵀ)‖² of each matrix, from Gram matrices, in float64.
 
     What is rounded off is orthogonal to what was left out, but for products of two roundings: so
-    the error of what is written is the sum of this and of what was left out.
+    the error of what is written is the sum of this and of what was left out. Of a matrix that was
+    decomposed with weights it is so on average, roundings being as often up as down.
     """
     found = []
     for (left, right), (wide, high) in zip(exact, written, strict=True):

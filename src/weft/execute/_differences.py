@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 
     from weft.core.specs import Expression
     from weft.decompose._rough import Rough
+    from weft.decompose.even import Evening
     from weft.decompose.noise import Noise
     from weft.execute._blocks import Files, Workspace
     from weft.execute._expressions import Shared
@@ -132,15 +133,28 @@ class Difference:
             at += form.rows
 
     def sums(
-        self, start: int, stop: int, into: Tensor | None = None, rough: Tensor | None = None
+        self,
+        start: int,
+        stop: int,
+        into: Tensor | None = None,
+        *,
+        rough: Tensor | None = None,
+        even: Evening | None = None,
     ) -> Sums:
-        """Of rows `start` to `stop`, left in `into` and in `rough` (bfloat16), if given.
+        """Of rows `start` to `stop`.
+
+        Args:
+            start: The first row.
+            stop: That after the last one.
+            into: (rows, columns), for ΔW.
+            rough: The same, bfloat16.
+            even: Is shown how the noise is spread, where that is known.
 
         Raises:
             NumericsError: NaN or infinity.
         """
         tuned, energy = [], []
-        samples = Samples(self.change, (stop - start) * self.columns)
+        samples = Samples(self.change, stop - start, self.columns, even)
         for first, evaluator, expression, piece, out in self._pieces(start, stop, into):
             here = slice(first - start, first - start + piece[1] - piece[0])
             also = None if rough is None else rough[here]

@@ -6,10 +6,10 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from weft.core.sums import dot
+from weft.decompose.even import Evening
 from weft.decompose.explained import Score, explained, random_signs, scored
 from weft.decompose.matrices import Dense
-from weft.decompose.noise import signal, ulp_of
-from weft.execute._decomposed import clear
+from weft.decompose.noise import ulp_of
 from weft.execute._differences import Streamed
 
 if TYPE_CHECKING:
@@ -17,7 +17,6 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
-    from weft.decompose.krylov import Svd
     from weft.execute._differences import Difference, Sums
 
 # Of an update of more ulps what is rounded off is noise without structure, and hides little.
@@ -25,25 +24,34 @@ _ULPS = 16
 
 
 def explained_rank(
-    source: Difference, start: int, values: Tensor | None, sums: Sums, svd: Svd, key: int
+    source: Difference,
+    start: int,
+    values: Tensor | None,
+    sums: Sums,
+    guess: tuple[Tensor, Tensor],
+    key: int,
 ) -> int | None:
     """The rank of a matrix of the difference; None where nothing says that it has a low one.
 
     Args:
         source: The tensor.
         start: The matrix's first row.
-        values: The matrix as it is read, in which there are scores afterwards; None for one that
-            is too large to be held.
+        values: The matrix as it is read, in whose place there are scores meanwhile; None for one
+            that is too large to be held.
         sums: Of the matrix.
-        svd: Of it, to one more than are taken to be the update's own.
+        guess: The factors of what is taken to be the update, (m, k) and (n, k).
         key: Of the random numbers.
     """
-    noise, shape = sums.noise, (svd.left.shape[0], svd.right.shape[0])
+    noise, shape = sums.noise, (len(guess[0]), len(guess[1]))
     if sums.grid is None or not 0 < noise.update < _ULPS**2 * 12 * noise.uniform:
         return None
-    above = signal(clear(svd.values.tolist()), noise, shape, svd.energy)
     seen = _Seen(source, start, shape, sums.grid, values)
-    return explained(seen, svd.right[:, : max(above.rank, 1)], noise.update, key)
+    left, right = guess
+    rank = explained(seen, right, noise.update, key, left=left, rest=noise.uniform)
+    if values is not None:
+        for _ in source.blocks(start, seen.stop, values):
+            pass
+    return rank
 
 
 @dataclass(slots=True)
@@ -57,6 +65,7 @@ class _Seen:
     values: Tensor | None
     tried: tuple[Tensor, Tensor, float] | None = None
     key: int | None = None  # of the signs, of scores that are not held
+    evened: Tensor | None = None  # the weights of columns
 
     @property
     def columns(self) -> int:
@@ -69,9 +78,11 @@ class _Seen:
     def score(self, left: Tensor, right: Tensor, variance: float) -> Score:
         self.tried, self.key = (left, right, variance), None
         square, sure = 0.0, 0.0
+        even = Evening(self.columns, _LEAST, self.evened)
         for first, S, h in self._scored(self.first, self.stop):
             square += dot(S, S)
             sure += float(h.double().sum())
+            even.add(h)
             if self.values is not None:
                 self.values[first - self.first :][: len(S)] = S
         count = self.shape[0] * self.shape[1]
@@ -80,7 +91,10 @@ class _Seen:
             matrix = Streamed(self, self.first, self.stop, square)
         else:
             matrix = Dense(self.values.view(self.shape), square)
-        return Score(matrix, square / count, sure / count)
+        # A kernel is read by other rows than it has.
+        weights = even.weights() if self.columns == self.shape[1] else None
+        self.evened = None if weights is None else weights.columns
+        return Score(matrix, square / count, sure / count, weights)
 
     def flip(self, key: int) -> None:
         if self.values is None:
@@ -125,4 +139,5 @@ class _Seen:
 
 
 _ROWS = 1024  # that have their signs at once
+_LEAST = 0.1  # of the mean of h: what was not seen of rows so far may be seen in the next step
 _ELEMENTS = 2**16  # that are scored at once: what lies in the cache is scored three times as fast

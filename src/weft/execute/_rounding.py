@@ -7,12 +7,13 @@ from typing import TYPE_CHECKING
 import torch
 
 from weft.core.specs import Merge, Scaled
-from weft.decompose.noise import Noise, rounding, scaled_ulps, ulps, with_base
+from weft.decompose.noise import Noise, rounding, scaled_ulps, ulps, uneven, with_base
 from weft.plan.extract import stored_as
 
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from weft.decompose.even import Evening
     from weft.decompose.noise import Ulps
     from weft.native import Numbers
     from weft.plan.extract import Change
@@ -27,13 +28,19 @@ class Samples:
 
     Args:
         change: The tensor.
-        count: How many elements will be seen.
+        rows: How many will be seen, in order.
+        columns: Of each row.
+        even: Is shown how the noise is spread, where that is known.
     """
 
-    def __init__(self, change: Change, count: int) -> None:
+    def __init__(
+        self, change: Change, rows: int, columns: int, even: Evening | None = None
+    ) -> None:
+        self._columns = columns
+        self._even = even
         self._kept = stored_as(change)
         self._eighths = _float8(change)
-        self._share = max(1, count // _SAMPLE)
+        self._share = max(1, rows * columns // _SAMPLE)
         self._seen: dict[str, list[Tensor]] = {}
 
     @property
@@ -45,6 +52,14 @@ class Samples:
     def scaled(self) -> bool:
         """A side is float8 with scales."""
         return any(self._eighths)
+
+    @property
+    def _spread(self) -> str | None:
+        """The dtype that the tuned weights are stored in, where their size says how noisy each is.
+
+        That of numbers times scales it does not say, nor is there noise worth telling in float64.
+        """
+        return None if self.scaled or self._kept == "float64" else self._kept
 
     @property
     def grid(self) -> str | None:
@@ -63,11 +78,16 @@ class Samples:
         stored = self._kept or self._eighths[0]
         some = self._some(delta)
         self._keep("tuned", self._some(base) + some if stored else some.clone())
+        if self._even is not None and self._spread is not None:
+            self._even.add(uneven(base + delta, self._spread))
 
     def add_stored(self, tuned: Numbers, base: Numbers) -> None:
         """Both sides of a block, as they lie in their files."""
         for what, side in (("tuned", tuned), ("base", base)):
             self._keep(what, self._some(side.tensor()).to(torch.float32, copy=True))
+        if self._even is not None and self._spread is not None:
+            rows = tuned.tensor().view(-1, self._columns).float()
+            self._even.add(uneven(rows, self._spread))
 
     def _some(self, block: Tensor) -> Tensor:
         return block.reshape(-1)[:: self._share]

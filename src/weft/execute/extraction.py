@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import threading
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
 
 import torch
@@ -17,14 +17,15 @@ import torch
 from weft.core.events import Moved, OnEvent
 from weft.core.specs import Merge, Receipt, leaves
 from weft.decompose._rough import multiplies_bfloat16
+from weft.decompose.even import Evening
 from weft.decompose.krylov import Svd, key_of, svd_until, truncated_svd
 from weft.decompose.matrices import Dense
 from weft.decompose.noise import signal
 from weft.decompose.ranks import rank_for_energy
+from weft.execute._auto import START, update_of
 from weft.execute._blocks import Files, Workspace
 from weft.execute._decomposed import clear, stacked
 from weft.execute._differences import Difference, Streamed, Sums
-from weft.execute._explaining import explained_rank
 from weft.execute._expressions import Shared
 from weft.execute.threads import one_torch_thread, stream
 from weft.plan.layout import shared_at_once
@@ -35,11 +36,13 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from weft.core.wishes import Wishes
+    from weft.decompose.noise import Signal
     from weft.plan.extract import Change
 
 # A difference of more bytes is not held in memory, but read again for every product.
 HELD = 200_000_000
-_START = 32  # the rank that is tried first, where it depends on the values
+# Of the mean: what noise the row of a matrix has at least, where its weights are zeros.
+_LEAST_NOISE = 1e-8
 
 
 class Store(Protocol):
@@ -140,16 +143,21 @@ def _one(state: _Run, change: Change) -> None:
             sums = source.sums(0, source.rows)
         tensors = None
     else:
-        svds, parts = [], []
+        svds, signals, parts = [], [], []
         # As many rows of the difference as one matrix has; a kernel's are cut otherwise.
         rows = source.rows // change.form.count
         for number in range(change.form.count):
-            svd, found = _decompose(state, source, number * rows, (number + 1) * rows, number)
+            svd, above, found = _decompose(
+                state, source, number * rows, (number + 1) * rows, number
+            )
             svds.append(svd)
+            signals.append(above)
             parts.append(found)
         sums = Sums(sum(part.tuned for part in parts), sum(part.energy for part in parts))
         changed = sums.energy > 0
-        tensors = stacked(svds, [part.noise for part in parts]).tensors() if changed else None
+        shape = change.form.rows, change.form.columns
+        edges = [part.noise.edge(shape) for part in parts]
+        tensors = stacked(svds, signals, edges).tensors() if changed else None
     new = change.fresh and not isinstance(change.job.expression, Merge)
     receipt = Receipt(change.name, sums.tuned, sums.energy, None, new or sums.energy > 0)
     state.store.finish(receipt, tensors)
@@ -158,9 +166,12 @@ def _one(state: _Run, change: Change) -> None:
 
 def _decompose(
     state: _Run, source: Difference, start: int, stop: int, number: int
-) -> tuple[Svd, Sums]:
+) -> tuple[Svd, Signal, Sums]:
     """One matrix: rows `start` to `stop` of the difference."""
     form, columns = source.change.form, source.columns
+    auto = state.wishes.rule.kind == "auto" and source.change.name not in state.asked
+    # A kernel is read by other rows than it has.
+    even = Evening(columns, _LEAST_NOISE) if auto and columns == form.columns else None
     matrix: Dense | Streamed
     values: Tensor | None = None
     if 4 * (stop - start) * columns <= HELD:
@@ -170,35 +181,31 @@ def _decompose(
         rough = None
         if multiplies_bfloat16(values.device):
             rough = state.workspace.compute("rough", *size, torch.bfloat16)
-        sums = source.sums(start, stop, values, rough)
+        sums = source.sums(start, stop, values, rough=rough, even=even)
         shape = (form.rows, form.columns)
         rounded = None if rough is None else rough.view(shape)
         matrix = Dense(values.view(shape), sums.energy, rounded)
     else:
-        sums = source.sums(start, stop)
+        sums = source.sums(start, stop, even=even)
         matrix = Streamed(source, start, stop, sums.energy)
     name = source.change.name if form.count == 1 else f"{source.change.name}[{number}]"
     key = key_of(state.wishes.seed, name)
     with state.cores:
-        svd = _svd(state, source.change, matrix, sums, key)
-        if state.wishes.rule.kind != "auto" or source.change.name in state.asked:
-            return svd, sums
-        rank = explained_rank(source, start, values, sums, svd, key)
-        if rank is None:
-            return svd, sums
-        if rank >= svd.rank:
-            if values is not None:
-                source.sums(start, stop, values)  # there are scores in it now
-            svd = truncated_svd(matrix, rank + 1, key=key)
-    return svd, replace(sums, noise=replace(sums.noise, rank=rank))
+        if auto:
+            weights = None if even is None else even.weights()
+            svd, above = update_of(source, start, matrix, values, sums, weights, key)
+            return svd, above, sums
+        svd = _svd(state, source.change, matrix, key)
+        above = signal(clear(svd.values.tolist()), sums.noise, matrix.shape, svd.energy)
+    return svd, above, sums
 
 
-def _svd(state: _Run, change: Change, matrix: Dense | Streamed, sums: Sums, key: int) -> Svd:
-    """To the rank that was asked for, or that the rule finds enough."""
-    rule, rank = state.wishes.rule, state.asked.get(change.name)
+def _svd(state: _Run, change: Change, matrix: Dense | Streamed, key: int) -> Svd:
+    """To the rank that was asked for, or that keeps enough of the energy."""
+    rank = state.asked.get(change.name)
     if rank is not None:
         return truncated_svd(matrix, rank, key=key)
-    tried = _START // 2
+    tried = START // 2
 
     def enough(found: Svd) -> int | None:
         nonlocal tried
@@ -206,10 +213,6 @@ def _svd(state: _Run, change: Change, matrix: Dense | Streamed, sums: Sums, key:
         values = clear(found.values.tolist())
         if len(values) < min(tried, *matrix.shape):
             return len(values)  # there is no more
-        if rule.kind == "energy":
-            return rank_for_energy(values, found.energy, rule.value)
-        # One more than are the update's own has to be seen.
-        above = signal(values, sums.noise, matrix.shape, found.energy)
-        return above.rank + 1 if above.known else None
+        return rank_for_energy(values, found.energy, state.wishes.rule.value)
 
-    return svd_until(matrix, enough, start=_START, key=key)
+    return svd_until(matrix, enough, start=START, key=key)
