@@ -73,12 +73,12 @@ def _by_eigenvectors(X: Tensor, square: Tensor, floor: float) -> Tensor:
     return found
 
 
-def whitened(Y: Tensor) -> tuple[Tensor, Tensor]:
+def whitened(Y: Tensor, *, rough: bool = False) -> tuple[Tensor, Tensor]:
     """Q with orthonormal columns and R (float64) so that Y = Q R; directions sorted by size.
 
-    Directions below rounding are left out.
+    Directions below rounding are left out. `rough`: orthonormal to what float32 sums tell.
     """
-    values, vectors = torch.linalg.eigh(gram(Y))
+    values, vectors = torch.linalg.eigh((Y.T @ Y).double() if rough else gram(Y))
     kept = values > max(1e-13 * float(values[-1]), 1e-300)
     values, vectors = values[kept].flip(0).sqrt(), vectors[:, kept].flip(1)
     return Y @ (vectors / values).to(Y.dtype), values[:, None] * vectors.T

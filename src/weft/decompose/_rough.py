@@ -78,7 +78,7 @@ def directions(matrix: Rough, X: Tensor, rank: int, energy: float) -> Tensor:
     blocks, captured = [X], list[float]()
     T = X.new_zeros(0, 0, dtype=torch.float64)
     while True:
-        Q, R = whitened(matrix.matmul(X))
+        Q, R = whitened(matrix.matmul(X), rough=True)
         Z = matrix.rmatmul(Q)
         found = torch.cat(blocks, 1)
         T = _bordered(T, found.T @ (Z @ R.to(Z.dtype)))  # Xᵀ AᵀA Xⱼ

@@ -82,8 +82,14 @@ class Dense:
 
     def rmatmul(self, Y: Tensor) -> Tensor:
         # The product of Yᵀ and A as it lies is up to half as fast again as that of Aᵀ and Y.
-        left = Y.to(self.values.device, self.values.dtype)
-        return (left.T @ self.values).T.contiguous().cpu().to(Y.dtype)
+        A = self.values
+        left = Y.T.to(A.device, A.dtype).contiguous()
+        if A.is_cuda:
+            return (left @ A).T.contiguous().cpu().to(Y.dtype)
+        total = A.new_zeros(len(left), A.shape[1])
+        for start in range(0, len(A), _CHUNK):
+            total.addmm_(left[:, start : start + _CHUNK], A[start : start + _CHUNK])
+        return total.T.contiguous().to(Y.dtype)
 
     def rough(self) -> Rough | None:
         if not multiplies_bfloat16(self.values.device):

@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from safetensors import safe_open
-from safetensors.torch import save
 
 from weft.core.errors import OutputError
 from weft.write._journal import NAME as JOURNAL
@@ -85,6 +84,8 @@ class Scratch:
             if tensors is not None:
                 path = self.path(receipt.name)
                 new = path.with_suffix(".new")
+                from safetensors.torch import save  # which loads torch
+
                 new.write_bytes(save(dict(tensors)))
                 new.rename(path)
             with self._lock:
