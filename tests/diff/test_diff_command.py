@@ -57,6 +57,16 @@ def test_different(folders: Folders) -> None:
     assert run(other, one, "-q") == (1, "", "")
 
 
+def test_nothing_can_be_compared(folders: Folders) -> None:
+    one = folders.base([], {"model.norm.weight": torch.ones(8)}, name="one")
+    other = folders.base([], {"model.norm.weight": torch.ones(9)}, name="two")
+    code, out, _ = run(other, one)
+    assert code == 1
+    last = out.splitlines()[-1]
+    assert "none of 1 tensor can be compared" in last
+    assert "0 of 0" not in last
+
+
 def test_one_element(folders: Folders) -> None:
     one = folders.base(["up"], {"up.weight": torch.tensor([1.0, float("nan")])})
     other = folders.base(["up"], {"up.weight": torch.ones(2)}, name="other")

@@ -306,9 +306,11 @@ def test_an_update_that_rounding_does_not_hide_is_said_to_have_large_factors(
 ) -> None:
     pairs.pair(tmp_path)  # in float32
     _, manifest = extract(tmp_path, rank="auto")
-    assert any("factors are larger than the tensor" in said for said in manifest["warnings"])
+    assert any("are larger than the tensor" in said for said in manifest["warnings"])
     _, manifest = extract(tmp_path, "small", rank=8)
     assert not manifest["warnings"]
+    _, manifest = extract(tmp_path, "more than there are", rank=10_000)
+    assert any("a lower --rank" in said for said in manifest["warnings"])
 
 
 def test_one_rank_for_all_and_nothing_in_full(tmp_path: Path) -> None:

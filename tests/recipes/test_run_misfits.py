@@ -221,3 +221,26 @@ def test_a_mistake_made_twice_is_shown_with_all_its_places(root: Path) -> None:
         weft.plan_run("recipe.yml")
     at = "@ models[0].parameters, line 4, column 40 (and 1 more: line 6, column 29)"
     assert at in str(error.value)
+
+
+# ------------------------------------------------------------------- beside mistakes of the file
+
+
+def test_misfits_are_told_with_the_mistakes_of_the_file(root: Path) -> None:
+    found = of("base", "wide", "a", "nix", more="dtyp: float32\n")
+    assert len(found) == 3
+    assert any(
+        "wide does not fit" in each and "hidden_size 64 in place of 48" in each for each in found
+    )
+    assert any("no such file or folder: nix" in each for each in found)
+    assert any("dtyp" in each for each in found)
+
+
+def test_layers_that_a_faulty_file_chooses_are_not_compared(root: Path) -> None:
+    """What it meant by them nobody knows yet."""
+    slices = "".join(
+        f"  - sources: [{{model: {model}, layer_range: [0, 2]}}]\n" for model in ("base", "deep")
+    )
+    found = said(f"merge_method: passthrough\nslices:\n{slices}dtyp: float32\n")
+    assert len(found) == 1
+    assert "dtyp" in found[0]

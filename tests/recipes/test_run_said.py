@@ -354,6 +354,11 @@ def test_nothing_to_resume(command: str, root: Path, capsys: pytest.CaptureFixtu
     note = f"note: nothing to resume in {root}/out.partial: this run starts from the beginning"
     assert noted([*start, "-o", "out", "--resume"], capsys).count(note) == 1
     assert not any("resume" in line for line in noted([*start, "-o", "other"], capsys))
+    with pytest.raises(SystemExit):
+        main([*start, "-o", "out", "--resume"])
+    said = capsys.readouterr().err
+    assert "is finished" in said
+    assert "nothing to resume" in said
 
 
 def test_only_files_that_are_there_are_said_to_be_taken(root: Path) -> None:

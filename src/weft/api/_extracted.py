@@ -166,8 +166,17 @@ class Extracted:
                 f"it is not proved that the error of {some(loose, 'tensor')} is within 0.2 % of "
                 "the least that a matrix of that rank has: `bound` in weft.json says what is"
             )
-        if self.plan.wishes.rule.kind == "auto":
+        auto = self.plan.wishes.rule.kind == "auto"
+        if auto:
             found += self._doubts()
+        large = [c.path for c in self.low if c.form.numbers(self.form.ranks[c.name]) > _count(c)]
+        if large:
+            why = "rounding hides so little of the update that " if auto else ""
+            found.append(
+                f"{why}the factors of {some(large, 'tensor')} are larger than the tensor: "
+                f"{'--rank or' if auto else 'a lower --rank or'} --energy makes them smaller, "
+                "--save keeps it in full"
+            )
         return found
 
     def _is_loose(self, change: Change) -> bool:
@@ -188,12 +197,6 @@ class Extracted:
                 f"what auto takes for noise is not as large as that of rounding in "
                 f"{some(odd, 'tensor')}: weak parts of the update are in it, or TUNED or BASE was "
                 "rounded otherwise than it is stored; --rank and --energy do not depend on it"
-            )
-        large = [c.path for c in self.low if c.form.numbers(self.form.ranks[c.name]) > _count(c)]
-        if large:
-            found.append(
-                f"rounding hides so little of {some(large, 'tensor')} that the factors are larger "
-                "than the tensor: --rank or --energy makes them smaller, --save keeps it in full"
             )
         return found
 

@@ -186,11 +186,15 @@ def _read_with_models(path: Path, opened: Models) -> list[Recipe]:
 def _missing(
     recipes: Iterable[Recipe], opened: Models, folder: Path, no_models: Iterable[str] = ()
 ) -> list[Problem]:
-    """The models of faulty recipes that are not there; nothing is fetched for the others."""
+    """The models of faulty recipes that are not there, or do not fit; nothing is fetched for it."""
+    from weft.plan.recipe import misfits
+
     found = []
     with nothing_fetched():
         for recipe in recipes:
-            _, problems = _views(recipe, opened, dict.fromkeys(no_models), folder)
+            views, problems = _views(recipe, opened, dict.fromkeys(no_models), folder)
+            if recipe.method and recipe.is_whole:
+                problems += misfits(recipe, views)
             found += _located(problems, recipe)
     return found
 

@@ -44,6 +44,8 @@ def _verdict(found: Diff) -> list[str]:
     verb = "differs" if totals.tensors == 1 else "differ"
     parts = [f"{totals.different} of {count_of(totals.tensors, 'tensor')} {verb}"]
     parts += [f"{apart} cannot be compared"] if apart else []
+    if apart and not totals.tensors:
+        parts = [f"none of {count_of(apart, 'tensor')} can be compared"]
     return [f"{found.a} differs from {found.b}: {', '.join(parts)}; {size}"]
 
 

@@ -40,7 +40,14 @@ _NOT_KEPT = {"README.md", "weft.json"}
 _OF_TRAINING = {"adapter_config.json", "trainer_state.json", "all_results.json"}
 # What trainers leave in an adapter's folder, and nobody misses in a model.
 _LEFTOVERS = (
-    *("adapter_*", "README.md", "training_args.*", "trainer_state.json", "trainer_log.jsonl"),
+    *(
+        "adapter_*",
+        "README.md",
+        "weft.json",
+        "training_args.*",
+        "trainer_state.json",
+        "trainer_log.jsonl",
+    ),
     *("adapters.safetensors", "*_adapters.safetensors"),
     *("optimizer*", "scheduler*", "scaler.pt", "rng_state*", "random_states*", "*_results.json"),
     *("global_step*", "latest", "zero_to_fp32.py", "checkpoint-*", "runs", "wandb", "logs"),

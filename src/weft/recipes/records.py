@@ -164,6 +164,13 @@ class Recipe:
     positions: Mapping[str, tuple[int, int]] = field(repr=False)
     notes: tuple[str, ...] = ()
 
+    @property
+    def is_whole(self) -> bool:
+        """Whole models are merged, and not some of their layers."""
+        slices = [each for module in self.modules for each in module.slices]
+        one = len(slices) == len(self.modules)
+        return one and all(s.layers is None for each in slices for s in each.sources)
+
     def models(self) -> list[ModelName]:
         """Every model that the recipe names, in its order, each once."""
         found: list[Any] = [

@@ -64,7 +64,7 @@ class Made:
     values: Callable[[], bytes | Iterable[bytes]]
 
 
-def check_folder(folder: Path, files: Iterable[str], *, force: bool) -> Path:
+def check_folder(folder: Path, files: Iterable[str], *, force: bool, resume: bool = False) -> Path:
     """`folder` by its real path, if an adapter made from `files` may be written there.
 
     Raises:
@@ -73,7 +73,8 @@ def check_folder(folder: Path, files: Iterable[str], *, force: bool) -> Path:
     folder = Path(os.path.realpath(folder))
     if folder.exists() and not _replaceable(folder, force):
         if _replaceable(folder, True):
-            raise OutputError(f"{folder} exists", "--force replaces it, or give another -o")
+            what = "is finished: there is nothing to resume" if resume else "exists"
+            raise OutputError(f"{folder} {what}", "--force replaces it, or give another -o")
         what = "is no adapter, or not one alone" if folder.is_dir() else "is a file"
         raise OutputError(
             f"{folder} exists and {what}, so --force does not replace it",

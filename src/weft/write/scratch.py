@@ -36,7 +36,7 @@ def check_place(out: Path, plan: Plan, *, force: bool, resume: bool) -> Path:
         OutputError: It cannot or must not.
     """
     files = [entry.path for entry in plan.inputs]
-    out = check_folder(out, files, force=force)
+    out = check_folder(out, files, force=force, resume=resume)
     partial = out.with_name(out.name + ".partial")
     for file in files:
         if Path(os.path.realpath(file)).is_relative_to(partial):
