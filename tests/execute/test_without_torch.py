@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import math
 import subprocess
 import sys
 from typing import TYPE_CHECKING
@@ -112,3 +114,54 @@ def test_infinity_is_found_out_by_torch_that_comes_late(root: Path) -> None:
     assert done.stdout.endswith("torch\n")
     assert not done.stdout.endswith("no torch\n")
     assert not (root / "out").exists()
+
+
+# ------------------------------------------------------------------- some jobs need it, some not
+
+LORA = "models: [{model: base+lora, parameters: {weight: 1}}, {model: a, parameters: {weight: 1}}]"
+
+
+def adapter(root: Path, value: float = 1e-2) -> None:
+    """For `three` alone."""
+    (root / "lora").mkdir()
+    rows, columns = SHAPES["three"]
+    factors = {"A": torch.full((4, columns), value), "B": torch.full((rows, 4), 1e-2)}
+    save_file(
+        {f"base_model.model.three.lora_{name}.weight": each for name, each in factors.items()},
+        root / "lora" / "adapter_model.safetensors",
+    )
+    config = {"peft_type": "LORA", "r": 4, "lora_alpha": 4, "target_modules": ["three"]}
+    (root / "lora" / "adapter_config.json").write_text(json.dumps(config))
+
+
+def test_jobs_that_need_none_are_done_while_it_loads(root: Path) -> None:
+    adapter(root)
+    done = run(root, "linear", LORA)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.endswith("\ntorch\n")
+    found = load_file(root / "out" / "model.safetensors")
+    base, other = (load_file(root / name / "model.safetensors") for name in ("base", "a"))
+    for name, value in found.items():
+        one = base[name].double() + (4e-4 if name.startswith("three") else 0)
+        expected = (one + other[name].double()) / 2
+        torch.testing.assert_close(
+            value.double(), expected, rtol=2 * torch.finfo(value.dtype).eps, atol=1e-4
+        )
+
+
+def test_what_goes_wrong_meanwhile_stops_it(root: Path) -> None:
+    adapter(root)
+    tensors = load_file(root / "a" / "model.safetensors")
+    tensors["one.weight"][17, 5] = torch.nan
+    save_file(tensors, root / "a" / "model.safetensors", {"format": "pt"})
+    done = run(root, "linear", LORA)
+    assert "one.weight" in done.stderr
+    assert "NaN or infinity" in done.stderr
+    assert not list(root.glob("out*"))
+
+
+def test_an_adapter_that_forbids_the_run_stops_what_goes_on_meanwhile(root: Path) -> None:
+    adapter(root, math.nan)
+    done = run(root, "linear", LORA)
+    assert "NaN or infinite" in done.stderr
+    assert not list(root.glob("out*"))

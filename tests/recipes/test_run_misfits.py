@@ -223,6 +223,21 @@ def test_a_mistake_made_twice_is_shown_with_all_its_places(root: Path) -> None:
     assert at in str(error.value)
 
 
+def test_the_cause_is_not_taken_from_a_model_that_is_odd_in_it(root: Path) -> None:
+    found = of("more", "a", "b", "deep")
+    (deep,) = (each for each in found if each.startswith("deep does not fit"))
+    assert "3 in place of 2 layers" in deep
+    assert "vocab" not in deep
+
+
+def test_a_config_that_lies_about_a_width_is_no_misfit(root: Path) -> None:
+    checkpoint(root / "liar", llama(7), {"hidden_size": WIDE})
+    listed = "".join(f"  - model: {model}\n" for model in ("a", "b", "liar"))
+    text = f"merge_method: linear\ndtype: float32\nmodels:\n{listed}parameters: {{weight: 1}}\n"
+    Path("recipe.yml").write_text(text)
+    assert len(weft.plan_run("recipe.yml").plan.jobs) == len(llama())
+
+
 # ------------------------------------------------------------------- beside mistakes of the file
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from dataclasses import dataclass, field
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -106,15 +107,15 @@ def execute(
         on_event(events.Started(plan.nbytes, plan.nbytes - _size(pending)))
         try:
             with Copies(pending, sink, on_event) as copies:
-                if executor.needs_torch(pending, device):
-                    loading = time.perf_counter()
-                    load_torch()  # a second, while the copies go on
-                    begin += time.perf_counter() - loading
-                found = examine()
-                executor.check_device(device)
-                executor.run(
-                    pending, sink, copies, threads=threads, device=device, on_event=on_event
-                )
+                run = partial(executor.run, threads=threads, device=device, on_event=on_event)
+                plain, others = executor.parted(pending, device)
+                with executor.ahead(run, plain if others else (), sink, threads):
+                    if others:
+                        loading = time.perf_counter()
+                        load_torch()  # a second, while copies and plain jobs go on
+                        begin += time.perf_counter() - loading
+                    found = examine()
+                run(others or plain, sink, copies.futures)
         except (NumericsError, PlanError):
             sink.discard()  # another run on these inputs ends the same way
             raise

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 import time
+from contextlib import closing
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -383,17 +384,14 @@ def _write(
         unchanged(plan.reads)
         return {"README.md": extracted_card(plan.config, content), NAME: to_text(content)}
 
-    try:
-        with one_torch_thread():
-            write_adapter(
-                output,
-                {entry.key: made(entry) for entry in form.entries},
-                form.config,
-                {name: Path(source) for name, source in plan.tokenizer},
-                texts=texts,
-                force=force,
-                within=scratch.folder,
-            )
-    finally:
-        assembly.close()
+    with one_torch_thread(), closing(assembly):
+        write_adapter(
+            output,
+            {entry.key: made(entry) for entry in form.entries},
+            form.config,
+            {name: Path(source) for name, source in plan.tokenizer},
+            texts=texts,
+            force=force,
+            within=scratch.folder,
+        )
     return content

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from weft.api._execution import Report, check_place, execute
-from weft.api._models import Models
+from weft.api._models import Models, named
 from weft.api.extract import ExtractPlanned, ExtractReport, plan_extraction, run_extraction
 from weft.core import events, units
 from weft.core.errors import (
@@ -221,7 +221,7 @@ def _extraction(
     try:
         found = extraction.read(document, name)
     except RecipeError as error:
-        missing = _missing([rough(document)], Models(cache_dir), Path(path).parent)
+        missing = _missing([rough(document, named)], Models(cache_dir), Path(path).parent)
         raise RecipeError(name, [*error.problems, *missing]) from None
     wishes = found.wishes
     return replace(found, wishes=replace(wishes, seed=wishes.seed or seed))
@@ -312,7 +312,8 @@ def _views(
 def _not_found(error: NotFound, name: ModelName, folder: Path) -> Problem:
     """With where a relative path was looked for, and whether it leads there from the recipe."""
     paths = [name.path, *(path for path, _, _ in name.adapters)]
-    lost = next((path for path in paths if not local(path)), None)
+    said = f" {error} "
+    lost = next((p for p in paths if not local(p) and f" {units.clean(p)[:200]} " in said), None)
     if lost is None:
         return Problem(str(error), error.hint)
     hint, home = error.hint, folder.resolve()

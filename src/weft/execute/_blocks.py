@@ -25,7 +25,7 @@ class Memory:
     """Bytes of the host from the beginning of a page on; they live as long as any part of them."""
 
     def __init__(self, nbytes: int, *, pin: bool = False) -> None:
-        owner: Any = _pinned(nbytes + PAGE) if pin else mmap.mmap(-1, nbytes or 1)
+        owner = _pinned(nbytes + PAGE) if pin else _anonymous(nbytes or 1)
         view = memoryview(owner)
         address = ctypes.addressof(ctypes.c_char.from_buffer(owner))
         begin = -address % PAGE
@@ -39,6 +39,13 @@ class Memory:
         """`count` numbers, from byte `begin` on."""
         size = itemsize(dtype)
         return Numbers(self.view[begin : begin + count * size], self.address + begin, dtype, size)
+
+
+def _anonymous(nbytes: int) -> Any:
+    """Pages that nobody else sees: without flags a process that is forked shares them."""
+    if not hasattr(mmap, "MAP_PRIVATE"):
+        return mmap.mmap(-1, nbytes)  # Windows, which knows no fork
+    return mmap.mmap(-1, nbytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
 
 
 def _pinned(nbytes: int) -> Any:

@@ -249,7 +249,7 @@ def _squares_of_stored(
     operands = block.operands()
     assert operands is not None
     own, both, others = native.difference(operands[0], out, rough)
-    if not own and others > _TINY and _equal(*_sides(block)):
+    if not own and _TINY < others < math.inf and _equal(*_sides(block)):
         return 0.0, others
     return _told(own, both, others)
 

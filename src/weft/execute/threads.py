@@ -31,9 +31,8 @@ from weft.execute._kernel import Kernel, Sums
 from weft.plan.layout import layout, shared_at_once
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
-
-    from weft.execute.copies import Copies
+    from collections.abc import Callable, Iterator, Sequence
+    from concurrent.futures import Future
 
 
 class Sink(Protocol):
@@ -71,10 +70,16 @@ def check_device(name: str) -> None:
             )
 
 
-def needs_torch(jobs: Sequence[TensorJob], device: str) -> bool:
-    """Whether any of the jobs needs more than compiled loops, as long as all numbers are finite."""
-    plain = device == "cpu" and native.library() is not None
-    return not plain or not all(job.is_copy or _is_plain(job) for job in jobs)
+def parted(jobs: Sequence[TensorJob], device: str) -> tuple[list[TensorJob], list[TensorJob]]:
+    """Those that need compiled loops alone, as long as all numbers are finite, and those for torch.
+
+    Jobs that are copies are neither.
+    """
+    loops = device == "cpu" and native.library() is not None
+    jobs = [job for job in jobs if not job.is_copy]
+    plain = [job for job in jobs if loops and _is_plain(job)]
+    names = {job.name for job in plain}
+    return plain, [job for job in jobs if job.name not in names]
 
 
 def _is_plain(job: TensorJob) -> bool:
@@ -122,26 +127,32 @@ class _Around:
 def run(
     jobs: Sequence[TensorJob],
     sink: Sink,
-    copies: Copies,
+    beside: Sequence[Future[None]] = (),
     *,
     threads: int,
     device: str,
     on_event: OnEvent,
+    crew: Crew | None = None,
 ) -> None:
     """Evaluate every job, write its blocks to `sink`, and leave a receipt for each.
 
-    Jobs that are copies are left to `copies`, which are under way, and have come to their end too
-    when this returns.
+    Args:
+        jobs: None of them is a copy.
+        sink: Takes the blocks.
+        beside: Is under way, such as copies, and has come to its end too when this returns.
+        threads: That may compute at once.
+        device: Where.
+        on_event: Called with progress, from several threads.
+        crew: Of so many threads, for a caller who may want to stop it.
 
     Raises:
         WeftError: What went wrong first; the threads have stopped.
     """
-    jobs = [job for job in jobs if not job.is_copy]
     files, workspace = Files(), Workspace(device)
     groups = [_group(job, STRIP[workspace.kind]) for job in jobs]
     for one, other in pairwise(groups):
         one.following = other
-    crew = Crew(iter(()), threading.Semaphore(threads))
+    crew = crew or Crew(iter(()), threading.Semaphore(threads))
     shared = Shared(shared_at_once(jobs))
     around = _Around(sink, files, workspace, shared, crew, Pool(), on_event)
     crew.queue = iter(
@@ -163,7 +174,7 @@ def run(
     try:
         with alone():
             futures = [pool.submit(work) for _ in range(workers)]
-            done, _ = wait([*futures, *copies.futures], return_when=FIRST_EXCEPTION)
+            done, _ = wait([*futures, *beside], return_when=FIRST_EXCEPTION)
             crew.stop()
             for future in done:
                 future.result()
@@ -171,6 +182,24 @@ def run(
         crew.stop()
         pool.shutdown(wait=True)
         files.close()
+
+
+@contextmanager
+def ahead(
+    run: Callable[..., None], jobs: Sequence[TensorJob], sink: Sink, threads: int
+) -> Iterator[None]:
+    """`run` jobs that need no torch while it loads; they have come to their end when this does."""
+    if not jobs:
+        yield
+        return
+    crew = Crew(iter(()), threading.Semaphore(threads))
+    with ThreadPoolExecutor(1, thread_name_prefix="weft ahead") as pool:
+        try:
+            done = pool.submit(run, jobs, sink, crew=crew)
+            yield
+            done.result()
+        finally:
+            crew.stop()
 
 
 @contextmanager

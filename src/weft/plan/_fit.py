@@ -142,6 +142,8 @@ class Fit:
         self._views = views
         self._base = recipe.base_model
         self._in_one_order = recipe.tokenizer is not None
+        self._compared = False  # any shapes
+        self._is_stack = any(len(module.slices) > 1 for module in recipe.modules)
         self._found: dict[tuple[ModelName, ...], _Misfit] = {}
         self._widths(recipe)
 
@@ -154,6 +156,7 @@ class Fit:
 
     def shapes(self, name: str, tensors: Sequence[tuple[Source, TensorJob]]) -> bool:
         """Whether the tensor has one shape in all, or will have when its rows are in one order."""
+        self._compared = True
         shapes = {source.model: job.shape for source, job in tensors}
         if len(set(shapes.values())) < 2:
             return True
@@ -169,7 +172,12 @@ class Fit:
 
     def problems(self) -> list[Problem]:
         """One for each model that does not fit."""
-        return [self._problem(misfit) for misfit in self._found.values()]
+        found = self._found.values()
+        # Where shapes agree, what a config alone says is wrong with the config; but the layers of a
+        # stack are compared with nothing else, nor is anything of models with other layers.
+        known = self._compared and not self._is_stack
+        told = [each for each in found if each.layers or each.tensors or not known]
+        return [self._problem(misfit) for misfit in told]
 
     def _widths(self, recipe: Recipe) -> None:
         """All layers of a model are as wide, whichever slice they come from."""
@@ -208,11 +216,13 @@ class Fit:
 
     def _causes(self, side: Side) -> Iterable[tuple[str, str]]:
         """What the configs say that shapes follow from, where it differs."""
-        compared = [*side.odd, *side.right[:1]]
         for key in _CAUSES:
-            told = self._told(key, compared)
-            values = [value for _, value in told]
-            if len(told) < len(compared) or len(set(values)) < 2:
+            values = [value for _, value in self._told(key, side.odd)]
+            right = {value for _, value in self._told(key, side.right)}
+            if len(values) < len(side.odd) or (side.right and len(right) != 1):
+                continue  # not all say it, or those that are right in this do not agree in it
+            values += right
+            if len(set(values)) < 2:
                 continue
             if key != "vocab_size" or not self._in_one_order:
                 yield key, " in place of ".join(values) if side.right else listed(values)

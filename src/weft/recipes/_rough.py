@@ -4,25 +4,32 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from weft.core.errors import WeftError
 from weft.recipes import _names
 from weft.recipes._yaml import place
 from weft.recipes.records import Module, Recipe, Slice, Source
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Callable, Iterator
 
     from weft.recipes._yaml import Document, Loc
+    from weft.recipes.records import ModelName
 
 _KEYS = ("model", "base_model", "finetune")
 
 
-def rough(document: Document) -> Recipe:
-    """A recipe of all of them, of use only for looking whether they are there."""
+def rough(document: Document, parse: Callable[[str], ModelName] = _names.parse) -> Recipe:
+    """A recipe of all of them, of use only for looking whether they are there.
+
+    Args:
+        document: What was read.
+        parse: Says which model a text names.
+    """
     sources = []
     for loc, text in _texts(document.data, ()):
         try:
-            sources.append(Source(_names.parse(text), None, {}, place(loc)))
-        except _names.NoName:
+            sources.append(Source(parse(text), None, {}, place(loc)))
+        except (_names.NoName, WeftError):
             continue  # told where names are read, and there is nothing to look for
     module = Module(None, (Slice(tuple(sources), None, {}, ""),), {}, "")
     positions = {place(loc): at for loc, at in document.positions.items()}
