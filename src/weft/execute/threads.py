@@ -85,11 +85,13 @@ def parted(jobs: Sequence[TensorJob], device: str) -> tuple[list[TensorJob], lis
 def _is_plain(job: TensorJob) -> bool:
     """A method of which loops are all that there is, on tensors that they read."""
     merge = job.expression
-    if not isinstance(merge, Merge) or merge.base in merge.inputs:
+    if not isinstance(merge, Merge):
         return False
     own = methods.method(merge.method)
+    apart = not own.TASK_VECTORS or merge.base not in merge.inputs  # a task vector of zeros is made
     return (
-        all(isinstance(each, Load) for each in children(merge))
+        apart
+        and all(isinstance(each, Load) for each in children(merge))
         and all(native.reads(ref.dtype) for ref in leaves(merge))
         and native.reads(job.dtype)
         and methods.without_torch(own, task_of(merge, layout(job).columns))
