@@ -435,3 +435,24 @@ def test_a_tuned_matrix_that_is_nearly_gone(tmp_path: Path, size: float) -> None
     delta = tuned[name].double() - base[name].double()
     error = float((delta - pairs.delta_of(adapter)[name]).norm() / delta.norm())
     assert manifest["modules"][name]["relative_error"] == pytest.approx(error, rel=1e-4)
+
+
+def test_factors_that_overflow_leave_nothing_behind(tmp_path: Path) -> None:
+    """Some in the middle of the file, while others are made ahead; nor torch with fewer threads."""
+    pairs.pair(tmp_path)
+    before = torch.get_num_threads()
+    extract(tmp_path, "sound", rank=8)
+    assert torch.get_num_threads() == before
+    tensors = load_file(tmp_path / "tuned" / "model.safetensors")
+    name = sorted(key for key in tensors if tensors[key].dim() == 2)[3]
+    tensors[name] += 3e9 * torch.randn(
+        tensors[name].shape, generator=torch.Generator().manual_seed(1)
+    )
+    save_file(tensors, tmp_path / "tuned" / "model.safetensors", {"format": "pt"})
+    with pytest.raises(WeftError, match=r"overflow float16"):
+        weft.extract(
+            tmp_path / "tuned", base=tmp_path / "base", output=tmp_path / "out", rank=8,
+            dtype="float16", threads=2,
+        )  # fmt: skip
+    assert torch.get_num_threads() == before
+    assert not list(tmp_path.glob("out*"))

@@ -183,9 +183,10 @@ def rounding(
     """
     found = []
     for (left, right), (wide, high) in zip(exact, written, strict=True):
-        # L̃ R̃ᵀ − L Rᵀ = (L̃ − L) R̃ᵀ + L (R̃ − R)ᵀ, whose parts are small: nothing cancels.
-        one = torch.cat([wide.double() - left, left], 1)
-        two = torch.cat([high.double(), high.double() - right], 1)
-        square = float(((one.T @ one) * (two.T @ two)).sum())
-        found.append(scaling**2 * max(square, 0.0))
+        # L̃ R̃ᵀ − L Rᵀ = D R̃ᵀ + L Eᵀ with D = L̃ − L and E = R̃ − R, which are small: nothing cancels.
+        whole = high.double()
+        D, E = wide.double() - left, whole - right
+        square = ((D.T @ D) * (whole.T @ whole)).sum() + ((left.T @ left) * (E.T @ E)).sum()
+        square += 2 * ((D.T @ left) * (whole.T @ E)).sum()
+        found.append(scaling**2 * max(float(square), 0.0))
     return found

@@ -87,7 +87,7 @@ class Assembly:
         name = entry.change.name
         if self._last is None or self._last[0] != name:
             self._last = None  # nobody needs both
-            self._ahead.extend(islice(self._submitted, self._threads + 1 - len(self._ahead)))
+            self._ahead.extend(islice(self._submitted, self._threads - len(self._ahead)))
             found, future = self._ahead.popleft()
             assert found == name
             written, self.errors[name] = future.result()
