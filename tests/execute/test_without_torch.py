@@ -57,6 +57,33 @@ OTHERS = {
 }
 
 
+# Torch that takes two seconds more, and is seen to load from the first moment on.
+SLOW = """\
+import sys, time
+import weft
+from weft.api import _execution
+load = _execution.load_torch
+
+def slow():
+    sys.modules["torch"] = type(sys)("torch")  # has nothing yet
+    time.sleep(2)
+    del sys.modules["torch"]
+    load()
+    print("loaded", flush=True)
+
+_execution.load_torch = slow
+from weft.write.checkpoint import CheckpointSink
+real = CheckpointSink.finish
+
+def finish(self, receipts):
+    print(*(each.name for each in sorted(receipts, key=lambda each: each.name)), flush=True)
+    real(self, receipts)
+
+CheckpointSink.finish = finish
+weft.run("recipe.yml", output="out", threads=1)
+"""
+
+
 @pytest.fixture
 def root(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     for seed, name in enumerate(("base", "a", "b")):
@@ -147,6 +174,18 @@ def test_jobs_that_need_none_are_done_while_it_loads(root: Path) -> None:
         torch.testing.assert_close(
             value.double(), expected, rtol=2 * torch.finfo(value.dtype).eps, atol=1e-4
         )
+
+
+def test_jobs_that_need_none_do_not_wait_for_it(root: Path) -> None:
+    """What is loading is in `sys.modules` already; who asked it for anything would wait."""
+    adapter(root)
+    (root / "recipe.yml").write_text(f"merge_method: linear\n{LORA}\n")
+    done = subprocess.run(
+        [sys.executable, "-c", SLOW], cwd=root, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    *first, loaded, last = done.stdout.split()
+    assert (sorted(first), loaded, last) == (["one.weight", "two.weight"], "loaded", "three.weight")
 
 
 def test_what_goes_wrong_meanwhile_stops_it(root: Path) -> None:

@@ -30,7 +30,8 @@ class Report:
     Attributes:
         output: The folder.
         totals: Tensors changed, survival, bytes.
-        seconds: Of work: planning, reading, arithmetic and writing, without the wait for torch.
+        seconds: Of work: planning, reading, arithmetic and writing; without the wait for torch,
+            where nothing is computed meanwhile.
         resumed: Tensors that an earlier, interrupted run had finished.
         manifest: The content of `weft.json`.
         warnings: What the user should know before using the output.
@@ -113,7 +114,7 @@ def execute(
                     if others:
                         loading = time.perf_counter()
                         load_torch()  # a second, while copies and plain jobs go on
-                        begin += time.perf_counter() - loading
+                        begin += 0 if plain else time.perf_counter() - loading
                     found = examine()
                 run(others or plain, sink, copies.futures)
         except (NumericsError, PlanError):

@@ -45,7 +45,10 @@ def _anonymous(nbytes: int) -> Any:
     """Pages that nobody else sees: without flags a process that is forked shares them."""
     if not hasattr(mmap, "MAP_PRIVATE"):
         return mmap.mmap(-1, nbytes)  # Windows, which knows no fork
-    return mmap.mmap(-1, nbytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    try:
+        return mmap.mmap(-1, nbytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    except OSError as error:  # which elsewhere tells of files
+        raise MemoryError(f"no {nbytes:,} bytes of memory: {error.strerror}") from None
 
 
 def _pinned(nbytes: int) -> Any:

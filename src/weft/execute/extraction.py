@@ -116,18 +116,18 @@ def run(
                 _one(state, change)
 
     pool = ThreadPoolExecutor(threads + 1, thread_name_prefix="weft")
-    try:
-        with one_torch_thread():
+    with one_torch_thread():  # until all threads, which set it too, have ended
+        try:
             done, _ = wait(
                 [pool.submit(work) for _ in range(threads + 1)], return_when=FIRST_EXCEPTION
             )
             state.stopped = True
             for future in done:
                 future.result()
-    finally:
-        state.stopped = True
-        pool.shutdown(wait=True)
-        state.files.close()
+        finally:
+            state.stopped = True
+            pool.shutdown(wait=True)
+            state.files.close()
 
 
 def cost(change: Change) -> int:

@@ -135,6 +135,7 @@ def run(
     device: str,
     on_event: OnEvent,
     crew: Crew | None = None,
+    has_torch: bool | None = None,
 ) -> None:
     """Evaluate every job, write its blocks to `sink`, and leave a receipt for each.
 
@@ -146,6 +147,7 @@ def run(
         device: Where.
         on_event: Called with progress, from several threads.
         crew: Of so many threads, for a caller who may want to stop it.
+        has_torch: Torch is loaded; None looks. One that is loading now would be waited for.
 
     Raises:
         WeftError: What went wrong first; the threads have stopped.
@@ -170,20 +172,21 @@ def run(
             crew.work()
 
     # Torch may come late, for a closer look at NaN: that may use as many threads as it likes.
-    alone = one_torch_thread if torch_is_loaded() else nullcontext
+    loaded = torch_is_loaded() if has_torch is None else has_torch
+    alone = one_torch_thread if loaded else nullcontext
     workers = WORKERS * threads
     pool = ThreadPoolExecutor(workers, thread_name_prefix="weft")
-    try:
-        with alone():
+    with alone():  # until all threads, which set it too, have ended
+        try:
             futures = [pool.submit(work) for _ in range(workers)]
             done, _ = wait([*futures, *beside], return_when=FIRST_EXCEPTION)
             crew.stop()
             for future in done:
                 future.result()
-    finally:
-        crew.stop()
-        pool.shutdown(wait=True)
-        files.close()
+        finally:
+            crew.stop()
+            pool.shutdown(wait=True)
+            files.close()
 
 
 @contextmanager
@@ -197,7 +200,7 @@ def ahead(
     crew = Crew(iter(()), threading.Semaphore(threads))
     with ThreadPoolExecutor(1, thread_name_prefix="weft ahead") as pool:
         try:
-            done = pool.submit(run, jobs, sink, crew=crew)
+            done = pool.submit(run, jobs, sink, crew=crew, has_torch=torch_is_loaded())
             yield
             done.result()
         finally:

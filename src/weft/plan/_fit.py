@@ -89,7 +89,7 @@ def architectures(
 ) -> tuple[list[Problem], set[ModelName]]:
     """Models of another architecture, as far as their configs tell."""
     found = [(s, views[s.model].config.get("architectures")) for s in _models(recipe, views)]
-    told = [(source, str(names[0])) for source, names in found if names]
+    told = [(source, str(names[0])) for source, names in found if isinstance(names, list) and names]
     kinds = {source.model: kind for source, kind in told}
     problems = []
     odd: set[ModelName] = set()
