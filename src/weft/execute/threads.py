@@ -197,10 +197,13 @@ def ahead(
     if not jobs:
         yield
         return
+    threads = max(1, threads - 1)  # the other is busy loading
     crew = Crew(iter(()), threading.Semaphore(threads))
     with ThreadPoolExecutor(1, thread_name_prefix="weft ahead") as pool:
         try:
-            done = pool.submit(run, jobs, sink, crew=crew, has_torch=torch_is_loaded())
+            done = pool.submit(
+                run, jobs, sink, threads=threads, crew=crew, has_torch=torch_is_loaded()
+            )
             yield
             done.result()
         finally:
