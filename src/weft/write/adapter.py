@@ -73,7 +73,7 @@ def check_folder(folder: Path, files: Iterable[str], *, force: bool, resume: boo
     folder = Path(os.path.realpath(folder))
     if folder.exists() and not _replaceable(folder, force):
         if _replaceable(folder, True):
-            what = "is finished: there is nothing to resume" if resume else "exists"
+            what = "exists, so there is nothing to resume" if resume else "exists"
             raise OutputError(f"{folder} {what}", "--force replaces it, or give another -o")
         what = "is no adapter, or not one alone" if folder.is_dir() else "is a file"
         raise OutputError(

@@ -270,9 +270,9 @@ def _check_output(out: Path, partial: Path, plan: Plan, *, force: bool, resume: 
             cure = (
                 "--force replaces it, or give another -o" if _is_model(out) else "give another -o"
             )
-            if resume and not partial.exists() and _is_model(out):
-                raise OutputError(f"{out} is finished: there is nothing to resume", cure)
-            raise OutputError(f"{out} exists and is not empty", cure)
+            begun = partial.exists() or not resume
+            so = "" if begun else ", so there is nothing to resume"
+            raise OutputError(f"{out} exists and is not empty{so}", cure)
         if not _is_model(out):
             raise OutputError(
                 f"{out} does not look like a model, so --force does not delete it",
