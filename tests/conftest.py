@@ -10,6 +10,8 @@ import torch
 from hypothesis import settings
 from safetensors.torch import save_file
 
+from weft import native
+
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping
     from pathlib import Path
@@ -86,3 +88,13 @@ def _with(folder: Path, files: Mapping[str, str] | None) -> Path:
 @pytest.fixture
 def folders(tmp_path: Path) -> Folders:
     return Folders(tmp_path)
+
+
+@pytest.fixture(params=["compiled", "torch"])
+def loops(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """The compiled loops, and torch in their place."""
+    if request.param == "torch":
+        monkeypatch.setattr(native, "library", lambda: None)
+    elif native.library() is None:
+        pytest.skip("no C compiler was there when weft was installed")
+    return str(request.param)

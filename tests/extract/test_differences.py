@@ -31,15 +31,6 @@ SHAPE = (700, 1024)  # more than a block
 NAME = "model.layers.0.mlp.up_proj.weight"
 
 
-@pytest.fixture(params=["compiled", "torch"])
-def loops(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
-    if request.param == "torch":
-        monkeypatch.setattr(native, "library", lambda: None)
-    elif native.library() is None:
-        pytest.skip("nothing was compiled")
-    return str(request.param)
-
-
 def difference(root: Path, base: Tensor, tuned: Tensor) -> Difference:
     for name, weight in (("base", base), ("tuned", tuned)):
         (root / name).mkdir()
