@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from weft.core.sums import RUN, dot
-from weft.execute._differences import squares
+from weft.execute._squares import squares
 
 
 @pytest.mark.parametrize("count", [0, 1, RUN - 1, RUN, 3 * RUN + 5])

@@ -244,6 +244,16 @@ def test_ranks_of_single_modules(tmp_path: Path) -> None:
     assert ranks["model.layers.0.self_attn.o_proj.weight"] == 4
 
 
+@pytest.mark.parametrize(("rank", "said"), [(9, True), (6, False), (4, False)])
+def test_a_rank_that_holds_noise_is_said(tmp_path: Path, rank: int, said: bool) -> None:
+    delta = pairs.low_rank(6, 2e-3)
+    pairs.pair(tmp_path, torch.bfloat16, delta=delta, moved=lambda name: name.endswith("weight"))
+    _, manifest = extract(tmp_path, rank=rank)
+    found = [each for each in manifest["warnings"] if "6 singular values at most stand above" in each]
+    assert len(found) == said
+    assert all("10 tensors" in each and "--rank auto" in each for each in found)
+
+
 def test_a_module_of_rounding_noise_alone_is_left_out_and_said(tmp_path: Path) -> None:
     """MergeKit writes rank 0, which PEFT cannot load."""
 

@@ -166,9 +166,12 @@ class Extracted:
                 f"it is not proved that the error of {some(loose, 'tensor')} is within 0.2 % of "
                 "the least that a matrix of that rank has: `bound` in weft.json says what is"
             )
-        auto = self.plan.wishes.rule.kind == "auto"
+        kind = self.plan.wishes.rule.kind
+        auto = kind == "auto"
         if auto:
             found += self._doubts()
+        elif kind == "rank":
+            found += self._noisy()
         large = [c.path for c in self.low if c.form.numbers(self.form.ranks[c.name]) > _count(c)]
         if large:
             why = "rounding hides so little of the update that " if auto else ""
@@ -187,6 +190,24 @@ class Extracted:
         left = _ratio(math.fsum(spectrum.errors(rank)), float(spectrum.energy.sum()))
         # What a bound grants to rounding is about ROUNDING / left.
         return left > _TELLING * ROUNDING and spectrum.bound(rank) > TOLERANCE + 2 * ROUNDING / left
+
+    def _noisy(self) -> list[str]:
+        """About ranks that hold more than the update."""
+        above = {c.path: self._above(c) for c in self.low}
+        noisy = [c.path for c in self.low if above[c.path] < self.form.ranks[c.name]]
+        if not noisy:
+            return []
+        most = max(above[path] for path in noisy)
+        standing = f"{most} singular value{'s' if most != 1 else ''} at most"
+        noise = "above the noise of rounding, and a higher rank holds that noise"
+        return [f"of {some(noisy, 'tensor')} {standing} stand {noise}: --rank auto leaves it out"]
+
+    def _above(self, change: Change) -> float:
+        """How many singular values are the update's; infinite where that is not seen."""
+        signals = [self.spectra[change.name].signal(n) for n in range(change.form.count)]
+        if any(not signal.known or signal.fits is False for signal in signals):
+            return math.inf
+        return max(signal.rank for signal in signals)
 
     def _doubts(self) -> list[str]:
         """About what auto took for noise."""

@@ -20,7 +20,8 @@ if TYPE_CHECKING:
     from weft.decompose.krylov import Svd
     from weft.decompose.matrices import Dense, Matrix
     from weft.decompose.noise import Noise, Signal
-    from weft.execute._differences import Difference, Streamed, Sums
+    from weft.execute._differences import Difference, Sums
+    from weft.execute._streamed import Streamed
 
 START = 32  # the rank that is tried first, where it depends on the values
 # Directions of a guess of which all but the first may be what rounding made of that one.

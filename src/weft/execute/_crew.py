@@ -132,3 +132,10 @@ class Crew:
                 share.left -= 1
                 if not share.left:
                     self._change.notify_all()
+
+
+class Alone:
+    """Does by itself what others would help with."""
+
+    def map(self, tasks: Sequence[Callable[[], Any]]) -> list[Any]:
+        return [task() for task in tasks]

@@ -10,7 +10,7 @@ from weft.decompose.even import Evening
 from weft.decompose.explained import Score, explained, random_signs, scored
 from weft.decompose.matrices import Dense
 from weft.decompose.noise import ulp_of
-from weft.execute._differences import Streamed
+from weft.execute._streamed import Streamed
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import threading
 
@@ -30,6 +31,15 @@ class Files:
             if count == 0:
                 raise FormatError(f"{file} ended at byte {offset + done:,} while it was being read")
             done += count
+
+    def soon(self, file: str, offset: int, count: int) -> None:
+        """These bytes will be read: where the system can, it fetches them from the disk meanwhile.
+
+        What is wrong with the file, `read` will say.
+        """
+        if hasattr(os, "posix_fadvise"):
+            with contextlib.suppress(OSError):
+                os.posix_fadvise(self._handle(file), offset, count, os.POSIX_FADV_WILLNEED)
 
     def close(self) -> None:
         for handle in self._handles.values():

@@ -13,8 +13,8 @@ from weft.core.dtypes import itemsize
 from weft.core.errors import NumericsError
 from weft.core.specs import Load, TensorJob
 from weft.execute._blocks import Files, Workspace
+from weft.execute._crew import Alone
 from weft.execute._decomposed import decomposed_of, rounding
-from weft.execute._differences import Alone
 from weft.execute._expressions import Shared
 from weft.execute._kernel import Kernel
 from weft.plan.extract import tuned_of

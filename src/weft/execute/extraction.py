@@ -1,13 +1,13 @@
 """The executor of an extraction: tensors are read, and those that changed decomposed.
 
 Each is one thread's from its first byte to its factors, with one of torch's own threads: so the
-bits depend neither on how many threads there are nor on what the others do. One more thread than
-may compute reads the next tensor meanwhile.
+bits depend neither on how many threads there are nor on what the others do. The system reads the
+next tensors meanwhile.
 """
 
 from __future__ import annotations
 
-import threading
+import itertools
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
@@ -25,8 +25,9 @@ from weft.decompose.ranks import rank_for_energy
 from weft.execute._auto import START, update_of
 from weft.execute._blocks import Files, Workspace
 from weft.execute._decomposed import clear, stacked
-from weft.execute._differences import Difference, Streamed, Sums
+from weft.execute._differences import Difference, Sums
 from weft.execute._expressions import Shared
+from weft.execute._streamed import Streamed
 from weft.execute.threads import one_torch_thread, stream
 from weft.plan.layout import shared_at_once
 
@@ -62,7 +63,6 @@ class _Run:
     files: Files
     workspace: Workspace
     shared: Shared
-    cores: threading.Semaphore
     on_event: OnEvent
     stopped: bool = False
 
@@ -99,28 +99,26 @@ def run(
         Files(),
         Workspace(device),
         Shared(shared_at_once(jobs)),
-        threading.Semaphore(threads),
         on_event,
     )
     # The largest first: none of them is left for one thread at the end.
-    queue = iter(sorted(changes, key=lambda change: -cost(change)))
-    lock = threading.Lock()
+    queue = sorted(changes, key=lambda change: -cost(change))
+    numbers = itertools.count()  # of which each is given to one thread alone
 
     def work() -> None:
         with one_torch_thread(), stream(state.workspace):
             while not state.stopped:
-                with lock:
-                    change = next(queue, None)
-                if change is None:
+                number = next(numbers)
+                if number >= len(queue):
                     return
-                _one(state, change)
+                for later in queue[number + threads : number + threads + 1]:
+                    _read_ahead(state.files, later)
+                _one(state, queue[number])
 
-    pool = ThreadPoolExecutor(threads + 1, thread_name_prefix="weft")
+    pool = ThreadPoolExecutor(threads, thread_name_prefix="weft")
     with one_torch_thread():  # until all threads, which set it too, have ended
         try:
-            done, _ = wait(
-                [pool.submit(work) for _ in range(threads + 1)], return_when=FIRST_EXCEPTION
-            )
+            done, _ = wait([pool.submit(work) for _ in range(threads)], return_when=FIRST_EXCEPTION)
             state.stopped = True
             for future in done:
                 future.result()
@@ -135,12 +133,17 @@ def cost(change: Change) -> int:
     return sum(ref.nbytes for job in change.jobs for ref in leaves(job.expression))
 
 
+def _read_ahead(files: Files, change: Change) -> None:
+    for job in change.jobs:
+        for ref in leaves(job.expression):
+            files.soon(ref.file, ref.start, ref.nbytes)
+
+
 def _one(state: _Run, change: Change) -> None:
     """Read a tensor, decompose it if it is to be, and tell the store."""
     source = Difference(change, state.files, state.workspace, state.shared)
     if change.action != "decompose":
-        with state.cores:
-            sums = source.sums(0, source.rows)
+        sums = source.sums(0, source.rows)
         tensors = None
     else:
         svds, signals, parts = [], [], []
@@ -175,7 +178,6 @@ def _decompose(
     matrix: Dense | Streamed
     values: Tensor | None = None
     if 4 * (stop - start) * columns <= HELD:
-        # Reading overlaps with the arithmetic of the threads that hold the cores.
         size = (stop - start, columns)
         values = state.workspace.compute("difference", *size, source.dtype)
         rough = None
@@ -190,13 +192,12 @@ def _decompose(
         matrix = Streamed(source, start, stop, sums.energy)
     name = source.change.name if form.count == 1 else f"{source.change.name}[{number}]"
     key = key_of(state.wishes.seed, name)
-    with state.cores:
-        if auto:
-            weights = None if even is None else even.weights()
-            svd, above = update_of(source, start, matrix, values, sums, weights, key)
-            return svd, above, sums
-        svd = _svd(state, source.change, matrix, key)
-        above = signal(clear(svd.values.tolist()), sums.noise, matrix.shape, svd.energy)
+    if auto:
+        weights = None if even is None else even.weights()
+        svd, above = update_of(source, start, matrix, values, sums, weights, key)
+        return svd, above, sums
+    svd = _svd(state, source.change, matrix, key)
+    above = signal(clear(svd.values.tolist()), sums.noise, matrix.shape, svd.energy)
     return svd, above, sums
 
 
