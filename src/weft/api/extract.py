@@ -14,6 +14,7 @@ from weft.api._execution import check_place, nothing_to_resume, setting, unchang
 from weft.api._models import Models, named
 from weft.core import events, units
 from weft.core.errors import OutputError, WeftError
+from weft.core.lazy import load_torch
 from weft.core.wishes import wishes_of
 from weft.plan.extract import Change, ExtractPlan, plan_extract
 
@@ -245,14 +246,18 @@ def _decompose(
     Raises:
         WeftError: Nothing changed, or the budget holds nothing.
     """
+    from weft.execute.compared import ahead, cost
+
+    read = [change for change in plan.changes if change.is_read]
+    done = sum(cost(change) for change in read if change.name in scratch.receipts)
+    on_event(events.Started(sum(map(cost, read)), done))
+    pending = [change for change in read if change.name not in scratch.receipts]
+    with ahead(pending, scratch.finish, on_event):
+        load_torch()
     from weft.execute import choose, extraction
     from weft.execute._decomposed import SMALL, spectrum_of
 
-    read = [change for change in plan.changes if change.is_read]
     asked = choose.first_ranks(read, plan.wishes)
-    total = sum(extraction.cost(change) for change in read)
-    done = sum(extraction.cost(change) for change in read if change.name in scratch.receipts)
-    on_event(events.Started(total, done))
     while True:
         pending = [change for change in read if change.name not in scratch.receipts]
         extraction.run(

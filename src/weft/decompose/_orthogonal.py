@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 _CHUNK = 2**15  # rows that are widened at once
+_NEAR = 0.5  # ‖XᵀX − I‖: then X divided by its Cholesky factor is orthonormal to its dtype
 
 
 def gram(X: Tensor, Y: Tensor | None = None) -> Tensor:
@@ -54,7 +55,8 @@ def orthonormal(X: Tensor, basis: Sequence[Tensor], floor: float) -> Tensor:
             X, square, sizes = X[:, kept], square[kept][:, kept], sizes[kept]
         if not X.shape[1]:
             return X
-        factor, failed = torch.linalg.cholesky_ex(square / sizes / sizes[:, None])
+        scaled = square / sizes / sizes[:, None]
+        factor, failed = torch.linalg.cholesky_ex(scaled)
         steep = factor.diagonal()
         if int(failed) or float(steep.min()) < 1e-5:
             X = _by_eigenvectors(X, square, floor)
@@ -62,6 +64,8 @@ def orthonormal(X: Tensor, basis: Sequence[Tensor], floor: float) -> Tensor:
             inverse = torch.linalg.inv(factor).T / sizes[:, None]
             X = X @ inverse.to(X.dtype)
         X = without(X, basis) if basis else X
+        if float((scaled - torch.eye(len(scaled))).norm()) < _NEAR:
+            break  # a basis that was all but orthonormal: once is enough
         floor = 0.5  # what was orthonormal a moment ago, and has lost its length, was rounding
     return X
 
@@ -73,12 +77,28 @@ def _by_eigenvectors(X: Tensor, square: Tensor, floor: float) -> Tensor:
     return found
 
 
-def whitened(Y: Tensor, *, rough: bool = False) -> tuple[Tensor, Tensor]:
+def whitened(Y: Tensor, square: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """Q with orthonormal columns and R (float64) so that Y = Q R; directions sorted by size.
 
-    Directions below rounding are left out. `rough`: orthonormal to what float32 sums tell.
+    Directions below rounding are left out. `square` is YᵀY, where it is known.
     """
-    values, vectors = torch.linalg.eigh((Y.T @ Y).double() if rough else gram(Y))
+    values, vectors = torch.linalg.eigh(gram(Y) if square is None else square)
     kept = values > max(1e-13 * float(values[-1]), 1e-300)
     values, vectors = values[kept].flip(0).sqrt(), vectors[:, kept].flip(1)
     return Y @ (vectors / values).to(Y.dtype), values[:, None] * vectors.T
+
+
+def roughly_whitened(Y: Tensor) -> tuple[Tensor, Tensor]:
+    """The same, orthonormal to what float32 sums tell."""
+    return whitened(Y, (Y.T @ Y).double())
+
+
+def bordered(T: Tensor, column: Tensor) -> Tensor:
+    """The symmetric T (l, l) with further columns (l + k, k), and the same as rows."""
+    old, size = len(T), len(column)
+    wider = T.new_zeros(size, size)
+    wider[:old, :old] = T
+    wider[:, old:] = column
+    wider[old:] = column.T
+    wider[old:, old:] = (column[old:] + column[old:].T) / 2
+    return wider

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from weft.decompose._orthogonal import orthonormal, whitened
+from weft.decompose._orthogonal import bordered, orthonormal, roughly_whitened
 from weft.decompose._series import to_come
 
 if TYPE_CHECKING:
@@ -66,22 +66,25 @@ class Rough:
 
 
 def directions(matrix: Rough, X: Tensor, rank: int, energy: float) -> Tensor:
-    """An orthonormal basis (n, k) of nearly the space of the k largest right singular vectors.
+    """A basis (n, k) of nearly the space of the k largest right singular vectors.
+
+    It is orthonormal but for rounding.
 
     Args:
         matrix: A (m, n).
-        X: (n, k) orthonormal columns to begin with.
+        X: (n, k) columns to begin with.
         rank: How many of the k directions matter.
         energy: ‖A‖².
     """
     width = X.shape[1]
+    X = roughly_whitened(X)[0]
     blocks, captured = [X], list[float]()
     T = X.new_zeros(0, 0, dtype=torch.float64)
     while True:
-        Q, R = whitened(matrix.matmul(X), rough=True)
+        Q, R = roughly_whitened(matrix.matmul(X))
         Z = matrix.rmatmul(Q)
         found = torch.cat(blocks, 1)
-        T = _bordered(T, found.T @ (Z @ R.to(Z.dtype)))  # Xᵀ AᵀA Xⱼ
+        T = bordered(T, found.T @ (Z @ R.to(Z.dtype)))  # Xᵀ AᵀA Xⱼ
         captured.append(float(torch.linalg.eigvalsh(T)[-rank:].sum()))
         settled = max(_SETTLED * (energy - captured[-1]), _ROUNDED * captured[-1])
         ended = to_come(captured) <= settled or len(blocks) >= _MOST_BLOCKS
@@ -98,14 +101,3 @@ def directions(matrix: Rough, X: Tensor, rank: int, energy: float) -> Tensor:
 def _beside(X: Tensor, basis: Tensor) -> Tensor:
     """X − Q Qᵀ X."""
     return X.addmm(basis, basis.T @ X, alpha=-1)
-
-
-def _bordered(T: Tensor, column: Tensor) -> Tensor:
-    """T with further columns, and the same as rows."""
-    old, size = len(T), len(column)
-    wider = T.new_zeros(size, size)
-    wider[:old, :old] = T
-    wider[:, old:] = column
-    wider[old:] = column.T
-    wider[old:, old:] = (column[old:] + column[old:].T) / 2
-    return wider

@@ -25,7 +25,7 @@ import torch
 
 from weft.decompose import _exact
 from weft.decompose._certificate import Basis, Bordered, Probes, free_bound, probed_bound, probes
-from weft.decompose._orthogonal import gram, orthonormal, whitened
+from weft.decompose._orthogonal import bordered, gram, orthonormal, whitened
 from weft.decompose._rough import directions
 from weft.decompose._series import to_come
 from weft.decompose.matrices import Resized, Turned, residual
@@ -250,6 +250,7 @@ class _Iteration:
         self.proof = proof
         self.X: list[Tensor] = []
         self.Y: list[Tensor] = []
+        self.square = torch.zeros(0, 0, dtype=torch.float64)  # YᵀY
         self.products = 0
         self.captured: list[float] = []
 
@@ -258,44 +259,41 @@ class _Iteration:
         width = -(-(self.rank + _OVERSAMPLING) // _LANES) * _LANES
         width = min(width, matrix.shape[1])
         X = gaussian(matrix.shape[1], width, self.key, torch.float32)
-        X = orthonormal(X, (), 0.0)
         rough, proofs = matrix.rough(), 0
         if rough is not None:
-            X = orthonormal(directions(rough, X, self.rank, matrix.energy), (), 0.0)
+            X = directions(rough, X, self.rank, matrix.energy)
+        X = orthonormal(X, (), 0.0)
         while True:
             # After a rough start one block is mostly enough: the probes that are to prove it are
             # multiplied with it, which takes less time than one after the other.
             drawn = probes([X], self.key + 1) if rough is not None and not self.X else None
-            Y, Z, R, first = self._multiplied(X, drawn)
-            self.X.append(X)
-            self.Y.append(Y)
-            square = gram(torch.cat(self.Y, 1))
-            likely = self._converged(square) or (rough is not None and not proofs)
-            X = orthonormal(Z, self.X, floor)
-            ended = not X.shape[1] or len(self.X) >= _MOST_BLOCKS
+            Z, R, first = self._multiplied(X, drawn)
+            likely = self._converged() or (rough is not None and not proofs)
             # Whether bfloat16 came near enough does not show where nearly nothing is left.
             early = rough is not None and len(self.X) == 1 and self._left() < _TOLD * matrix.energy
-            if (likely and not early) or ended:
-                excess = self._proof(Basis(self.X, square, Z, R, matrix.energy), first)
-                proofs += 1
-                enough = float(excess[-1]) <= self._wanted(self.proof)
-                if ended or enough or proofs >= _MOST_PROOFS:
-                    return self._result(square, excess)
+            excess = self._proof(Z, R, first) if likely and not early else None
+            proofs += excess is not None
+            if excess is not None and (self._is_enough(excess) or proofs >= _MOST_PROOFS):
+                return self._result(excess)
+            X = orthonormal(Z, self.X, floor)
+            if not X.shape[1] or len(self.X) >= _MOST_BLOCKS:
+                return self._result(self._proof(Z, R, first) if excess is None else excess)
 
-    def _multiplied(
-        self, X: Tensor, drawn: Probes | None
-    ) -> tuple[Tensor, Tensor, Tensor, Probes | None]:
-        """Y = A X = Q R, Z = Aᵀ Q and R; and the same of the probes, if there are any."""
+    def _multiplied(self, X: Tensor, drawn: Probes | None) -> tuple[Tensor, Tensor, Probes | None]:
+        """Keep X and Y = A X = Q R; -> Z = Aᵀ Q, R, and the probes with their products, if any."""
         width = X.shape[1]
         both = X if drawn is None else torch.cat([X, drawn.V], 1)
         images = self.matrix.matmul(both)
-        Q, R = whitened(images[:, :width])
-        rest = images[:, width:]
+        Y, rest = images[:, :width], images[:, width:]
+        self.X.append(X)
+        self.Y.append(Y)
+        self.square = bordered(self.square, torch.cat([gram(each, Y) for each in self.Y]))
+        Q, R = whitened(Y, self.square[-width:, -width:])
         back = self.matrix.rmatmul(torch.cat([Q, rest], 1))
         self.products += both.shape[1] + back.shape[1]
         kept = Q.shape[1]
         found = drawn and Probes(drawn.V, drawn.R, rest, back[:, kept:])
-        return images[:, :width], back[:, :kept], R, found
+        return back[:, :kept], R, found
 
     def _wanted(self, bound: float) -> float:
         """The excess that keeps the error within `bound` times the best."""
@@ -305,9 +303,12 @@ class _Iteration:
         """What the last block left of ‖A‖², but for the rounding of products."""
         return self.matrix.energy - self.captured[-1]
 
-    def _converged(self, square: Tensor) -> bool:
+    def _is_enough(self, excess: Tensor) -> bool:
+        return float(excess[-1]) <= self._wanted(self.proof)
+
+    def _converged(self) -> bool:
         """Whether what further blocks would add, as a geometric series, is within the slack."""
-        values = torch.linalg.eigvalsh(square).flip(0)[: self.rank]
+        values = torch.linalg.eigvalsh(self.square).flip(0)[: self.rank]
         self.captured.append(float(values.sum()))
         error = self._left()
         # Of rounding noise each block adds about a third of the one before: less is not believed,
@@ -318,20 +319,22 @@ class _Iteration:
             or error <= ROUNDING**2 * self.matrix.energy
         )
 
-    def _proof(self, basis: Basis, first: Probes | None) -> Tensor:
-        wanted = self._wanted(self.proof)
-        bordered = Bordered(basis, self.rank)
-        excess = free_bound(bordered, basis.left_over)
+    def _proof(self, Z: Tensor, R: Tensor, first: Probes | None) -> Tensor:
+        """(rank) what the best of each rank has more; Z R is AᵀA times the last block."""
+        basis = Basis(self.X, self.square, Z, R, self.matrix.energy)
+        known = Bordered(basis, self.rank)
+        excess = free_bound(known, basis.left_over)
         rounding = self._left() <= ROUNDING**2 * self.matrix.energy
-        if float(excess[-1]) <= wanted or rounding:
+        if self._is_enough(excess) or rounding:
             return excess
         first = first or probes(basis.X, self.key + 1)
-        probed, used = probed_bound(self.matrix, basis, bordered, first, wanted)
+        wanted = self._wanted(self.proof)
+        probed, used = probed_bound(self.matrix, basis, known, first, wanted)
         self.products += used
         return torch.minimum(excess, probed)
 
-    def _result(self, square: Tensor, excess: Tensor) -> Svd:
-        values, vectors = torch.linalg.eigh(square)
+    def _result(self, excess: Tensor) -> Svd:
+        values, vectors = torch.linalg.eigh(self.square)
         sizes = values.flip(0)[: self.rank].clamp_min(0).sqrt()
         vectors = vectors.flip(1)[:, : self.rank]
         left = torch.cat(self.Y, 1) @ (vectors / sizes.clamp_min(1e-300)).to(torch.float32)

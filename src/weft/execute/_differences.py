@@ -6,9 +6,8 @@ import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-import torch
-
 from weft.core.errors import NumericsError
+from weft.core.lazy import torch
 from weft.core.specs import Merge, Scaled, leaves
 from weft.execute._crew import Alone
 from weft.execute._expressions import Evaluator
@@ -54,10 +53,16 @@ class Difference:
         self._layouts = [layout(job) for job in change.jobs]
         refs = [ref for job in change.jobs for ref in leaves(job.expression)]
         wide = any(ref.dtype == "float64" for ref in refs)
-        self.dtype = torch.float64 if wide else torch.float32
+        self._dtype = "float64" if wide else "float32"
         self.rows = sum(each.rows for each in self._layouts)
         self.columns = self._layouts[0].columns
         self._evaluators: dict[int, Evaluator] = {}
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the difference."""
+        found: torch.dtype = getattr(torch, self._dtype)
+        return found
 
     def _evaluator(self, number: int) -> Evaluator:
         """Of one part; those of the others are let go."""
@@ -68,7 +73,7 @@ class Difference:
                     self.change.jobs[number].expression,
                     columns=self.columns,
                     together=self._layouts[number].together,
-                    dtype=str(self.dtype).removeprefix("torch."),
+                    dtype=self._dtype,
                     files=files,
                     workspace=workspace,
                     shared=shared,
@@ -139,24 +144,38 @@ class Difference:
         mean_square = square / max(1, (stop - start) * self.columns)
         return Sums(math.fsum(tuned), square, samples.noise(mean_square), samples.grid)
 
+    def squares(self) -> tuple[float, float]:
+        """‖ΔW‖² and ‖tuned‖².
+
+        Raises:
+            NumericsError: NaN or infinity.
+        """
+        found = [
+            self._squares(evaluator, expression, piece, (None, None), None)
+            for _, evaluator, expression, piece, _ in self._pieces(0, self.rows, None)
+        ]
+        return math.fsum(own for own, _ in found), math.fsum(whole for _, whole in found)
+
     def _squares(
         self,
         evaluator: Evaluator,
         expression: Expression,
         piece: tuple[int, int],
         into: tuple[Tensor | None, Tensor | None],
-        samples: Samples,
+        samples: Samples | None,
     ) -> tuple[float, float]:
         """‖ΔW‖² and ‖W + ΔW‖² of some rows, which are left in both of `into` that are given."""
         out, rough = into
-        block = as_stored(evaluator, expression, *piece, out) if samples.stored else None
+        stored = samples is None or samples.stored
+        block = as_stored(evaluator, expression, *piece, out) if stored else None
         if block is None:
             delta = evaluator.buffer("delta", piece[1] - piece[0]) if out is None else out
             base = _difference(evaluator, expression, *piece, delta)
         else:
             found = squares_of_stored(block, *into)
             if found is not None:
-                samples.add_stored(*sides(block))
+                if samples is not None:
+                    samples.add_stored(*sides(block))
                 return found
             delta, base = block.inputs[0], block.base
         if rough is not None:
@@ -164,7 +183,7 @@ class Difference:
         own, whole = squares_of(delta, base)
         if not math.isfinite(own):
             self._check_finite(delta, base)
-        if base is not None:
+        if base is not None and samples is not None:
             samples.add("base", base)
             samples.add_tuned(base, delta)
         return own, whole

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-import torch
-
+from weft.core.lazy import torch
 from weft.core.specs import Merge, Scaled
 from weft.decompose.noise import Noise, rounding, scaled_ulps, ulps, uneven, with_base
 from weft.plan.extract import stored_as

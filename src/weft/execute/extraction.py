@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Protocol
 import torch
 
 from weft.core.events import Moved, OnEvent
-from weft.core.specs import Merge, Receipt, leaves
+from weft.core.specs import leaves
 from weft.decompose._rough import multiplies_bfloat16
 from weft.decompose.even import Evening
 from weft.decompose.krylov import Svd, key_of, svd_until, truncated_svd
@@ -28,6 +28,7 @@ from weft.execute._decomposed import clear, stacked
 from weft.execute._differences import Difference, Sums
 from weft.execute._expressions import Shared
 from weft.execute._streamed import Streamed
+from weft.execute.compared import compared, cost, receipt
 from weft.execute.threads import one_torch_thread, stream
 from weft.plan.layout import shared_at_once
 
@@ -36,6 +37,7 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
+    from weft.core.specs import Receipt
     from weft.core.wishes import Wishes
     from weft.decompose.noise import Signal
     from weft.plan.extract import Change
@@ -128,11 +130,6 @@ def run(
             state.files.close()
 
 
-def cost(change: Change) -> int:
-    """Bytes that are read of it."""
-    return sum(ref.nbytes for job in change.jobs for ref in leaves(job.expression))
-
-
 def _read_ahead(files: Files, change: Change) -> None:
     for job in change.jobs:
         for ref in leaves(job.expression):
@@ -141,30 +138,31 @@ def _read_ahead(files: Files, change: Change) -> None:
 
 def _one(state: _Run, change: Change) -> None:
     """Read a tensor, decompose it if it is to be, and tell the store."""
-    source = Difference(change, state.files, state.workspace, state.shared)
     if change.action != "decompose":
-        sums = source.sums(0, source.rows)
+        found = compared(change, state.files, state.workspace, state.shared)
         tensors = None
     else:
-        svds, signals, parts = [], [], []
-        # As many rows of the difference as one matrix has; a kernel's are cut otherwise.
-        rows = source.rows // change.form.count
-        for number in range(change.form.count):
-            svd, above, found = _decompose(
-                state, source, number * rows, (number + 1) * rows, number
-            )
-            svds.append(svd)
-            signals.append(above)
-            parts.append(found)
-        sums = Sums(sum(part.tuned for part in parts), sum(part.energy for part in parts))
-        changed = sums.energy > 0
-        shape = change.form.rows, change.form.columns
-        edges = [part.noise.edge(shape) for part in parts]
-        tensors = stacked(svds, signals, edges).tensors() if changed else None
-    new = change.fresh and not isinstance(change.job.expression, Merge)
-    receipt = Receipt(change.name, sums.tuned, sums.energy, None, new or sums.energy > 0)
-    state.store.finish(receipt, tensors)
+        found, tensors = _decomposed(state, change)
+    state.store.finish(found, tensors)
     state.on_event(Moved(cost(change), 0))
+
+
+def _decomposed(state: _Run, change: Change) -> tuple[Receipt, dict[str, Tensor] | None]:
+    """The sums of a tensor, and the factors of its matrices if it changed."""
+    source = Difference(change, state.files, state.workspace, state.shared)
+    svds, signals, parts = [], [], []
+    # As many rows of the difference as one matrix has; a kernel's are cut otherwise.
+    rows = source.rows // change.form.count
+    for number in range(change.form.count):
+        svd, above, sums = _decompose(state, source, number * rows, (number + 1) * rows, number)
+        svds.append(svd)
+        signals.append(above)
+        parts.append(sums)
+    energy = sum(part.energy for part in parts)
+    shape = change.form.rows, change.form.columns
+    edges = [part.noise.edge(shape) for part in parts]
+    tensors = stacked(svds, signals, edges).tensors() if energy > 0 else None
+    return receipt(change, energy, sum(part.tuned for part in parts)), tensors
 
 
 def _decompose(
