@@ -32,7 +32,6 @@ import shutil
 import subprocess
 import sys
 import tempfile
-import time
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -83,21 +82,29 @@ class Verdict:
     met: bool
 
 
+# A process begins with the peak of the one that started it: so a small one does.
+LAUNCH = """
+import os, subprocess, sys, time
+begin = time.perf_counter()
+process = subprocess.Popen(sys.argv[2:])
+_, status, usage = os.wait4(process.pid, 0)
+with open(sys.argv[1], "w") as file:
+    print(time.perf_counter() - begin, usage.ru_maxrss * 1024, file=file)
+os._exit(os.waitstatus_to_exitcode(status) & 255)
+"""
+
+
 def execute(command: tuple[str, ...], folder: Path) -> tuple[float, int, str]:
     """Wall time, peak RSS and stdout of a process; its failure ends the benchmark."""
     env = {**os.environ, "HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1"}
-    with tempfile.TemporaryFile() as out, tempfile.TemporaryFile() as err:
-        begin = time.perf_counter()
-        process = subprocess.Popen(command, cwd=folder, stdout=out, stderr=err, env=env)
-        _, status, usage = os.wait4(process.pid, 0)
-        wall = time.perf_counter() - begin
-        process.returncode = os.waitstatus_to_exitcode(status)
-        out.seek(0)
-        err.seek(0)
-        text, complaint = out.read().decode(), err.read().decode()
-    if process.returncode:
-        sys.exit(f"{' '.join(command)}\nended with {process.returncode}:\n{complaint[-2000:]}")
-    return wall, usage.ru_maxrss * 1024, text
+    with tempfile.NamedTemporaryFile("r") as measured:
+        launch = (sys.executable, "-S", "-c", LAUNCH, measured.name, *command)
+        done = subprocess.run(launch, cwd=folder, capture_output=True, text=True, env=env)
+        if done.returncode:
+            complaint = done.stderr[-2000:]
+            sys.exit(f"{' '.join(command)}\nended with {done.returncode}:\n{complaint}")
+        wall, peak = measured.read().split()
+    return float(wall), int(peak), done.stdout
 
 
 def sample(run: Run, folder: Path) -> Sample:

@@ -169,3 +169,19 @@ def test_an_adapter_has_no_shards(tmp_path: Path) -> None:
     (tmp_path / "e.yml").write_text(RECIPE)
     with pytest.raises(WeftError, match="which has one file"):
         weft.run(tmp_path / "e.yml", output=tmp_path / "out", max_shard_size="5GB")
+
+
+def test_models_that_are_not_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Both at once, with their lines: as in a recipe of a merge."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "e.yml").write_text("rank: 4\nfinetune: ./tuned\nbase_model: ./base\n")
+    for run in (weft.plan_run, lambda path: weft.run(path, output="out")):
+        with pytest.raises(RecipeError) as error:
+            run("e.yml")
+        text = str(error.value)
+        assert "2 problems in e.yml" in text
+        assert "./tuned" in text
+        assert "finetune, line 2, column" in text
+        assert "./base" in text
+        assert "base_model, line 3, column" in text
+    assert not (tmp_path / "out").exists()

@@ -124,6 +124,23 @@ def test_all_kinds_of_misfits_at_once(root: Path) -> None:
     assert [f"line {line}, " in problem for line, problem in zip((4, 5, 6, 8), found, strict=True)]
 
 
+def test_another_depth_hides_no_other_misfit(root: Path) -> None:
+    found = of("a", "deep", "more", "b", "wide")
+    assert [problem.split(" ")[0] for problem in found] == ["deep", "more", "wide"]
+    assert "vocab_size 44 in place of 40" in found[1]
+    assert "hidden_size 64 in place of 48" in found[2]
+
+
+def test_a_range_that_is_too_long_is_said_beside_a_missing_model(root: Path) -> None:
+    found = said(
+        "merge_method: linear\nslices:\n  - sources:\n    - {model: a, layer_range: [0, 7]}\n"
+        "    - {model: ./absent, layer_range: [0, 7]}\nparameters: {weight: 1}\n"
+    )
+    assert len(found) == 2
+    assert "reaches past the 2 layers of a  @ slices[0].sources[0].layer_range" in found[0]
+    assert "absent" in found[1]
+
+
 # ------------------------------------------------------------------------------ what is the cause
 
 

@@ -218,11 +218,13 @@ def _extraction(
     if tensors != "same":
         what = f"{name} makes an adapter, of the tensors that both models have"
         raise WeftError(what, f"no --tensor-{tensors}")
+    missing = _missing([rough(document, named)], Models(cache_dir), Path(path).parent)
     try:
         found = extraction.read(document, name)
     except RecipeError as error:
-        missing = _missing([rough(document, named)], Models(cache_dir), Path(path).parent)
         raise RecipeError(name, [*error.problems, *missing]) from None
+    if missing:
+        raise RecipeError(name, missing)
     wishes = found.wishes
     return replace(found, wishes=replace(wishes, seed=wishes.seed or seed))
 

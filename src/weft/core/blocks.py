@@ -14,6 +14,9 @@ BLOCK = {"cpu": 2**19, "cuda": 2**24}  # elements
 # Compiled loops of merge methods have theirs nearer: with blocks so many times as large the
 # interpreter has less to do.
 COMPILED = 2
+# The same where they only compare: with each call a thread asks for the interpreter, which another
+# may keep for longer than the call takes.
+COMPARED = 16
 # A strip is what one thread takes from the queue and writes at once, large enough for any disk;
 # sums are added per strip, in order.
 STRIP = {"cpu": 2**22, "cuda": 2**24}  # elements

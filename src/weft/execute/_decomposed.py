@@ -100,10 +100,9 @@ class Decomposed:
     def factors(self, rank: int, scaling: float) -> list[tuple[Tensor, Tensor]]:
         """(U √Σ, V √Σ) of each matrix, (m, rank) and (n, rank), float64, divided by √scaling."""
         found = []
-        root = math.sqrt(scaling)
         for left, values, right in zip(self.left, self.spectrum.values, self.right, strict=True):
-            A, B = split(left[:, :rank], values[:rank], right[:, :rank])
-            found.append((_padded(B, rank) / root, _padded(A.T, rank) / root))
+            A, B = split(left[:, :rank], values[:rank] / scaling, right[:, :rank])
+            found.append((_padded(B, rank), _padded(A.T, rank)))
         return found
 
 
@@ -130,6 +129,8 @@ def decomposed_of(tensors: Mapping[str, Tensor]) -> Decomposed:
 
 def _padded(values: Tensor, rank: int) -> Tensor:
     """With columns of zeros up to `rank`."""
+    if values.shape[1] == rank:
+        return values
     return torch.nn.functional.pad(values, (0, rank - values.shape[1]))
 
 

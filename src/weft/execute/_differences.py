@@ -6,11 +6,13 @@ import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from weft.core.blocks import COMPARED, COMPILED
 from weft.core.errors import NumericsError
 from weft.core.lazy import torch
 from weft.core.specs import Merge, Scaled, leaves
 from weft.execute._crew import Alone
 from weft.execute._expressions import Evaluator
+from weft.execute._loops import reads
 from weft.execute._rounding import NONE, Samples
 from weft.execute._squares import as_stored, sides, squares_of, squares_of_stored
 from weft.plan.layout import layout
@@ -78,6 +80,7 @@ class Difference:
                     workspace=workspace,
                     shared=shared,
                     helpers=Alone(),
+                    times=COMPARED if reads(self.change.jobs[number].expression) else COMPILED,
                 )
             }
         return self._evaluators[number]

@@ -6,10 +6,11 @@ import math
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from weft import deltas, methods, native
+from weft import deltas, methods
 from weft.core.blocks import BLOCK, COMPILED, cut
 from weft.core.lazy import torch
 from weft.core.specs import AddDeltas, Delta, Expression, Load, Merge, Rows, Scaled, shape_of
+from weft.execute._loops import compiled
 from weft.execute._operands import Reader
 from weft.execute._scales import scales, spread
 from weft.execute._sources import Blocks, Helpers, Shared, Source
@@ -47,7 +48,8 @@ class Evaluator:
     """The expression of a job made ready: small factors in memory, statistics taken.
 
     Blocks may then be evaluated in any order and in any thread; each uses its own buffers of
-    `workspace`, whose names grow with the depth of the expression.
+    `workspace`, whose names grow with the depth of the expression. Those of compiled loops are
+    `times` as large.
     """
 
     def __init__(
@@ -62,6 +64,7 @@ class Evaluator:
         shared: Shared,
         helpers: Helpers,
         held: Held | None = None,
+        times: int = COMPILED,
     ) -> None:
         self.held = held
         self.files = files
@@ -69,9 +72,8 @@ class Evaluator:
         self.shared = shared
         self._dtype = dtype
         # Whether compiled loops do the arithmetic, of dtypes that they read.
-        on_cpu = workspace.kind == "cpu"
-        self.compiles = dtype == "float32" and on_cpu and native.library() is not None
-        self._times = COMPILED if self.compiles and isinstance(expression, Merge) else 1
+        self.compiles = dtype == "float32" and compiled(workspace.kind)
+        self._times = times if self.compiles and isinstance(expression, Merge) else 1
         self.columns = columns
         self._together = together
         self._helpers = helpers

@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from weft import native
-from weft.core.specs import Load, Merge, children, leaves
 from weft.core.sums import dot
+from weft.execute._loops import reads
 from weft.native import Numbers
 
 if TYPE_CHECKING:
@@ -27,12 +27,7 @@ def as_stored(
     evaluator: Evaluator, expression: Expression, first: int, last: int, out: Tensor | None
 ) -> Block | None:
     """Two tensors that compiled loops read, not widened yet: then into `out`; None of others."""
-    if not isinstance(expression, Merge) or expression.base in expression.inputs:
-        return None
-    plain = all(isinstance(each, Load) for each in children(expression))
-    if not (
-        plain and evaluator.compiles and all(native.reads(r.dtype) for r in leaves(expression))
-    ):
+    if not (evaluator.compiles and reads(expression)):
         return None
     return evaluator.block(expression, first, last, "", out)
 

@@ -10,12 +10,12 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
-from weft import native
 from weft.core.events import Moved, OnEvent
-from weft.core.specs import Load, Merge, Receipt, children, leaves
+from weft.core.specs import Merge, Receipt, leaves
 from weft.execute._blocks import Files, Workspace
 from weft.execute._differences import Difference
 from weft.execute._expressions import Shared
+from weft.execute._loops import compiled, reads
 from weft.plan.layout import shared_at_once
 
 if TYPE_CHECKING:
@@ -82,12 +82,5 @@ def ahead(
 
 def _is_plain(change: Change) -> bool:
     """Not decomposed, and of tensors that compiled loops read, in each of its parts."""
-    if change.action == "decompose" or native.library() is None:
-        return False
     parts = [job.expression for job in change.jobs]
-    return all(
-        isinstance(part, Merge)
-        and all(isinstance(side, Load) for side in children(part))
-        and all(native.reads(ref.dtype) for ref in leaves(part))
-        for part in parts
-    )
+    return change.action != "decompose" and compiled("cpu") and all(map(reads, parts))

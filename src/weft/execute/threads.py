@@ -22,12 +22,13 @@ from weft.core.dtypes import itemsize
 from weft.core.errors import WeftError
 from weft.core.events import Moved, OnEvent
 from weft.core.lazy import torch, torch_is_loaded
-from weft.core.specs import Load, Merge, Receipt, TensorJob, children, leaves
+from weft.core.specs import Receipt, TensorJob
 from weft.execute._blocks import Files, Workspace
 from weft.execute._crew import Crew
 from weft.execute._expressions import Shared, task_of
 from weft.execute._held import Pool
 from weft.execute._kernel import Kernel, Sums
+from weft.execute._loops import compiled, reads
 from weft.plan.layout import layout, shared_at_once
 
 if TYPE_CHECKING:
@@ -75,7 +76,7 @@ def parted(jobs: Sequence[TensorJob], device: str) -> tuple[list[TensorJob], lis
 
     Jobs that are copies are neither.
     """
-    loops = device == "cpu" and native.library() is not None
+    loops = compiled(device)
     jobs = [job for job in jobs if not job.is_copy]
     plain = [job for job in jobs if loops and _is_plain(job)]
     names = {job.name for job in plain}
@@ -85,17 +86,9 @@ def parted(jobs: Sequence[TensorJob], device: str) -> tuple[list[TensorJob], lis
 def _is_plain(job: TensorJob) -> bool:
     """A method of which loops are all that there is, on tensors that they read."""
     merge = job.expression
-    if not isinstance(merge, Merge):
+    if not reads(merge) or not native.reads(job.dtype):
         return False
-    own = methods.method(merge.method)
-    apart = not own.TASK_VECTORS or merge.base not in merge.inputs  # a task vector of zeros is made
-    return (
-        apart
-        and all(isinstance(each, Load) for each in children(merge))
-        and all(native.reads(ref.dtype) for ref in leaves(merge))
-        and native.reads(job.dtype)
-        and methods.without_torch(own, task_of(merge, layout(job).columns))
-    )
+    return methods.without_torch(methods.method(merge.method), task_of(merge, layout(job).columns))
 
 
 @dataclass(slots=True)

@@ -97,19 +97,18 @@ def _stacks(source: Source, belongs: Belongs, views: Views) -> list[Stack]:
 
 
 def _whole(each: Slice, belongs: Belongs, views: Views, fit: Fit) -> Iterator[Planned]:
-    """All layers of models that have equally many."""
+    """All layers of models that have equally many, and what is in none."""
     counts: dict[str, list[tuple[Source, int]]] = {}
     for source in each.sources:
         for stack in _stacks(source, belongs, views):
             counts.setdefault(stack.path, []).append((source, stack.count))
-    fitting = [fit.layers(path, found) for path, found in counts.items()]
-    if not all(fitting):
-        return
+    # What is said of these is enough.
+    odd = tuple(f"{path}." for path, found in counts.items() if not fit.layers(path, found))
     stacks = _stacks(each.sources[0], belongs, views)
     owners: dict[str, ModelName] = {}
     for source in each.sources:
         for name in views[source.model].tensors:
-            if belongs(name):
+            if belongs(name) and not name.startswith(odd):
                 owners.setdefault(name, source.model)
     for name, owner in owners.items():
         where = place(name, stacks)

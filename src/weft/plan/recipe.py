@@ -120,8 +120,8 @@ def misfits(recipe: Recipe, views: Views) -> list[Problem]:
     if not there.modules:
         return problems
     fit, donor = Fit(there, views), views[there.models()[0]]
-    for module, belongs in modules_of(there, donor, views, []):
-        for each in planned(module, belongs, views, donor, fit, []):
+    for module, belongs in modules_of(there, donor, views, problems):
+        for each in planned(module, belongs, views, donor, fit, problems):
             named = zip(each.slice.sources, each.inputs, strict=True)
             found = [(source, views[source.model].tensor(name)) for source, name in named]
             fit.shapes(each.name, [(source, job) for source, job in found if job])
