@@ -355,6 +355,19 @@ def test_vllm_is_named_where_it_takes_the_adapter(tmp_path: Path, options: dict[
     assert manifest["serving"].startswith("PEFT, vLLM") == (vllm.refusals(adapter) == [])
 
 
+def test_vllm_has_no_rank_above_512(tmp_path: Path) -> None:
+    """Of its --max-lora-rank."""
+    for name, seed in (("base", 0), ("tuned", 1)):
+        generator = torch.Generator().manual_seed(seed)
+        weight = 0.02 * torch.randn(640, 640, generator=generator)
+        pairs.write(tmp_path / name, {"model.layers.0.self_attn.q_proj.weight": weight})
+    for rank, taken in ((512, True), (513, False)):
+        adapter, manifest = extract(tmp_path, str(rank), rank=rank)
+        assert manifest["serving"].startswith("PEFT, vLLM") == taken
+        assert (vllm.refusals(adapter) == []) == taken
+    assert "vLLM has no rank above 512" in manifest["serving"]
+
+
 # ---------------------------------------------------------------------------- what is left as it is
 
 

@@ -75,9 +75,12 @@ def bytes_of(folder: Path) -> bytes:
     return (folder / "adapter_model.safetensors").read_bytes()
 
 
-@pytest.mark.parametrize("rule", [{"rank": 8}, {"energy": 0.7}, {"size": "200kB"}])
-def test_threads_and_seeds(tmp_path: Path, rule: dict[str, Any]) -> None:
-    pairs.pair(tmp_path)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(
+    "rule", [{"rank": 8}, {"energy": 0.7}, {"size": "200kB"}, {"rank": "auto"}]
+)
+def test_threads_and_seeds(tmp_path: Path, rule: dict[str, Any], dtype: torch.dtype) -> None:
+    pairs.pair(tmp_path, dtype)
     one, _ = extract(tmp_path, "one", threads=1, **rule)
     four, _ = extract(tmp_path, "four", threads=4, **rule)
     assert bytes_of(one) == bytes_of(four)

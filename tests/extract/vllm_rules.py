@@ -36,6 +36,8 @@ def refusals(adapter: Path, base: Path | None = None) -> list[str]:
         tensor.shape[0 if key.endswith(("A.weight", "embedding_A")) else 1]
         for key, tensor in factors.items()
     }
+    if max(ranks, default=0) > 512:
+        found.append("a rank above every max_lora_rank")
     if ranks != {config["r"]}:
         found.append("ranks other than r")
     if any(tensor.dim() != 2 for tensor in factors.values()):

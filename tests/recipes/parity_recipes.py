@@ -271,7 +271,41 @@ dtype: float32
 """
 
 # What other tools of MergeKit make, or where Weft differs.
+# What an input has of its own goes by its tensor's name, and what all share by the output's.
+MOVED = """\
+merge_method: linear
+slices:
+  - sources:
+      - model: llama-deep
+        layer_range: [2, 4]
+        parameters: {weight: [{filter: "layers.3.", value: 0.9}, {value: 0.2}]}
+      - model: llama-a
+        layer_range: [0, 2]
+        parameters:
+          weight:
+            - {filter: "layers.1.", value: 0.7}
+            - {filter: "layers.0.mlp", value: 0.1}
+            - {value: 0.4}
+  - sources:
+      - {model: llama-a, layer_range: [1, 3], parameters: {weight: 0.3}}
+      - model: llama-deep
+        layer_range: [3, 5]
+        parameters: {weight: [{filter: "layers.4.", value: 2}, {value: 1}]}
+parameters:
+  normalize:
+    - {filter: "layers.1.", value: false}
+    - {filter: "layers.3.", value: false}
+    - {value: true}
+dtype: float32
+"""
+APPENDED = """\
+merge_method: karcher
+base_model: llama-base
+models: [{model: llama-a}, {model: llama-b}]
+dtype: float32
+"""
 OTHERS = {"several": SEVERAL, "more in the last": MORE_IN_THE_LAST}
+OTHERS |= {"filters in moved slices": MOVED, "base appended": APPENDED}
 OTHERS |= {"mixtral slerp, fused": of_method("slerp", "mixtral")}
 OTHERS |= {f"{kind} arcee_fusion": FUSION.replace("{kind}", kind) for kind in ("llama", "gemma3vl")}
 OTHERS |= {"adapter on bfloat16": ADAPTER_ON_BFLOAT16, "tied base": TIED_BASE}

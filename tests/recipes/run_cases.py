@@ -67,6 +67,10 @@ STATE_DICTS = {
     "parameters: {t: [{filter: conv, value: 0.2}, {value: 0.7}]}\n",
     "model_stock": "merge_method: model_stock\nbase_model: c.pth\n"
     "models: [model: a.safetensors, model: b.bin]\n",
+    # The first value counts, also for what looks like layers.
+    "gradient": "merge_method: linear\nmodels:\n"
+    "  - {model: a.safetensors, parameters: {weight: [0.7, 0.1]}}\n"
+    "  - {model: b.bin, parameters: {weight: [0.2, 0.4, 0.9]}}\n",
 }
 _SOME = "dtype: float32\nmodels:\n  - {model: a.safetensors, parameters: {weight: 0.7}}\n"
 _SOME += "  - {model: b.bin, parameters: {weight: 0.4}}\n"

@@ -66,6 +66,17 @@ def test_equal_to_one_after_the_other(root: Path) -> None:
     assert not (root / "linear").exists()
 
 
+def test_a_document_named_like_its_method(root: Path) -> None:
+    """MergeKit takes the name of a merge for that of a method."""
+    ties = "merge_method: ties\nbase_model: base\nmodels: [model: a, model: b]\n"
+    ties += "parameters: {weight: 0.6, density: 0.5}\n"
+    last = "merge_method: passthrough\nmodels: [model: ties]\n"
+    alone = run(root, ties, "alone")
+    named = run(root, f"name: ties\n{ties}---\n{last}")
+    assert named.keys() == alone.keys()
+    assert all(torch.equal(value, alone[name]) for name, value in named.items())
+
+
 def test_nothing_in_between_is_rounded(root: Path) -> None:
     """A bfloat16 document in the middle of a chain costs no precision, unlike one on the disk."""
     first = LINEAR.replace("slerp", "slerp\ndtype: bfloat16")

@@ -60,6 +60,38 @@ def test_an_untied_config_has_its_head(tmp_path: Path) -> None:
     assert report.warnings == ()
 
 
+def test_gradients_end_in_a_single_layer_and_leave_the_rest_at_its_begin(tmp_path: Path) -> None:
+    """As in MergeKit, a list of one layer is at 1, and what is in no layer at 0."""
+    for number, name in enumerate(("a", "b")):
+        write_model(tmp_path / name, "llama", number, layers=1)
+    models = [
+        {"model": str(tmp_path / "a"), "parameters": {"weight": [1, 0]}},
+        {"model": str(tmp_path / "b"), "parameters": {"weight": [0, 1]}},
+    ]
+    a, b = (load_file(tmp_path / name / "model.safetensors") for name in ("a", "b"))
+    _, found = run(tmp_path, {"merge_method": "linear", "models": models, "dtype": "float32"})
+    for name, value in found.items():
+        want = b if ".layers.0." in name else a
+        np.testing.assert_array_equal(value, want[name], err_msg=name)
+
+
+def test_a_head_that_a_tied_slice_brings_is_at_the_begin_of_gradients(tmp_path: Path) -> None:
+    write_model(tmp_path / "untied", "llama", 1)
+    for number, name in enumerate(("one", "two"), 2):
+        write_model(tmp_path / name, "llama", number, tied=True)
+    last = [
+        {"model": str(tmp_path / name), "layer_range": [2, 3], "parameters": {"weight": weight}}
+        for name, weight in (("one", [1, 0]), ("two", [0, 1]))
+    ]
+    first = {"model": str(tmp_path / "untied"), "layer_range": [0, 2], "parameters": {"weight": 1}}
+    slices = [{"sources": [first]}, {"sources": last}]
+    _, found = run(tmp_path, {"merge_method": "linear", "slices": slices, "dtype": "float32"})
+    one, two = (load_file(tmp_path / name / "model.safetensors") for name in ("one", "two"))
+    np.testing.assert_array_equal(found["lm_head.weight"], one["model.embed_tokens.weight"])
+    name = "mlp.up_proj.weight"
+    np.testing.assert_array_equal(found[f"model.layers.2.{name}"], two[f"model.layers.2.{name}"])
+
+
 def test_weights_that_cancel_but_for_rounding(tmp_path: Path) -> None:
     write_model(tmp_path / "a", "llama", 1)
     write_model(tmp_path / "b", "llama", 2)

@@ -239,7 +239,12 @@ def test_another_run_is_not_resumed(
 
 
 @pytest.mark.parametrize("method", SETTINGS)
-def test_threads_change_no_bit(method: str, small: Path, tmp_path: Path) -> None:
+def test_threads_change_no_bit(
+    method: str, small: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of tensors in several strips, which threads share."""
+    monkeypatch.setitem(blocks.STRIP, "cpu", 2000)
+    monkeypatch.setitem(blocks.BLOCK, "cpu", 500)
     for threads in (1, 2, 5):
         weft.run(small / f"{method}.yml", output=tmp_path / str(threads), threads=threads)
     for threads in (2, 5):
@@ -247,9 +252,14 @@ def test_threads_change_no_bit(method: str, small: Path, tmp_path: Path) -> None
 
 
 @pytest.mark.parametrize("method", SETTINGS)
-@pytest.mark.parametrize("size", [400, 5000])
+@pytest.mark.parametrize(("size", "strip"), [(400, None), (5000, None), (400, 2000)])
 def test_blocks_change_nothing(
-    method: str, size: int, small: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    method: str,
+    size: int,
+    strip: int | None,
+    small: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """The same elements are kept, however tensors are cut; TIES to the bit.
 
@@ -258,6 +268,8 @@ def test_blocks_change_nothing(
     """
     weft.run(small / f"{method}.yml", output=tmp_path / "usual")
     monkeypatch.setitem(blocks.BLOCK, "cpu", size)
+    if strip is not None:
+        monkeypatch.setitem(blocks.STRIP, "cpu", strip)
     weft.run(small / f"{method}.yml", output=tmp_path / "cut")
     if method == "ties":
         assert _files(tmp_path / "cut") == _files(tmp_path / "usual")

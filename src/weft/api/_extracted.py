@@ -247,6 +247,7 @@ def _bytes(dtype: str, shape: Iterable[int]) -> int:
     return math.prod(shape) * itemsize(dtype)
 
 
+_MOST_SERVED = 512  # vLLM's largest --max-lora-rank
 # Kind of a module -> what it is called; servers have layers with LoRA for none of them.
 _PEFTS_ALONE = {"conv1d": "Conv1D", "kernel": "convolutions"}
 
@@ -264,6 +265,8 @@ def _serving(form: AdapterForm) -> str:
     others = [name for kind, name in _PEFTS_ALONE.items() if kind in kinds]
     if others:
         reasons.append(f"they have no LoRA for {' and '.join(others)}")
+    if max(form.ranks.values(), default=0) > _MOST_SERVED:
+        reasons.append(f"vLLM has no rank above {_MOST_SERVED}")
     if not reasons:
         return "PEFT, vLLM and others: one rank, and nothing saved in full"
     rest = "" if config["target_parameters"] or others else " (--uniform-rank)"

@@ -18,6 +18,7 @@ from importlib.metadata import version
 from cyclopts import App, CycloptsError, MissingArgumentError, UnusedCliTokensError
 
 from weft.cli import mergekit_options
+from weft.core import lazy
 from weft.core.errors import WeftError
 from weft.core.units import clean
 from weft.formats.hub import asked_once
@@ -69,10 +70,10 @@ def _version() -> str:
 def run() -> None:
     """`weft` as a process: `main`, without most of a second in the garbage collector.
 
-    Importing torch makes a million objects that live until the end; looking through them again and
-    again finds nothing, and the system takes them back faster than the interpreter does.
+    The system takes a million objects of torch back faster than the interpreter does.
     """
     gc.set_threshold(50_000)
+    lazy.alone = True
     code: str | int | None = 0
     try:
         main()

@@ -36,6 +36,7 @@ _DOUBT = 1e-6
 _PROBES = 24
 _STEPS = 12
 _STEEP = 1e-5  # β is not inverted, if its singular values differ by more
+_NEAR = 5e-3  # of μ, which may be that much more than is proved
 _ROUNDED = 1e-6  # of √(‖H‖ ‖H₂‖): what float32 may add to a product with H₂
 
 
@@ -217,25 +218,25 @@ class _Lanczos:
         blocks.
         """
         low, high = self.largest, 2 * self.largest
-        while self._growth(high) < self.most:
+        inverses = [torch.linalg.inv(beta) for beta in self.betas]
+        while not self._outgrows(high, inverses):
             low, high = high, 2 * high
             if not math.isfinite(high):
                 return high
-        while high - low > 1e-3 * high:
+        while high - low > _NEAR * high:
             middle = (low + high) / 2
-            low, high = (low, middle) if self._growth(middle) > self.most else (middle, high)
+            low, high = (low, middle) if self._outgrows(middle, inverses) else (middle, high)
         return high
 
-    def _growth(self, x: float) -> float:
-        """σ_min(Σ Pⱼ(x) Pⱼ(x)ᵀ)."""
+    def _outgrows(self, x: float, inverses: Sequence[Tensor]) -> bool:
+        """Whether σ_min(Σ Pⱼ(x) Pⱼ(x)ᵀ) is more than `most`; `inverses` are those of β."""
         identity = torch.eye(self.alphas[0].shape[0], dtype=torch.float64)
-        before, now, total = torch.zeros_like(identity), identity, identity.clone()
-        for n, (alpha, beta) in enumerate(zip(self.alphas, self.betas, strict=True)):
+        before, now, total = torch.zeros_like(identity), identity, identity * (1 - self.most)
+        for n, (alpha, inverse) in enumerate(zip(self.alphas, inverses, strict=True)):
             after = x * now - now @ alpha
             if n:
                 after -= before @ self.betas[n - 1].T
-            before, now = now, torch.linalg.solve(beta, after, left=False)
+            before, now = now, after @ inverse
             total += now @ now.T
-        if not bool(total.isfinite().all()):
-            return 0.0  # nothing is proved
-        return float(torch.linalg.eigvalsh(total)[0])
+        # It has a Cholesky factor, then; what is not finite proves nothing.
+        return bool(total.isfinite().all()) and not int(torch.linalg.cholesky_ex(total).info)

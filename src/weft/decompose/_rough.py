@@ -85,15 +85,15 @@ def directions(matrix: Rough, X: Tensor, rank: int, energy: float) -> Tensor:
         Z = matrix.rmatmul(Q)
         found = torch.cat(blocks, 1)
         T = bordered(T, found.T @ (Z @ R.to(Z.dtype)))  # Xᵀ AᵀA Xⱼ
-        captured.append(float(torch.linalg.eigvalsh(T)[-rank:].sum()))
+        captured.append(float(torch.linalg.eigvalsh(T.float())[-rank:].sum()))
         settled = max(_SETTLED * (energy - captured[-1]), _ROUNDED * captured[-1])
         ended = to_come(captured) <= settled or len(blocks) >= _MOST_BLOCKS
         if not ended:
             floor = _NOISE * float(Z.norm(dim=0).max())
             X = _beside(orthonormal(_beside(Z, found), (), floor), found)
         if ended or not X.shape[1]:
-            vectors = torch.linalg.eigh(T)[1]
-            best: Tensor = found @ vectors[:, -width:].float()
+            vectors = torch.linalg.eigh(T.float())[1]
+            best: Tensor = found @ vectors[:, -width:]
             return best
         blocks.append(X)
 

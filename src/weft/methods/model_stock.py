@@ -64,7 +64,8 @@ def block(task: Task, state: None, block: Block) -> Tensor:
     norms = [torch.linalg.vector_norm(each, dim=1, dtype=torch.float64) for each in rows]
     mean = torch.zeros_like(norms[0])
     for i, j in combinations(range(len(rows)), 2):
-        products = (rows[i] * rows[j]).sum(1, dtype=torch.float64)
+        # Rows may be nearly opposite, or as near as float32 tells: nothing is rounded before.
+        products = (rows[i].double() * rows[j]).sum(1)
         mean += (products / (norms[i] * norms[j]).clamp_(min=LEAST)).clamp_(-1, 1)
     mean /= math.comb(len(rows), 2)
     denominator = 1 + (len(rows) - 1) * mean

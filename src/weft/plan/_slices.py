@@ -104,7 +104,9 @@ def _whole(each: Slice, belongs: Belongs, views: Views, fit: Fit) -> Iterator[Pl
             counts.setdefault(stack.path, []).append((source, stack.count))
     # What is said of these is enough.
     odd = tuple(f"{path}." for path, found in counts.items() if not fit.layers(path, found))
-    stacks = _stacks(each.sources[0], belongs, views)
+    # Files of tensors alone have no layers to mergekit-pytorch, whatever their names look like.
+    bare = not any(views[source.model].config for source in each.sources)
+    stacks = [] if bare else _stacks(each.sources[0], belongs, views)
     owners: dict[str, ModelName] = {}
     for source in each.sources:
         for name in views[source.model].tensors:

@@ -102,7 +102,14 @@ def plan_recipe(
         side_files=tuple(files),
         inputs=tuple(_inputs(recipe, views)),
         notes=tuple(
-            dict.fromkeys([*recipe.notes, *_left_out(draft), *(n for p in plans for n in p.notes)])
+            dict.fromkeys(
+                [
+                    *recipe.notes,
+                    *_without_layers(draft),
+                    *_left_out(draft),
+                    *(n for p in plans for n in p.notes),
+                ]
+            )
         ),
         beside=tuple(beside),
         warnings=tuple(
@@ -311,6 +318,28 @@ def _identical(jobs: Sequence[TensorJob]) -> bool:
     )
 
 
+def _without_layers(draft: _Draft) -> list[str]:
+    """Gradients over the layers of files that have no config to count them."""
+    recipe = draft.recipe
+    slices = [each for module in recipe.modules for each in module.slices]
+    sources = [source for each in slices for source in each.sources]
+    if any(view.config for view in draft.views.values()) or any(s.layers for s in sources):
+        return []
+    settings = [recipe.parameters, *(each.parameters for each in recipe.modules)]
+    settings += [*(each.parameters for each in slices), *(each.parameters for each in sources)]
+    lists = [
+        name
+        for each in settings
+        for name, conditions in each.items()
+        if any(isinstance(c.value, tuple) and len(c.value) > 1 for c in conditions)
+    ]
+    return [
+        f"{name}: files of tensors have no layers, and the first value of the list is that of all, "
+        "as in mergekit-pytorch"
+        for name in dict.fromkeys(lists)
+    ]
+
+
 def _left_out(draft: _Draft) -> list[str]:
     """What not all models hold, and so is left out, or made of those that do."""
     notes = [
@@ -371,7 +400,9 @@ def _sharded(jobs: list[TensorJob], donor: View, limit: int | None) -> list[Tens
         sizes = {job.name: job_bytes(job) for job in donor.plan.jobs}
         if same and all(job_bytes(job) <= sizes[job.name] for job in jobs):
             several = len(set(homes.values())) > 1
-            return jobs if several else [replace(job, shard=ALONE) for job in jobs]
+            # Diffusers looks for a name of its own.
+            kept = several or "_class_name" in donor.config
+            return jobs if kept else [replace(job, shard=ALONE) for job in jobs]
     return reshard(jobs, limit or SHARD)
 
 
