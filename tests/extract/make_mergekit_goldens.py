@@ -19,7 +19,7 @@ from pathlib import Path
 HERE = Path(__file__).absolute().parent
 sys.path.insert(0, str(HERE.parent / "recipes"))
 
-from mergekit_cases import CASES  # noqa: E402
+from mergekit_cases import CASES, form_of  # noqa: E402
 from parity_models import fingerprint, write_all  # noqa: E402
 from safetensors.numpy import load_file  # noqa: E402
 
@@ -35,7 +35,7 @@ models:
 def main() -> None:
     weft = sys.argv[1]
     kit = str(Path(sys.executable).with_name("mergekit-yaml"))
-    goldens = {}
+    goldens, forms = {}, {}
     with tempfile.TemporaryDirectory() as folder:
         root = Path(folder)
         write_all(root)
@@ -47,11 +47,13 @@ def main() -> None:
             found = {}
             for file in sorted((root / "out").glob("*.safetensors")):
                 found |= {key: fingerprint(value) for key, value in load_file(file).items()}
-            goldens[name] = found
+            goldens[name], forms[name] = found, form_of(root / "adapter")
             run(["rm", "-r", "out", "adapter", "cache"], root)
-    lines = [f"{json.dumps(k)}: {json.dumps(v)}" for k, v in goldens.items()]
-    head = f'{{"mergekit": "{version("mergekit")}",\n"cases": {{\n'
-    text = head + ",\n".join(lines) + "\n}}\n"
+    parts = [f'{{"mergekit": "{version("mergekit")}"']
+    for kind, cases in (("cases", goldens), ("adapters", forms)):
+        lines = [f"{json.dumps(k)}: {json.dumps(v)}" for k, v in cases.items()]
+        parts.append(f'"{kind}": {{\n' + ",\n".join(lines) + "\n}")
+    text = ",\n".join(parts) + "}\n"
     (HERE / "mergekit_goldens.json").write_text(text)
 
 

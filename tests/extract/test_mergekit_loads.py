@@ -12,11 +12,11 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
-from tests.extract.mergekit_cases import CASES
+from tests.extract.mergekit_cases import CASES, form_of
 from tests.recipes.parity_models import fingerprint, write_all
 from weft.cli.app import main
 
-GOLDENS = json.loads(Path(__file__).with_name("mergekit_goldens.json").read_text())["cases"]
+TRUTH = json.loads(Path(__file__).with_name("mergekit_goldens.json").read_text())
 
 
 @pytest.fixture(scope="module")
@@ -38,8 +38,9 @@ def test_mergekit_has_the_merged_model(name: str, models: Path, tmp_path: Path) 
     adapter, out = tmp_path / "adapter", tmp_path / "out"
     run("extract", models / tuned, "--base", models / base, "-o", adapter, "-q", *options)
     run("merge", models / base, adapter, "-o", out, "-q")
+    assert form_of(adapter) == TRUTH["adapters"][name]  # what MergeKit was given, to the key
     found = load_file(out / "model.safetensors")
-    golden = GOLDENS[name]
+    golden = TRUTH["cases"][name]
     head = "lm_head.weight"
     if head not in found:  # PEFT's copy of a saved tied table; the same as the embedding
         assert golden.pop(head, None) in (None, golden["model.embed_tokens.weight"])
