@@ -116,3 +116,12 @@ def test_mistakes(
     assert (code, out) == (2, "")
     assert error in err.splitlines()[0]
     assert err.splitlines()[1].startswith("hint: ")
+
+
+def test_some_tensors_do_not_tell_of_the_merge(folders: Folders) -> None:
+    base, merged = folders.base(tensors={"norm.weight": torch.ones(8)}), folders.root / "merged"
+    weft.merge(base, folders.adapter(), output=merged)
+    assert run(merged, base)[0] == 1
+    code, out, _ = run(merged, base, "--filter", "norm")
+    assert code == 0
+    assert "changed nothing" not in out

@@ -355,6 +355,22 @@ def test_vllm_is_named_where_it_takes_the_adapter(tmp_path: Path, options: dict[
     assert manifest["serving"].startswith("PEFT, vLLM") == (vllm.refusals(adapter) == [])
 
 
+def test_another_base_of_the_same_shapes_is_said(tmp_path: Path) -> None:
+    pairs.pair(tmp_path)
+    other = {
+        name: 0.02 * torch.randn(W.shape, generator=torch.Generator().manual_seed(9))
+        for name, W in pairs.weights().items()
+    }
+    pairs.write(tmp_path / "other", other)
+    report = weft.extract(
+        tmp_path / "tuned", base=tmp_path / "other", output=tmp_path / "odd", rank=4
+    )
+    (said,) = (each for each in report.warnings if "more than training does" in each)
+    assert "check that TUNED was tuned from this BASE" in said
+    _, manifest = extract(tmp_path, rank=4)
+    assert not any("more than training does" in each for each in manifest["warnings"])
+
+
 def test_vllm_has_no_rank_above_512(tmp_path: Path) -> None:
     """Of its --max-lora-rank."""
     for name, seed in (("base", 0), ("tuned", 1)):

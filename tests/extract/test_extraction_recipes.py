@@ -151,7 +151,7 @@ def test_every_key_is_its_flag(
         ("finetune: a\nbase_modl: b\n", 'did you mean "base_model"?  @ line 2, column 1'),
         ("finetune: a\nbase_model: b\nrank: many\n", "@ rank, line 3, column 1"),
         ("finetune: a\nbase_model: b\nenergy: 3\n", "@ energy, line 3"),
-        ("finetune: a\nbase_model: b\nrank:\n  - {valu: 3}\n", "@ rank[0], line 4, column 5"),
+        ("finetune: a\nbase_model: b\nrank:\n  - {valu: 3}\n", "@ rank[0], line 4, column 6"),
         ("finetune: a\nbase_model: b\ntargeted_modules: {filtr: x}\n", 'did you mean "filter"?'),
         ("finetune: a\nbase_model: b\ntargeted_modules: {x: y}\n", "known here: filter"),
         ("finetune: a\nrank: 4\n", '"base_model" should name a model'),
@@ -185,3 +185,20 @@ def test_models_that_are_not_there(tmp_path: Path, monkeypatch: pytest.MonkeyPat
         assert "./base" in text
         assert "base_model, line 3, column" in text
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("rank", "message"),
+    [
+        ("[{value: 2}, {value: 3}]", "a second entry of `rank` without a filter"),
+        ("[{filter: q_proj, value: 2}, {filter: q_proj, value: 3}]", "q_proj has two ranks, 2 and"),
+        ("[{filter: q_proj, vlaue: 3}]", 'did you mean "value"'),
+    ],
+)
+def test_ranks_that_contradict_each_other(tmp_path: Path, rank: str, message: str) -> None:
+    pairs.pair(tmp_path)
+    text = f"finetune: {tmp_path}/tuned\nbase_model: {tmp_path}/base\nrank: {rank}\n"
+    (tmp_path / "e.yml").write_text(text)
+    with pytest.raises(RecipeError) as error:
+        weft.plan_run(tmp_path / "e.yml")
+    assert message in str(error.value)

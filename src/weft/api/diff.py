@@ -76,7 +76,7 @@ def diff(
         time.perf_counter() - begin,
         (*notes, *said, *((relation,) if relation else ())),
         tuple(warnings),
-        merged=relation is not None,
+        merged=relation is not None and filter is None,  # of some tensors nothing follows
     )
 
 

@@ -91,6 +91,11 @@ def wishes_of(
         raise WeftError(f"an alpha of {alpha:g} makes no sense", "without one it is the rank")
     if any(r < 1 for _, r in own):
         raise WeftError("a rank below 1 makes no sense", "exclude the modules instead")
+    for number, (each, rank_of_one) in enumerate(own):
+        other = next((r for f, r in own[:number] if f == each and r != rank_of_one), None)
+        if other is not None:
+            what = f"{each.text} has two ranks, {other} and {rank_of_one}"
+            raise WeftError(what, "leave one of them out")
     if uniform_rank and own:
         raise WeftError("--uniform-rank and ranks of single modules contradict each other")
     return Wishes(

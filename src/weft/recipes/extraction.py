@@ -47,6 +47,7 @@ _PLAIN: dict[str, tuple[str, tuple[type, ...], str]] = {
 }
 _FILTERS = {"targeted_modules": "target", "saved_modules": "save"}
 _KEYS = ("finetune", "base_model", *_PLAIN, *_FILTERS)
+_ENTRY = ("filter", "value")
 _LIST = "rank:\n  - filter: self_attn\n    value: 64\n  - value: 32"
 
 
@@ -155,14 +156,22 @@ class _Reader:
         return ", ".join(parts)
 
     def _ranks(self, entries: list[Any]) -> dict[str, Any]:
-        """A list of `filter` and `value`; the entry without a filter is for all other modules."""
+        """A list of `filter` and `value`; the one without a filter is for all other modules."""
         own: list[tuple[str, int]] = []
         rest: dict[str, Any] = {}
         for number, entry in enumerate(entries):
             loc: Loc = ("rank", number)
             if not isinstance(entry, dict) or not {"value"} <= set(entry) <= {"filter", "value"}:
-                self._fault(loc, 'an entry of `rank` has a "value", and mostly a "filter"', _LIST)
+                odd = [key for key in entry if key not in _ENTRY] if isinstance(entry, dict) else ()
+                for key in odd:
+                    self._fault((*loc, key), unknown("key", key, _ENTRY), _LIST, key=True)
+                if not odd:
+                    what = 'an entry of `rank` has a "value", and mostly a "filter"'
+                    self._fault(loc, what, _LIST)
             elif entry.get("filter") in (None, "*"):
+                if "rank" in rest:
+                    what = "a second entry of `rank` without a filter: one is for all other modules"
+                    self._fault(loc, what, _LIST)
                 self._add(rest, "rank", entry["value"], loc)
             elif type(entry["value"]) is not int or not isinstance(entry["filter"], str):
                 self._fault(loc, "an entry of `rank` has a filter of text and a number", _LIST)
