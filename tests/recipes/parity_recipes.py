@@ -305,7 +305,7 @@ models: [{model: llama-a}, {model: llama-b}]
 dtype: float32
 """
 OTHERS = {"several": SEVERAL, "more in the last": MORE_IN_THE_LAST}
-OTHERS |= {"filters in moved slices": MOVED, "base appended": APPENDED}
+OTHERS |= {"gemma3vl model_stock_rows": of_method("model_stock_rows", "gemma3vl")}
 OTHERS |= {"mixtral slerp, fused": of_method("slerp", "mixtral")}
 OTHERS |= {f"{kind} arcee_fusion": FUSION.replace("{kind}", kind) for kind in ("llama", "gemma3vl")}
 OTHERS |= {"adapter on bfloat16": ADAPTER_ON_BFLOAT16, "tied base": TIED_BASE}
@@ -334,4 +334,6 @@ RECIPES = {
     "modules": MODULES,
     "precedence": PRECEDENCE,
     "tied": ONE_TIED,
+    "filters in moved slices": MOVED,
+    "base appended": APPENDED,
 }

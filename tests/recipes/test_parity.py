@@ -213,3 +213,23 @@ def slerp(one: np.ndarray[Any, Any], other: np.ndarray[Any, Any], t: float) -> n
         return (1 - t) * one + t * other
     theta = np.arccos(cosine)
     return (np.sin((1 - t) * theta) * one + np.sin(t * theta) * other) / np.sin(theta)
+
+
+def test_rows_that_nearly_cancel(models: Path, tmp_path: Path) -> None:
+    """Some task vectors of 4 numbers are nearly opposite: 1 + cos θ is all rounding then."""
+    name = "gemma3vl model_stock_rows"
+    found, golden = run(models, OTHERS[name], tmp_path / "out"), GOLDENS[name]
+    a, b, base = (stored(models / f"gemma3vl-{letter}") for letter in ("a", "b", "base"))
+    assert found.keys() == golden.keys() == base.keys()
+    off = {}
+    for tensor, expected in golden.items():
+        W = base[tensor].reshape(-1, base[tensor].shape[-1])
+        x, y = (each[tensor].reshape(W.shape) - W for each in (a, b))
+        cosine = (x * y).sum(1) / (np.linalg.norm(x, axis=1) * np.linalg.norm(y, axis=1))
+        share = 2 * cosine / (1 + cosine)
+        truth = fingerprint((W + share[:, None] * (x + y) / 2).reshape(base[tensor].shape))
+        assert apart(found[tensor], truth) < 2e-7, tensor
+        off[tensor] = apart(np.asarray(found[tensor]), expected)
+        if np.abs(share).max() < 50:
+            assert off[tensor] < 1e-6, tensor
+    assert 1e-6 < max(off.values()) < 3e-6  # MergeKit's own
