@@ -533,3 +533,13 @@ def test_revisions_in_a_recipe(filled: Path, tmp_path: Path) -> None:
     card = (tmp_path / "out/README.md").read_text()
     for name in ("org/base@v1", "org/base", f"org/adapter@{NEW}"):
         assert f"\n- {name}\n" in card
+
+
+def test_a_revision_of_a_base(filled: Path, tmp_path: Path) -> None:
+    """v1 is 1 and the newest 2: the base decides what the task vector is."""
+    (tmp_path / "recipe.yml").write_text(
+        "merge_method: task_arithmetic\nbase_model: org/base@v1\n"
+        "models: [{model: org/base, parameters: {weight: 3}}]\n"
+    )
+    weft.run(tmp_path / "recipe.yml", output=tmp_path / "out")
+    assert value(tmp_path / "out") == 1 + 3 * (2 - 1)

@@ -218,18 +218,21 @@ def _too_large(plan: Plan, receipts: Mapping[str, Receipt]) -> list[str]:
         for job in plan.jobs
         if _MAY_OUTWEIGH.isdisjoint(job.operation.split(" + "))
     ]
-    found = [(relative, name) for relative, name in found if relative > 1]
-    if not found:
-        return []
-    share, name = max(found)
-    others = f" and over 100 % in {len(found) - 1} more" if len(found) > 1 else ""
     adapted = any("adapter" in entry.role for entry in plan.inputs)
     check = (
         "check lora_alpha and r, the weight given to the adapter, and that this is its base"
         if adapted
         else "check the weights, and that the models were tuned from this base"
     )
-    return [
-        f"‖ΔW‖ is {units.show_share(share)} of ‖W‖ in {name}{others}: more than training does; "
-        + check
-    ]
+    return outweighing(found, check)
+
+
+def outweighing(found: Sequence[tuple[float, str]], check: str) -> list[str]:
+    """A line on those of (‖ΔW‖/‖W‖, name) that are over 1, if any are, and what to check."""
+    large = [each for each in found if each[0] > 1]
+    if not large:
+        return []
+    share, name = max(large)
+    others = f" and over 100 % in {len(large) - 1} more" if len(large) > 1 else ""
+    what = f"‖ΔW‖ is {units.show_share(share)} of ‖W‖ in {name}{others}: more than training does"
+    return [f"{what}; {check}"]

@@ -8,6 +8,7 @@ from datetime import UTC, datetime
 from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
 
+from weft.api._execution import outweighing
 from weft.core.units import show_share, some
 from weft.formats.safetensors import build_header
 
@@ -160,7 +161,8 @@ class Extracted:
                 f"{some([c.path for c in self.left], 'changed tensor')} left as in the base, "
                 f"{show_share(lost / whole if whole else 0.0)} of ‖ΔW‖²{beside}: {reasons}"
             )
-        found += self._too_large()
+        sizes = [(self._size(c)["relative"] or 0.0, c.path) for c in self.low]
+        found += outweighing(sizes, "check that TUNED was tuned from this BASE")
         loose = [c.path for c in self.low if self._is_loose(c)]
         if loose:
             found.append(
@@ -191,16 +193,6 @@ class Extracted:
         left = _ratio(math.fsum(spectrum.errors(rank)), float(spectrum.energy.sum()))
         # What a bound grants to rounding is about ROUNDING / left.
         return left > _TELLING * ROUNDING and spectrum.bound(rank) > TOLERANCE + 2 * ROUNDING / left
-
-    def _too_large(self) -> list[str]:
-        """Matrices that moved by more than they are."""
-        sizes = {c.path: self._size(c)["relative"] or 0.0 for c in self.low}
-        large = sorted((path for path in sizes if sizes[path] > 1), key=lambda path: -sizes[path])
-        if not large:
-            return []
-        more = f" and over 100 % in {len(large) - 1} more" if large[1:] else ""
-        what = f"‖ΔW‖ is {show_share(sizes[large[0]])} of ‖W‖ in {large[0]}{more}"
-        return [f"{what}: more than training does; check that TUNED was tuned from this BASE"]
 
     def _noisy(self) -> list[str]:
         """About ranks that hold more than the update."""

@@ -15,7 +15,8 @@ else:
 
     class _Torch:
         def __getattr__(self, name: str) -> Any:
-            load_torch()
+            if not torch_is_loaded():
+                load_torch()
             import torch
 
             return getattr(torch, name)
